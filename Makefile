@@ -1,0 +1,41 @@
+# `make sweep` and `make test` set up everything they need on a fresh machine.
+# Another Python, with nothing installed: make test-gpu PYTHON=python3
+
+VENV := .venv
+ifeq ($(origin PYTHON), undefined)
+PYTHON := $(VENV)/bin/python
+ENVIRONMENT := $(VENV)/.ready
+endif
+# On a machine with a GPU the peers are measured too.
+EXTRAS := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo dev,peers || echo dev)
+ARGS ?=
+
+.PHONY: .venv sweep test check test-gpu clean
+.DEFAULT_GOAL := help
+
+help:  ## Show this.
+	@grep -E '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+sweep: $(ENVIRONMENT)  ## The main job: measure everything that can run here. ARGS="--lens 1k..4k" adds flags.
+	PYTHONPATH=. $(PYTHON) -m chela_bench sweep $(ARGS)
+
+test: $(ENVIRONMENT)  ## The tests that need no GPU.
+	PYTHONPATH=. $(PYTHON) -m pytest -m "not gpu" $(ARGS)
+
+check: $(ENVIRONMENT)  ## Format, lint and strict types.
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+
+test-gpu: $(ENVIRONMENT)  ## The tests that need a GPU.
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu $(ARGS)
+
+.venv: $(VENV)/.ready  ## The environment alone.
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	python3 -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	touch $@
+
+clean:  ## Remove the environment and caches; run folders stay.
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
