@@ -1,0 +1,260 @@
+"""One picture of values against length: logarithmic axes, a legend, a strip for what has no value.
+
+Made without pyplot and without touching matplotlib's global settings.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+from chela_bench.reports.style import FAINT, INK, QUIET, Style, settings
+from chela_bench.reports.text import length
+
+_WIDTH_IN = 9.0  # 900 pixels at 100 dpi
+_PLOT_IN, _ROW_IN, _HEAD_IN = 3.9, 0.21, 1.35
+_LEAST_SPAN = 6.25  # of the vertical axis, so that two of its ticks 1, 2, 5, 10 are in it
+_NAME_CHARACTERS = 32  # a longer name goes on in the next line
+
+
+@dataclass(frozen=True)
+class Line:
+    """One series as drawn."""
+
+    name: str
+    style: Style
+    values: tuple[tuple[int, float], ...]  # length, value above zero
+    spread: tuple[tuple[int, float, float], ...] = ()  # length, first and third quartile
+    dashed: bool = False
+    hollow: bool = False
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A row of the strip: the lengths at which a series has no value to draw, and why."""
+
+    name: str
+    colour: str
+    lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What the vertical axis shows; ticks at powers of `base`, times `steps` on a short axis."""
+
+    name: str
+    unit: Callable[[float], str]
+    base: int
+    steps: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """All that a figure says."""
+
+    title: str
+    subtitle: str
+    lengths: tuple[int, ...]
+    quantity: Quantity
+    lines: tuple[Line, ...]
+    misses: tuple[Miss, ...]
+    nothing: str  # said where there is no line
+    notes: tuple[str, ...] = ()
+    floor: tuple[tuple[int, float], ...] = ()
+    floor_name: str = ""
+
+
+def draw(picture: Picture) -> Figure:
+    """The picture as a figure 9 inches wide; its height follows from the number of lines."""
+    lines = sorted(picture.lines, key=lambda line: -line.values[-1][1])
+    named = [line.name for line in lines] + list(picture.notes)
+    plot_in = max(_PLOT_IN, 0.2 * sum(_rows(name) for name in named) + 0.2)
+    strip_in = _ROW_IN * sum(_rows(miss.name) for miss in picture.misses)
+    with matplotlib.rc_context(settings()):
+        figure = Figure((_WIDTH_IN, plot_in + strip_in + _HEAD_IN), dpi=100, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes, strip = _axes(figure, plot_in, strip_in)
+        title = _titles(figure, axes, picture)
+        _draw_lines(axes, lines)
+        _draw_floor(axes, picture.floor, picture.floor_name)
+        _scale(axes, picture)
+        if lines:
+            _legend(axes, lines, picture.notes)
+        else:
+            axes.text(0.03, 0.95, picture.nothing, transform=axes.transAxes, va="top", color=QUIET)
+        if strip is not None:
+            _draw_strip(strip, picture.misses)
+        (strip or axes).set_xlabel("tokens T  (k = 1024)")
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # the layout is settled: drawing again moves nothing
+        title.set_x(axes.get_position().x0)
+    return figure
+
+
+def _axes(figure: Figure, plot_in: float, strip_in: float) -> tuple[Axes, Axes | None]:
+    if not strip_in:
+        return figure.add_subplot(), None
+    axes, strip = figure.subplots(2, 1, sharex=True, height_ratios=(plot_in, strip_in))
+    axes.tick_params(axis="x", which="both", length=0, labelbottom=False)
+    return axes, strip
+
+
+def _titles(figure: Figure, axes: Axes, picture: Picture) -> Text:
+    subtitle = _literal(textwrap.fill(picture.subtitle, 120))
+    axes.set_title(subtitle, loc="left", fontsize=9.5, color=QUIET, pad=10)
+    title = _literal(textwrap.fill(picture.title, 80))
+    return figure.suptitle(title, x=0, ha="left", fontsize=12.5, fontweight="bold")
+
+
+def _draw_lines(axes: Axes, lines: Sequence[Line]) -> None:
+    """From the slowest to the fastest; a line under an equal one is wider, and so still seen."""
+    for i, line in enumerate(lines):
+        wider = sum(_hides(over, line) for over in lines[i + 1 :])
+        axes.plot(*zip(*line.values, strict=True), zorder=3, **_line_looks(line, wider=wider))
+        axes.errorbar(
+            [tokens for tokens, _, _ in line.spread],
+            [q1 for _, q1, _ in line.spread],
+            yerr=np.array([(0.0, q3 - q1) for _, q1, q3 in line.spread]).reshape(-1, 2).T,
+            fmt="none",
+            ecolor=line.style.colour,
+            elinewidth=1.0,
+            capsize=2.5,
+            zorder=3,
+        )
+
+
+def _line_looks(line: Line, *, wider: int = 0) -> dict[str, Any]:
+    """Keywords of a line and its markers, the same in the plot and in the legend."""
+    colour, marker = line.style
+    size = {"P": 8.0, "X": 8.0, "D": 5.5, "s": 5.5, "p": 7.0, "h": 7.0}.get(marker, 6.5)
+    return {
+        "color": colour,
+        "linestyle": (0, (4, 2)) if line.dashed else "-",
+        "linewidth": 1.8 + 1.8 * wider,
+        "marker": marker,
+        "markersize": size + 2.6 * wider,
+        "markerfacecolor": "white" if line.hollow else colour,
+        "markeredgecolor": colour if line.hollow else "white",
+        "markeredgewidth": 1.4 if line.hollow else 0.6 if not wider else 0.0,
+    }
+
+
+def _hides(over: Line, under: Line) -> bool:
+    """Whether two lines run within 0.5 % of each other, less than a line's width, for a stretch."""
+    values = dict(over.values)
+    close = [abs(values[t] / value - 1) < 0.005 for t, value in under.values if t in values]
+    return sum(close) >= min(2, len(under.values))
+
+
+def _draw_floor(axes: Axes, floor: Sequence[tuple[int, float]], name: str) -> None:
+    """The floor, and grey below it: nothing correct can be there."""
+    if not floor:
+        return
+    x = [float(tokens) for tokens, _ in floor]
+    y = [value for _, value in floor]
+    if len(floor) == 1:
+        x, y = [x[0] / 1.5, x[0] * 1.5], [y[0], y[0]]
+    axes.plot(x, y, color=INK, linewidth=1.2, zorder=2)
+    axes.fill_between(x, y, [min(y) / 1e3] * len(y), color="#f0f0f0", linewidth=0, zorder=0.5)
+    axes.text(0.985, 0.025, name, transform=axes.transAxes, ha="right", va="bottom")
+
+
+def _scale(axes: Axes, picture: Picture) -> None:
+    tokens, quantity = picture.lengths, picture.quantity
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=quantity.base)
+    axes.set_ylabel(quantity.name)
+    axes.xaxis.set_major_locator(FixedLocator(_ticks(tokens)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: length(value)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_locator(NullLocator())
+    if tokens:
+        reach = max((tokens[-1] / tokens[0]) ** 0.04, 1.08 if len(tokens) > 1 else 1.5)
+        axes.set_xlim(tokens[0] / reach, tokens[-1] * reach)
+    values = [value for line in picture.lines for _, value in line.values]
+    values += [quartile for line in picture.lines for _, *pair in line.spread for quartile in pair]
+    values += [value for _, value in picture.floor]
+    if not values:
+        axes.set_yticks([])
+        return
+    low, high = min(values), max(values)
+    room = max((high / low) ** 0.05, 1.15, math.sqrt(_LEAST_SPAN * low / high))
+    axes.set_ylim(low / (room**2.5 if picture.floor else room), high * room)
+    short = high / low < quantity.base**2.5
+    axes.yaxis.set_major_locator(LogLocator(quantity.base, subs=quantity.steps if short else (1,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(quantity.unit(value))))
+
+
+def _short(quantity: str) -> str:
+    """`100 ms` for `100 ms`, `1 ms` for `1.00 ms`: tick values are round."""
+    number, unit = quantity.split(" ")
+    return f"{float(number):g} {unit.replace('us', 'µs')}"
+
+
+def _ticks(tokens: Sequence[int]) -> list[int]:
+    """The lengths themselves if few and apart, else powers of two between them."""
+    apart = all(after / before >= 1.4 for before, after in pairwise(tokens))
+    if not tokens or (len(tokens) <= 12 and apart):
+        return list(tokens)
+    powers = [2**i for i in range(64) if tokens[0] <= 2**i <= tokens[-1]]
+    step = -(-len(powers) // 12) or 1
+    return powers[::step] if len(powers) > 1 else [tokens[0], tokens[-1]]
+
+
+def _legend(axes: Axes, lines: Sequence[Line], notes: Sequence[str]) -> None:
+    """Right of the plot, in the order in which the lines end; notes below, in grey."""
+    entries = [(Line2D([], [], **_line_looks(line)), _wrapped(line.name)) for line in lines]
+    entries += [(Line2D([], [], linestyle=""), _wrapped(note)) for note in notes]
+    legend = axes.legend(
+        *zip(*entries, strict=True),
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1.0),
+        borderaxespad=0.0,
+        borderpad=0.0,
+        handlelength=2.6,
+    )
+    for text in legend.get_texts()[len(lines) :]:
+        text.set_color(QUIET)
+
+
+def _draw_strip(strip: Axes, misses: Sequence[Miss]) -> None:
+    heights = [_rows(miss.name) for miss in misses]
+    middles = [sum(heights[:i]) + height / 2 for i, height in enumerate(heights)]
+    for miss, y in zip(misses, middles, strict=True):
+        strip.axhline(y, color=FAINT, linewidth=0.8, zorder=1)
+        x = miss.lengths
+        strip.plot(x, [y] * len(x), linestyle="", marker="x", color=miss.colour, zorder=3)
+    strip.set_ylim(sum(heights), 0)
+    strip.grid(visible=False, axis="y")
+    strip.yaxis.tick_right()
+    strip.set_yticks(middles, [_wrapped(miss.name) for miss in misses])
+    strip.tick_params(axis="y", length=0, labelsize=9.5)
+    strip.spines["left"].set_visible(False)
+    strip.set_ylabel("not drawn", rotation=0, ha="right", va="center", color=QUIET)
+    strip.yaxis.set_label_position("left")
+
+
+def _rows(name: str) -> int:
+    return _wrapped(name).count("\n") + 1
+
+
+def _wrapped(name: str) -> str:
+    return _literal(textwrap.fill(name, _NAME_CHARACTERS, break_on_hyphens=False))
+
+
+def _literal(text: str) -> str:
+    """Text that matplotlib does not read as mathematics."""
+    return text.replace("$", r"\$")

@@ -1,0 +1,55 @@
+"""How time grows with length: the exponent p of time = c * T**p."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+# Two-sided 95 % critical values of Student's t for 1 to 10 degrees of freedom.
+_T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+class Slope(NamedTuple):
+    """Exponent of T, and its 95 % confidence interval."""
+
+    slope: float
+    low: float
+    high: float
+
+
+def fitted_slope(lengths: Sequence[int], seconds: Sequence[float]) -> Slope | None:
+    """Least squares of log(seconds) on log(length), over the longer half of the lengths.
+
+    Short lengths are launch-bound or leave the device half empty, and would hide the exponent
+    that the figure is about. So only the longer half counts, rounded up, and never fewer than
+    three lengths. None if there are not three. Raises ValueError unless all values are positive.
+    """
+    if len(lengths) != len(seconds):
+        raise ValueError(f"wanted one time a length, got {len(seconds)} for {len(lengths)} lengths")
+    if any(value <= 0 for value in (*lengths, *seconds)):
+        raise ValueError("wanted lengths and times above zero: their logarithms are fitted")
+    distinct = sorted(set(lengths))
+    if len(distinct) < 3:
+        return None
+    longer = set(distinct[-max(3, (len(distinct) + 1) // 2) :])
+    used = [(t, s) for t, s in zip(lengths, seconds, strict=True) if t in longer]
+    x, y = np.log(np.array(used, dtype=np.float64)).T
+    x_centred = x - x.mean()
+    slope = float(x_centred @ y / (x_centred @ x_centred))
+    residual = y - y.mean() - slope * x_centred
+    freedom = len(used) - 2
+    error = float(np.sqrt(residual @ residual / freedom / (x_centred @ x_centred)))
+    half = _t_95(freedom) * error
+    return Slope(slope, slope - half, slope + half)
+
+
+def _t_95(freedom: int) -> float:
+    """Critical value; beyond the table the normal one with its first two 1/freedom terms."""
+    if freedom <= len(_T_95):
+        return _T_95[freedom - 1]
+    z = 1.959964
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    return z + first / freedom + second / freedom**2

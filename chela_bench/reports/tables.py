@@ -1,0 +1,134 @@
+"""Points as one tidy table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import pandas as pd
+
+from chela_bench.records import ConfigValue, Point, Run
+from chela_bench.reports.groups import reading_order
+
+_DIMS = ("B", "T", "H", "K", "V", "D")
+_INTEGER: Final = "Int64"
+_FLOAT: Final = "float64"
+_TEXT: Final = "string"
+_FLAG: Final = "boolean"
+
+# column -> (dtype, value); null stays null.
+_Column = tuple[str, Callable[[Run, Point], object]]
+_IDENTITY: dict[str, _Column] = {
+    "op": (_TEXT, lambda _, p: p.op),
+    "impl": (_TEXT, lambda _, p: p.impl),
+    "direction": (_TEXT, lambda _, p: p.direction),
+    "dtype": (_TEXT, lambda _, p: p.dtype),
+}
+_MEASURED: dict[str, _Column] = {
+    "outcome": (_TEXT, lambda _, p: p.outcome),
+    "reason": (_TEXT, lambda _, p: p.reason),
+    "time_median_ns": (_INTEGER, lambda _, p: p.time_ns and p.time_ns.median),
+    "time_q1_ns": (_INTEGER, lambda _, p: p.time_ns and p.time_ns.q1),
+    "time_q3_ns": (_INTEGER, lambda _, p: p.time_ns and p.time_ns.q3),
+    "time_min_ns": (_INTEGER, lambda _, p: p.time_ns and p.time_ns.min),
+    "time_samples": (_INTEGER, lambda _, p: p.time_ns and p.time_ns.n),
+    "wall_ns": (_INTEGER, lambda _, p: p.wall_ns),
+    "host_ns": (_INTEGER, lambda _, p: p.host_ns),
+    "launches": (_INTEGER, lambda _, p: p.launches),
+    "floor_ns": (_INTEGER, lambda _, p: p.floor_ns),
+    "x_floor": (_FLOAT, lambda _, p: p.x_floor),
+    "tokens_per_s": (_FLOAT, lambda _, p: p.tokens_per_s),
+    "gb_per_s": (_FLOAT, lambda _, p: p.gb_per_s),
+    "tflop_per_s": (_FLOAT, lambda _, p: p.tflop_per_s),
+    "compulsory_bytes": (_INTEGER, lambda _, p: p.compulsory_bytes),
+    "flops": (_INTEGER, lambda _, p: p.flops),
+    "peak_bytes": (_INTEGER, lambda _, p: p.peak_bytes),
+    "hbm_model_bytes": (_INTEGER, lambda _, p: p.hbm.model_bytes),
+    "hbm_read_bytes": (_INTEGER, lambda _, p: p.hbm.read_bytes),
+    "hbm_write_bytes": (_INTEGER, lambda _, p: p.hbm.write_bytes),
+    "hbm_source": (_TEXT, lambda _, p: p.hbm.source),
+    "hbm_measured_over_model": (_FLOAT, lambda _, p: _measured_over_model(p)),
+    "oracle": (_TEXT, lambda _, p: p.oracle),
+    "error_rel": (_FLOAT, lambda _, p: p.error_rel),
+    "error_budget": (_FLOAT, lambda _, p: p.error_budget),
+    "smem_bytes": (_INTEGER, lambda _, p: p.static.smem_bytes),
+    "regs": (_INTEGER, lambda _, p: p.static.regs),
+    "spill_store_bytes": (_INTEGER, lambda _, p: p.static.spill_store_bytes),
+    "spill_load_bytes": (_INTEGER, lambda _, p: p.static.spill_load_bytes),
+    "ctas_per_sm": (_INTEGER, lambda _, p: p.static.ctas_per_sm),
+    "sm_clock_mhz": (_INTEGER, lambda _, p: p.telemetry.sm_clock_mhz),
+    "mem_clock_mhz": (_INTEGER, lambda _, p: p.telemetry.mem_clock_mhz),
+    "power_mw": (_INTEGER, lambda _, p: p.telemetry.power_mw),
+    "temperature_c": (_INTEGER, lambda _, p: p.telemetry.temperature_c),
+    "throttle": (_TEXT, lambda _, p: _throttle(p)),
+    "energy_j": (_FLOAT, lambda _, p: p.energy_j),
+    "timer": (_TEXT, lambda _, p: p.timer),
+    "l2": (_TEXT, lambda _, p: p.l2),
+    "null_reasons": (_TEXT, lambda _, p: _null_reasons(p)),
+    "device": (_TEXT, lambda _, p: p.device),
+    "device_name": (_TEXT, lambda run, _: run.environment.name),
+    "torch": (_TEXT, lambda run, _: run.versions.get("torch")),
+    "triton": (_TEXT, lambda run, _: run.versions.get("triton")),
+    "run_id": (_TEXT, lambda run, _: run.run_id),
+    "started_utc": (_TEXT, lambda _, p: p.started_utc),
+    "spent_s": (_FLOAT, lambda _, p: p.spent_s),
+}
+
+
+def points_frame(run: Run, points: list[Point]) -> pd.DataFrame:
+    """One row a point, units in the names; bytes and nanoseconds stay integers (Int64) where null.
+
+    Columns: op, impl, direction, dtype; the dims B, T, H, K, V, D and any other; `config_NAME`;
+    the measurements; `error_rel_TENSOR`. The order of rows and columns depends on the points
+    only, not on the order they came in. `throttle` is null where it was not read, else `none`
+    or the reasons.
+    """
+    points = sorted(points, key=reading_order)
+    dims = [*_DIMS, *sorted({name for point in points for name in point.shape} - set(_DIMS))]
+    configs = sorted({name for point in points for name in point.config})
+    errors = sorted({name for point in points for name in point.errors})
+    columns = {
+        **_columns(_IDENTITY, run, points),
+        **{name: pd.Series([p.shape.get(name) for p in points], dtype=_INTEGER) for name in dims},
+        **{f"config_{name}": _config([p.config.get(name) for p in points]) for name in configs},
+        **_columns(_MEASURED, run, points),
+        **{
+            f"error_rel_{name}": pd.Series([p.errors.get(name) for p in points], dtype=_FLOAT)
+            for name in errors
+        },
+    }
+    return pd.DataFrame(columns)
+
+
+def _columns(
+    columns: Mapping[str, _Column], run: Run, points: list[Point]
+) -> dict[str, pd.Series[Any]]:
+    return {
+        name: pd.Series([value(run, point) for point in points], dtype=dtype)
+        for name, (dtype, value) in columns.items()
+    }
+
+
+def _config(values: list[ConfigValue | None]) -> pd.Series[Any]:
+    """Integers or flags where all values are; otherwise text."""
+    kinds = {type(value) for value in values if value is not None}
+    if kinds == {int}:
+        return pd.Series(values, dtype=_INTEGER)
+    if kinds == {bool}:
+        return pd.Series(values, dtype=_FLAG)
+    return pd.Series([None if value is None else str(value) for value in values], dtype=_TEXT)
+
+
+def _measured_over_model(point: Point) -> float | None:
+    hbm = point.hbm
+    if hbm.read_bytes is None or hbm.write_bytes is None or not hbm.model_bytes:
+        return None
+    return (hbm.read_bytes + hbm.write_bytes) / hbm.model_bytes
+
+
+def _throttle(point: Point) -> str | None:
+    return None if point.throttle is None else "; ".join(point.throttle) or "none"
+
+
+def _null_reasons(point: Point) -> str | None:
+    return "; ".join(f"{name}: {why}" for name, why in sorted(point.null_reasons.items())) or None

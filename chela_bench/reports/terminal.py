@@ -1,0 +1,148 @@
+"""A sweep as tables for a terminal: lengths down, implementations across, as many as fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from chela_bench.records import Point, Run
+from chela_bench.reports.groups import OTHER_FUNCTIONS, Group, Series, failures, groups
+from chela_bench.reports.text import duration, length, lengths, machine, tally, three_digits
+
+_GAP = 2  # characters between columns
+_LONGEST_NAME = 18  # a longer one is folded
+
+
+def sweep_table(run: Run, points: Sequence[Point]) -> RenderableType:
+    """One table for each op, direction, dtype and shape; what failed and why; a line of counts.
+
+    A cell is the median time and its multiple of the floor; `*` marks the fastest correct
+    implementation of its row. Columns that do not fit the width continue in a further block.
+    """
+    return _Sweep(run, tuple(points))
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    run: Run
+    points: tuple[Point, ...]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield _line(" | ".join(machine(self.run, self.points)), "dim")
+        for group in groups(self.points):
+            yield Text()
+            yield _heading(group)
+            yield from _blocks(group, options.max_width)
+            yield from _legend(group)
+            yield from _failures(group)
+        yield Text()
+        yield _line(tally(self.run, self.points), "bold")
+
+
+def _line(text: str, style: str = "", indent: int = 0) -> Text:
+    return Text(" " * indent + text, style, overflow="fold")
+
+
+def _heading(group: Group) -> Text:
+    heading = _line(group.title, "bold")
+    for op, other in OTHER_FUNCTIONS.items():
+        if group.op == other:
+            heading.append(f" (another function than {op})", "italic")
+    return heading
+
+
+def _blocks(group: Group, width: int) -> Iterator[RenderableType]:
+    """The group's columns, cut where the width ends; every block repeats the lengths."""
+    tokens_column = [Text(length(tokens)) for tokens in group.lengths]
+    leading = [("T", tokens_column)]
+    floors = [group.floor_ns(tokens) for tokens in group.lengths]
+    if any(floors):
+        leading.append(("floor", [Text(duration(f) if f else "-") for f in floors]))
+    waiting = [(series.label, _cells(group, series)) for series in group.series]
+    while waiting:
+        block, room = leading, width - sum(_column_width(*column) + _GAP for column in leading)
+        while waiting and (room >= _column_width(*waiting[0]) or block is leading):
+            room -= _column_width(*waiting[0]) + _GAP
+            block = [*block, waiting.pop(0)]
+        yield _table(block, width)
+        leading = leading[:1]
+        if waiting:
+            yield Text()
+
+
+def _column_width(name: str, cells: Sequence[Text]) -> int:
+    return max(min(Text(name).cell_len, _LONGEST_NAME), *(cell.cell_len for cell in cells))
+
+
+def _table(columns: Sequence[tuple[str, Sequence[Text]]], width: int) -> Table:
+    table = Table(
+        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), highlight=False
+    )
+    fits = sum(_column_width(*column) + _GAP for column in columns) - _GAP <= width
+    for name, cells in columns:
+        table.add_column(
+            Text(name, overflow="fold"),
+            justify="right",
+            vertical="bottom",
+            overflow="fold",
+            width=_column_width(name, cells) if fits else None,
+        )
+    for row in zip(*(cells for _, cells in columns), strict=True):
+        table.add_row(*row)
+    return table
+
+
+def _cells(group: Group, series: Series) -> list[Text]:
+    """One a length: time, multiple of the floor and mark, each part as wide as its widest."""
+    parts = [_parts(group, series.at(tokens), tokens) for tokens in group.lengths]
+    timed = [part for part in parts if len(part) == 3]
+    widths = [max((len(column) for column in each), default=0) for each in zip(*timed, strict=True)]
+    cells = []
+    for part in parts:
+        if len(part) == 3:
+            time, multiple, mark = (p.rjust(w) for p, w in zip(part, widths, strict=True))
+            cell = f"{time} {multiple}{mark}" if widths[1] else f"{time}{mark}"
+            cells.append(Text(cell, "bold" if part[2].strip() else ""))
+        else:
+            cells.append(Text(part[0] + " ", "dim" if part[0] in ("-", "skipped") else "red"))
+    return cells
+
+
+def _parts(group: Group, point: Point | None, tokens: int) -> tuple[str, ...]:
+    """(time, multiple, mark), or a single word where there is no time."""
+    if point is None:
+        return ("-",)
+    if point.outcome != "ok" or point.seconds is None:
+        return (point.outcome,)
+    if point.time_ns is None:
+        multiple = "wall"
+    else:
+        multiple = "" if point.x_floor is None else f"{three_digits(point.x_floor)}x"
+    return (
+        duration(point.seconds * 1e9), multiple, "*" if point is group.fastest(tokens) else " ",
+    )  # fmt: skip
+
+
+def _legend(group: Group) -> Iterator[Text]:
+    ok = [point for point in group.points if point.outcome == "ok"]
+    notes = ["* fastest correct"] if ok else []
+    if any(point.x_floor is not None for point in ok):
+        notes.append("x multiple of the floor")
+    if any(point.time_ns is None for point in ok):
+        notes.append("wall: from launch to synchronised end, too many launches for kernel time")
+    if notes:
+        yield _line("; ".join(notes), "dim")
+
+
+def _failures(group: Group) -> Iterator[Text]:
+    for failure in failures(group):
+        where = "; ".join(
+            f"{label} at {lengths(tokens, group.lengths)}" for label, tokens in failure.where
+        )
+        yield _line(f"{failure.outcome}: {where}")
+        yield _line(failure.reason, "dim", indent=2)

@@ -1,0 +1,106 @@
+"""Words and numbers as every report writes them: units, lengths, other people's text made safe."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from chela_bench.records import OUTCOMES, Point, Run
+
+_ANSI_SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?)")
+
+
+def plain(text: str) -> str:
+    """Text on one line, without terminal sequences, control or invisible characters."""
+    spaced = " ".join(_ANSI_SEQUENCE.sub("", text).split())
+    return "".join(c for c in spaced if unicodedata.category(c)[0] != "C")
+
+
+def three_digits(value: float) -> str:
+    """Three significant digits and never fewer than the whole part: 0.0123, 1.05, 89.0, 1234."""
+    if value == 0:
+        return "0"
+    decimals = 2 - int(f"{value:.2e}".split("e")[1])
+    return f"{value:.{max(decimals, 0)}f}"
+
+
+def _scaled(value: float, units: Sequence[tuple[float, str]]) -> str:
+    """The value in the largest unit that leaves at least 1 of it, else in the smallest."""
+    for scale, unit in units:
+        number = three_digits(value / scale)
+        if float(number) >= 1:
+            return f"{number} {unit}"
+    return f"{number} {unit}"
+
+
+def duration(nanoseconds: float) -> str:
+    """`89.0 us`, `1.05 ms`, `12.3 s`."""
+    return _scaled(nanoseconds, [(1e9, "s"), (1e6, "ms"), (1e3, "us"), (1, "ns")])
+
+
+def memory(size_bytes: float) -> str:
+    """`512 MiB`, `1.25 GiB`."""
+    units = [(2.0**40, "TiB"), (2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B")]
+    return _scaled(size_bytes, units)
+
+
+def length(tokens: float) -> str:
+    """`1k` is 1024 and `1M` is 1024k, as `--lens` reads them; other lengths are written out."""
+    for scale, unit in ((2**20, "M"), (2**10, "k")):
+        if tokens and tokens % scale == 0:
+            return f"{int(tokens) // scale}{unit}"
+    return f"{tokens:g}" if tokens < 1e6 else f"{tokens:.0f}"
+
+
+def lengths(some: Iterable[int], among: Sequence[int]) -> str:
+    """`1k, 8k..64k`: neighbours in `among` are written as one stretch."""
+    stretches: list[list[int]] = []
+    for tokens in sorted(set(some)):
+        if stretches and among.index(tokens) == among.index(stretches[-1][-1]) + 1:
+            stretches[-1].append(tokens)
+        else:
+            stretches.append([tokens])
+    return ", ".join(
+        length(s[0]) if len(s) == 1 else f"{length(s[0])}..{length(s[-1])}" for s in stretches
+    )
+
+
+def device_name(run: Run) -> str:
+    """The card, or on a CPU run the processor."""
+    environment = run.environment
+    return plain(environment.name if environment.device == "cuda" else environment.cpu)
+
+
+def method(points: Iterable[Point]) -> str:
+    """How time was taken: `event timer, cold L2`."""
+    ways = {
+        "wall clock"
+        if point.device == "cpu"
+        else f"{point.timer} timer" + (f", {point.l2} L2" if point.l2 else "")
+        for point in points
+    }
+    return " and ".join(sorted(ways))
+
+
+def machine(run: Run, points: Iterable[Point]) -> list[str]:
+    """What a time depends on: card, torch, triton, timer and L2, date."""
+    versions = [
+        f"{name} {plain(run.versions[name])}"
+        for name in ("torch", "triton")
+        if name in run.versions
+    ]
+    parts = [device_name(run), *versions, method(points), f"{plain(run.started_utc[:10])} UTC"]
+    return [part for part in parts if part]
+
+
+def tally(run: Run, points: Sequence[Point]) -> str:
+    """`49 points: 40 ok, 4 oom, 5 skipped`, and how many were planned if some are missing."""
+    if not points:
+        return f"no points: nothing was measured ({run.planned_points} planned)"
+    counts = Counter(point.outcome for point in points)
+    each = ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES if counts[outcome])
+    noun = "point" if len(points) == 1 else "points"
+    of = f" of {run.planned_points} planned" if run.planned_points > len(points) else ""
+    return f"{len(points)} {noun}{of}: {each}"

@@ -1,0 +1,166 @@
+"""Synthetic records: a run on a card or a CPU, a point, and a sweep that looks like a real one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from chela_bench.records import Ceilings, Environment, Hbm, Point, Quantiles, Run, Telemetry
+
+H100 = "NVIDIA H100 80GB HBM3"
+LENGTHS = tuple(1024 * 2**i for i in range(7))
+COPY_GB_PER_S = 3020.0
+
+
+def make_run(**changes: Any) -> Run:
+    """A run on an H100; `changes` replace its fields."""
+    environment = Environment(
+        device="cuda",
+        name=H100,
+        uuid="GPU-0",
+        compute_capability="9.0",
+        sm_count=132,
+        memory_bytes=80 * 2**30,
+        l2_bytes=50 * 2**20,
+        driver="580.95",
+        cuda="13.0",
+        power_limit_mw=700_000,
+        cpu="Intel Xeon 8480C",
+        cpu_threads=16,
+        os="Linux 6.8",
+        python="3.11.9",
+    )
+    fields: dict[str, Any] = {
+        "run_id": "2026-01-02T03-04-05Z-h100",
+        "started_utc": "2026-01-02T03:04:05Z",
+        "finished_utc": "2026-01-02T03:34:05Z",
+        "argv": ["chela-bench", "sweep", "--lens", "1k..64k"],
+        "git_sha": "0123456789abcdef0123456789abcdef01234567",
+        "git_dirty": False,
+        "seed": 0,
+        "inputs": "randn; k, v with mean 1",
+        "settings": {},
+        "planned_points": 0,
+        "versions": {"torch": "2.11.0", "triton": "3.6.0"},
+        "environment": environment,
+        "ceilings": Ceilings(copy_gb_per_s=COPY_GB_PER_S, matmul_tflop_per_s={"bf16": 716.0}),
+    }
+    return Run(**{**fields, **changes})
+
+
+def make_cpu_run(**changes: Any) -> Run:
+    environment = Environment(
+        device="cpu",
+        name="Intel Xeon 8480C",
+        cpu="Intel Xeon 8480C",
+        cpu_threads=16,
+        os="Linux 6.8",
+        python="3.11.9",
+    )
+    fields = {"environment": environment, "ceilings": Ceilings(), "versions": {"torch": "2.13.0"}}
+    return make_run(**{**fields, **changes})
+
+
+def quantiles(median: float, *, n: int = 40) -> Quantiles:
+    at = round(median)
+    return Quantiles(median=at, q1=round(at * 0.99), q3=round(at * 1.02), min=round(at * 0.98), n=n)
+
+
+def make_point(T: int = 1024, *, time_ns: float | None = 1e6, **changes: Any) -> Point:
+    """An ok point of linear_attention at B1-H16-K128-V128; `time_ns` is the median."""
+    fields: dict[str, Any] = {
+        "op": "linear_attention",
+        "impl": "chunked",
+        "direction": "fwd",
+        "dtype": "bf16",
+        "shape": {"B": 1, "T": T, "H": 16, "K": 128, "V": 128},
+        "device": "GPU-0",
+        "l2": "cold",
+        "outcome": "ok",
+        "time_ns": None if time_ns is None else quantiles(time_ns),
+    }
+    return Point(**{**fields, **changes})
+
+
+def make_failure(outcome: str, reason: str, T: int = 1024, **changes: Any) -> Point:
+    return make_point(T, time_ns=None, **{"outcome": outcome, "reason": reason, **changes})
+
+
+def h100_sweep(direction: str = "fwd") -> list[Point]:
+    """Seven implementations and softmax beside them, 1k to 64k, in an H100's magnitudes."""
+    backward = 3.0 if direction == "fwdbwd" else 1.0
+    points = []
+    for T in LENGTHS:
+        k = T / 1024
+        bytes_moved = 8 * 128 * 16 * T
+        floor = bytes_moved / COPY_GB_PER_S
+        times = {
+            "triton_chunked": 6e3 + 7.9e3 * k,
+            "fla_chunk": 1.2e4 + 1.62e4 * k,
+            "compiled_chunked": 4.5e4 + 5.8e4 * k,
+            "chunked": 2.1e5 + 1.75e5 * k,
+            "quadratic": 4e4 + 9.1e4 * k**2,
+            "recurrent": 3.4e7 * k,
+            "naive_cumsum": 2.9e6 * k,
+        }
+        for impl, time in times.items():
+            common: dict[str, Any] = {
+                "impl": impl,
+                "direction": direction,
+                "floor_ns": round(floor * backward),
+                "compulsory_bytes": bytes_moved,
+                "flops": 4 * 128 * 128 * 16 * T,
+            }
+            if impl == "naive_cumsum" and T > 16384:
+                reason = f"CUDA out of memory. Tried to allocate {k:.2f} GiB. GPU 0 has 79.18 GiB"
+                points.append(make_failure("oom", reason, T, **common))
+            elif impl == "quadratic" and T > 32768:
+                reason = (
+                    f"CUDA out of memory. Tried to allocate {2 * k:.2f} GiB. GPU 0 has 79.18 GiB"
+                )
+                points.append(make_failure("oom", reason, T, **common))
+            elif impl == "recurrent" and T > 8192:
+                reason = f"estimated {time / 1e9:.2f} s > limit 0.30 s"
+                points.append(make_failure("skipped", reason, T, **common))
+            elif impl == "recurrent":
+                points.append(
+                    make_point(
+                        T,
+                        time_ns=None,
+                        wall_ns=round(time * backward),
+                        launches=3 * T,
+                        peak_bytes=bytes_moved // 2,
+                        error_rel=1.2e-3,
+                        error_budget=8e-3,
+                        **common,
+                    )
+                )
+            else:
+                peak = {"naive_cumsum": 64.0, "quadratic": 0.35 * k, "chunked": 3.1}.get(impl, 1.0)
+                points.append(
+                    make_point(
+                        T,
+                        time_ns=time * backward,
+                        wall_ns=round(time * backward + 2.5e4),
+                        host_ns=182_000,
+                        launches=3,
+                        peak_bytes=round(bytes_moved * peak / 4),
+                        hbm=Hbm(model_bytes=round(bytes_moved * peak), source="model"),
+                        error_rel=1.7e-3,
+                        error_budget=8e-3,
+                        throttle=[],
+                        telemetry=Telemetry(sm_clock_mhz=1980, power_mw=512_000, temperature_c=54),
+                        **common,
+                    )
+                )
+        points.append(
+            make_point(
+                T,
+                time_ns=(1.2e4 + 1.25e4 * k**2) * backward,
+                op="softmax_attention",
+                impl="sdpa_flash",
+                direction=direction,
+                peak_bytes=bytes_moved // 4,
+                floor_ns=round(floor * backward),
+            )
+        )
+    return points
