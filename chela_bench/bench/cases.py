@@ -1,0 +1,56 @@
+"""What goes down the pipe to a worker: the session's settings, then one case at a time."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from chela_bench.records import L2, ConfigValue, Direction, DType, Timer, point_key
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Distribution = Literal["randn", "mean1"]
+
+
+class Limits(BaseModel):
+    """Where the bench gives up, in seconds. They end a point, never the sweep."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    call_s: Seconds = 2.0  # one call estimated above this is skipped untried
+    sample_s: Seconds = 1.0  # timed samples of one point
+    build_s: Seconds = 300.0  # first call at a shape: compiling and autotuning
+    phase_s: Seconds = 60.0  # any other phase of one point
+
+
+class Case(BaseModel):
+    """One point to be measured."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    op: str
+    impl: str
+    direction: Direction
+    dtype: DType
+    shape: dict[str, int]
+    config: dict[str, ConfigValue] = Field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        return point_key(self.op, self.impl, self.direction, self.dtype, self.shape, self.config)
+
+
+class Session(BaseModel):
+    """How a worker measures, the same for all its cases."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    device: str  # "cpu", "cuda" or "cuda:N"
+    timer: Timer
+    l2: L2
+    seed: int
+    inputs: Distribution
+    limits: Limits
+    user_impls: dict[str, str] = Field(default_factory=dict)  # name -> /path/to/file.py:function
+    ceilings: bool = True  # measure copy bandwidth and matmul rate at start
+    memory_limit_bytes: int | None = None  # CPU: allocations beyond it fail, as on a full device

@@ -1,0 +1,149 @@
+"""bench.toml, checked: a wrong key or type names file, key, what was expected, what is allowed."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from chela_bench.bench.cases import Distribution, Limits
+from chela_bench.bench.ops import OPS
+from chela_bench.errors import ConfigError
+from chela_bench.records import L2, Direction, DType, Timer
+
+FILE = "bench.toml"
+Size = Annotated[int, Field(ge=1, strict=True)]
+ShapeSizes = dict[str, Size]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Sweep(_Table):
+    """[sweep]: what is measured when no flag says otherwise."""
+
+    ops: list[str]
+    shapes: list[str]
+    lens: str
+    dtypes: list[DType]
+    directions: list[Direction]
+    timer: Timer
+    l2: L2
+    inputs: Distribution
+    seed: int
+
+
+class SweepChanges(_Table):
+    """[presets.NAME.sweep]: any keys of [sweep]."""
+
+    ops: list[str] | None = None
+    shapes: list[str] | None = None
+    lens: str | None = None
+    dtypes: list[DType] | None = None
+    directions: list[Direction] | None = None
+    timer: Timer | None = None
+    l2: L2 | None = None
+    inputs: Distribution | None = None
+    seed: int | None = None
+
+
+class Preset(_Table):
+    sweep: SweepChanges = SweepChanges()
+    limits: dict[Literal["call_s", "sample_s", "build_s", "phase_s"], float] = Field(
+        default_factory=dict
+    )
+
+
+class Config(_Table):
+    """The whole file."""
+
+    schema_: Literal[1] = Field(alias="schema")
+    limits: Limits = Limits()
+    sweep: Sweep
+    shapes: dict[str, dict[str, ShapeSizes]]
+    presets: dict[str, Preset] = Field(default_factory=dict)
+
+
+def find_config(given: Path | None) -> Path:
+    """`--config`, else ./bench.toml, else the one that came with the package."""
+    if given is not None:
+        return given
+    package = Path(__file__).resolve().parent.parent
+    for candidate in (Path(FILE), package / FILE, package.parent / FILE):
+        if candidate.is_file():
+            return candidate
+    raise ConfigError(f"no {FILE} here or beside the package; give one with --config")
+
+
+def load_config(path: Path) -> Config:
+    try:
+        data = tomllib.loads(path.read_bytes().decode())
+    except FileNotFoundError:
+        raise ConfigError(f"no such file: {path}") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+    if not data:
+        raise ConfigError(f"{path} is empty; it needs [sweep] and [shapes.OP] (see the docs)")
+    try:
+        config = Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{path}: {line}" for line in _explain(error))) from None
+    _check_names(path, config)
+    return config
+
+
+def _check_names(path: Path, config: Config) -> None:
+    ops = {op.name: op for op in OPS}
+    for name, shapes in config.shapes.items():
+        if name not in ops:
+            raise ConfigError(f"{path}: shapes.{name}: no such op; there are: {', '.join(ops)}")
+        dims = ops[name].dims
+        for shape, sizes in shapes.items():
+            wanted = [dim for dim in dims if dim != "T"]
+            missing = [dim for dim in wanted if dim not in sizes]
+            unknown = [dim for dim in sizes if dim not in dims]
+            if missing or unknown:
+                problem = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(unknown)}"
+                raise ConfigError(
+                    f"{path}: shapes.{name}.{shape} {problem}; it takes {', '.join(wanted)}, "
+                    "and T for a single length"
+                )
+
+
+def _explain(error: ValidationError) -> list[str]:
+    """One line a problem: key, what was expected, what came."""
+    lines = []
+    for problem in error.errors():
+        location = [part for part in problem["loc"] if part != "[key]"]
+        key = ".".join(str(part) for part in location)
+        if problem["type"] == "extra_forbidden":
+            allowed = ", ".join(_keys_at(Config, location[:-1]))
+            lines.append(f"{key}: unknown key; allowed here: {allowed}")
+        elif problem["type"] == "missing":
+            lines.append(f"{key}: missing")
+        else:
+            came = repr(problem["input"])
+            expected = problem["msg"][0].lower() + problem["msg"][1:]
+            lines.append(f"{key}: {expected}; got {came if len(came) < 80 else came[:77] + '...'}")
+    return lines
+
+
+def _keys_at(model: type[BaseModel], location: list[Any]) -> list[str]:
+    """The keys that the table at `location` may have."""
+    kind: Any = model
+    for part in location:
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            kind = _by_key(kind)[str(part)].annotation
+        elif get_origin(kind) is dict:
+            kind = get_args(kind)[1]
+    return list(_by_key(kind)) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
+
+
+def _by_key(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    return {field.alias or name: field for name, field in model.model_fields.items()}

@@ -1,0 +1,116 @@
+"""Draws an op's inputs: the same numbers for every implementation of one shape.
+
+Distribution "randn" is standard normal; "mean1" adds 1 to k and v (to x, for convolution and
+layer), as SiLU in front of them makes them. Numbers are drawn in float32 on the device, then
+rounded to the dtype; the oracle sees the rounded numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chela_bench.bench.check import ErrorKind
+from chela_bench.bench.models import short_sizes
+from chela_bench.records import shape_label
+from chela_bench.reference.chela import ChelaLayer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DISTRIBUTIONS = ("randn", "mean1")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Named tensors, how each one's gradient is judged, and how they become arguments."""
+
+    tensors: dict[str, Tensor]
+    kinds: dict[str, ErrorKind]
+    arguments: Callable[[dict[str, Tensor]], tuple[Any, ...]]
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        tensors = {name: tensor.detach().to(dtype) for name, tensor in self.tensors.items()}
+        return Inputs(tensors, self.kinds, self.arguments)
+
+    def requires_grad_(self, needed: bool) -> Inputs:
+        for tensor in self.tensors.values():
+            tensor.requires_grad_(needed)
+        return self
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Where and how to draw: shape, dtype, device, seed, distribution."""
+
+    shape: Mapping[str, int]
+    dtype: torch.dtype
+    device: torch.device
+    seed: int
+    distribution: str
+
+    def generator(self, name: str) -> torch.Generator:
+        text = f"{self.seed}/{self.distribution}/{shape_label(self.shape)}/{name}"
+        digest = hashlib.sha256(text.encode()).digest()
+        return torch.Generator(self.device).manual_seed(int.from_bytes(digest[:7], "big"))
+
+    def normal(self, name: str, *size: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
+        numbers = torch.randn(
+            *size, generator=self.generator(name), device=self.device, dtype=torch.float32
+        )
+        return (numbers * scale + mean).to(self.dtype)
+
+    @property
+    def mean(self) -> float:
+        return 1.0 if self.distribution == "mean1" else 0.0
+
+
+def attention(draw: Draw) -> Inputs:
+    """q, k [B, T, H, K]; v [B, T, H, V]."""
+    batch, tokens, heads = (draw.shape[name] for name in "BTH")
+    key, value = draw.shape["K"], draw.shape["V"]
+    tensors = {
+        "q": draw.normal("q", batch, tokens, heads, key),
+        "k": draw.normal("k", batch, tokens, heads, key, mean=draw.mean),
+        "v": draw.normal("v", batch, tokens, heads, value, mean=draw.mean),
+    }
+    kinds: dict[str, ErrorKind] = dict.fromkeys(tensors, "tokens")
+    return Inputs(tensors, kinds, lambda t: (t["q"], t["k"], t["v"]))
+
+
+def short_long_conv(draw: Draw) -> Inputs:
+    """x [B, T, D]; short kernels [D, W] of the two default widths; long kernel [D, T]."""
+    batch, tokens, width = (draw.shape[name] for name in "BTD")
+    tensors = {"x": draw.normal("x", batch, tokens, width, mean=draw.mean)}
+    kinds: dict[str, ErrorKind] = {"x": "channels"}
+    names = []
+    for index, size in enumerate(short_sizes(tokens)):
+        names.append(f"short_{index}")
+        tensors[names[-1]] = draw.normal(names[-1], width, size, scale=size**-0.5)
+        kinds[names[-1]] = "whole"
+    tensors["long"] = draw.normal("long", width, tokens, scale=max(tokens, 1) ** -0.5)
+    kinds["long"] = "taps"
+    return Inputs(tensors, kinds, lambda t: (t["x"], [t[name] for name in names], t["long"]))
+
+
+def chela_layer(draw: Draw) -> Inputs:
+    """x [B, T, D]; the reference layer's parameters, initialised from the seed."""
+    batch, tokens, width = (draw.shape[name] for name in "BTD")
+    seed = draw.generator("parameters").initial_seed()
+    with (
+        torch.random.fork_rng(devices=[draw.device] if draw.device.type == "cuda" else []),
+        torch.device(draw.device),
+    ):
+        torch.manual_seed(seed)
+        module = ChelaLayer(
+            width, d_key=draw.shape["K"], d_value=draw.shape["V"], max_length=tokens
+        )
+    parameters = {
+        name: parameter.detach().to(draw.dtype) for name, parameter in module.named_parameters()
+    }
+    tensors = {"x": draw.normal("x", batch, tokens, width, mean=draw.mean), **parameters}
+    kinds: dict[str, ErrorKind] = {"x": "tokens", **dict.fromkeys(parameters, "whole")}
+    return Inputs(tensors, kinds, lambda t: (t["x"], {name: t[name] for name in parameters}))

@@ -1,0 +1,228 @@
+"""The ops and their implementations: what is measured, by what, against which oracle.
+
+Data only: functions are named ("module:function") and imported by the worker, so that listing
+and planning need no torch. Adding an op touches five places: kernels/x.py, reference/x.py,
+tests/test_x.py, one Op(...) here, its shapes in bench.toml.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from chela_bench.bench import models
+from chela_bench.errors import UsageError
+from chela_bench.records import DTYPES, Direction, DType
+
+AUTOGRAD: tuple[Direction, ...] = ("fwd", "bwd", "fwdbwd")
+
+
+@dataclass(frozen=True)
+class Impl:
+    """One implementation of an op, called as `function(*inputs, **options, **config)`."""
+
+    name: str
+    target: str  # "package.module:function", or "/path/to/file.py:function"
+    summary: str
+    directions: tuple[Direction, ...] = AUTOGRAD
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    cuda_dtypes: tuple[DType, ...] = DTYPES
+    axes: tuple[str, ...] | None = ()  # configuration it takes; None: any (a user's function)
+    growth: float = 1.0  # time ~ T**growth, to estimate a call before it is tried
+    fp32_operands: Literal["fp32", "tf32"] = "fp32"  # what its matrix products round fp32 to
+    requires: str | None = None  # an importable module beyond the core dependencies
+    install: str | None = None  # the command that brings it
+    compiled: bool = False  # torch.compile: recompiles when deterministic mode is toggled
+    hbm_bytes: Callable[[models.Shape, int], int] | str | None = None  # forward; str: "module:fn"
+
+    def missing(self) -> str | None:
+        """What is not installed and the command that brings it, or None."""
+        if self.requires is not None and importlib.util.find_spec(self.requires) is None:
+            return f"{self.requires} is not installed: {self.install}"
+        return None
+
+    def unavailable(
+        self, device: str, *, dtype: DType | None = None, direction: Direction | None = None
+    ) -> str | None:
+        """Why it cannot run on this kind of device ("cpu", "cuda"), or None."""
+        if device not in self.devices:
+            return "needs a GPU" if device == "cpu" else "runs on the CPU alone"
+        if direction is not None and direction not in self.directions:
+            return f"{self.name} has no {direction}; it has: {', '.join(self.directions)}"
+        if device == "cuda" and dtype is not None and dtype not in self.cuda_dtypes:
+            return f"{self.name} takes no {dtype} on a GPU; it takes: {', '.join(self.cuda_dtypes)}"
+        return self.missing()
+
+
+@dataclass(frozen=True)
+class Op:
+    """One function: its shapes, its inputs, its oracle, its lower bounds, who computes it."""
+
+    name: str
+    summary: str
+    dims: tuple[str, ...]
+    inputs: str  # "module:function" that draws the inputs
+    oracle: str  # "module:function", given float64 inputs
+    output_kind: Literal["tokens", "channels"]
+    roundings: Mapping[str, int]  # operand and output roundings in a row, per direction
+    compulsory_bytes: Callable[[models.Shape, int, str], models.Bytes]
+    flops: Callable[[models.Shape, str], int]
+    impls: tuple[Impl, ...]
+    options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # first is the default
+
+    def impl(self, name: str) -> Impl:
+        for impl in self.impls:
+            if impl.name == name:
+                return impl
+        raise UsageError(
+            f"no implementation {name!r} of {self.name}; it has: "
+            f"{', '.join(impl.name for impl in self.impls)} (or path/to/file.py:function)"
+        )
+
+
+_REFERENCE = "chela_bench.reference"
+_ADAPTERS = "chela_bench.bench.adapters"
+_PEERS = "chela_bench.bench.peers"
+_INPUTS = "chela_bench.bench.inputs"
+
+# Roundings in a row: forward rounds the chunk's scores, the state operand and the output; backward
+# adds do's products. Each costs at most half a spacing (bench/check.py).
+_ATTENTION_ROUNDINGS = {"fwd": 3, "bwd": 4, "fwdbwd": 4}
+
+OPS: tuple[Op, ...] = (
+    Op(
+        name="linear_attention",
+        summary="S_t = S_{t-1} + k_t v_t^T;  o_t = scale * S_t^T q_t",
+        dims=("B", "T", "H", "K", "V"),
+        inputs=f"{_INPUTS}:attention",
+        oracle=f"{_REFERENCE}.linear_attention:chunked",
+        output_kind="tokens",
+        roundings=_ATTENTION_ROUNDINGS,
+        compulsory_bytes=models.linear_attention_bytes,
+        flops=models.linear_attention_flops,
+        impls=(
+            Impl(
+                "naive_cumsum",
+                f"{_ADAPTERS}:naive_cumsum",
+                "reference: cumulative sum of k v^T, materialised",
+                hbm_bytes=models.naive_cumsum_hbm_bytes,
+            ),
+            Impl(
+                "quadratic",
+                f"{_ADAPTERS}:quadratic",
+                "reference: ((q k^T) * mask) v",
+                growth=2.0,
+                hbm_bytes=models.quadratic_hbm_bytes,
+            ),
+            Impl("recurrent", f"{_ADAPTERS}:recurrent", "reference: a loop over tokens"),
+            Impl("chunked", f"{_ADAPTERS}:chunked", "reference: chunks of 64 tokens, vectorised"),
+            Impl(
+                "triton_chunked",
+                f"{_ADAPTERS}:triton_chunked",
+                "Triton, schedule fused: the state stays in registers",
+                directions=("fwd",),
+                devices=("cuda",),
+                axes=("BLOCK_T", "BLOCK_V", "num_warps", "num_stages"),
+                fp32_operands="tf32",
+                hbm_bytes="chela_bench.kernels.linear_attention:hbm_bytes",
+            ),
+            Impl(
+                "fla_chunk",
+                f"{_PEERS}:fla_chunk",
+                "flash-linear-attention's chunk_linear_attn",
+                devices=("cuda",),
+                fp32_operands="tf32",
+                requires="fla",
+                install="pip install 'chela-bench[peers]'",
+                hbm_bytes=models.fla_chunk_hbm_bytes,
+            ),
+            Impl(
+                "compiled_chunked",
+                f"{_PEERS}:compiled_chunked",
+                "torch.compile of the reference's chunked",
+                compiled=True,
+            ),
+        ),
+    ),
+    Op(
+        name="softmax_attention",
+        summary="o = softmax(scale * q k^T, causal) v: another function, for comparison",
+        dims=("B", "T", "H", "K", "V"),
+        inputs=f"{_INPUTS}:attention",
+        oracle=f"{_REFERENCE}.softmax_attention:softmax_attention",
+        output_kind="tokens",
+        roundings=_ATTENTION_ROUNDINGS,
+        compulsory_bytes=models.linear_attention_bytes,  # the same tensors in and out
+        flops=models.softmax_attention_flops,
+        impls=(
+            Impl(
+                "sdpa_flash",
+                f"{_PEERS}:sdpa_flash",
+                "torch's scaled_dot_product_attention, flash backend",
+                growth=2.0,
+                cuda_dtypes=("bf16", "fp16"),
+                hbm_bytes=models.flash_hbm_bytes,
+            ),
+        ),
+    ),
+    Op(
+        name="short_long_conv",
+        summary="Z = K_long * SiLU((sum K_short) * X), or (sum K_short + K_long) * X",
+        dims=("B", "T", "D"),
+        inputs=f"{_INPUTS}:short_long_conv",
+        oracle=f"{_REFERENCE}.short_long_conv:short_long_conv",
+        output_kind="channels",
+        roundings={"fwd": 3, "bwd": 4, "fwdbwd": 4},  # short result, activation, output; dz's
+        compulsory_bytes=models.short_long_conv_bytes,
+        flops=models.short_long_conv_flops,
+        options={"order": ("serial", "parallel")},
+        impls=(
+            Impl(
+                "direct",
+                f"{_ADAPTERS}:direct_conv",
+                "reference: depthwise conv1d, T^2 work",
+                growth=2.0,
+            ),
+            Impl("fft", f"{_ADAPTERS}:fft_conv", "reference: zero-padded FFT in float32"),
+            Impl(
+                "torch_rfft",
+                f"{_PEERS}:torch_rfft",
+                "what a user writes today: conv1d, SiLU, rfft of length 2T, channel-major",
+            ),
+        ),
+    ),
+    Op(
+        name="chela_layer",
+        summary="the CHELA layer: short-long convolution, linear attention, gates, residual",
+        dims=("B", "T", "D", "K", "V"),
+        inputs=f"{_INPUTS}:chela_layer",
+        oracle=f"{_ADAPTERS}:reference_layer",
+        output_kind="tokens",
+        # norm, conv, Z', Q/K, V, G_a, M, its gated product, two sums of H, its SiLU, G_o, Y; the
+        # way back passes the same steps again.
+        roundings={"fwd": 12, "bwd": 24, "fwdbwd": 24},
+        compulsory_bytes=models.chela_layer_bytes,
+        flops=models.chela_layer_flops,
+        impls=(
+            Impl(
+                "reference",
+                f"{_ADAPTERS}:reference_layer",
+                "reference module, default switches",
+            ),
+        ),
+    ),
+)
+
+
+def get_op(name: str) -> Op:
+    for op in OPS:
+        if op.name == name:
+            return op
+    raise UsageError(f"no op {name!r}; there are: {', '.join(op.name for op in OPS)}")
+
+
+def user_impl(name: str, target: str) -> Impl:
+    """A user's function as an implementation: nothing is assumed of it but the call."""
+    return Impl(name, target, f"user's function {target}", axes=None, fp32_operands="tf32")

@@ -1,0 +1,71 @@
+"""Other people's implementations under the bench's calling convention (see adapters.py)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from chela_bench.reference.linear_attention import chunked
+
+
+def fla_chunk(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """fla's chunk_linear_attn without its softmax-like denominator, which is the same function."""
+    from fla.ops.linear_attn import chunk_linear_attn
+
+    output: Tensor = chunk_linear_attn(q, k, v, normalize=False)[0]
+    return output
+
+
+def compiled_chunked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch.compile of the reference, compiled anew for every shape: nothing is left dynamic."""
+    # Each length is one compilation; the default limit of 8 would fall back to eager in silence.
+    with torch._dynamo.config.patch(recompile_limit=256):
+        output: Tensor = _compiled()(q, k, v)
+    return output
+
+
+@functools.cache
+def _compiled() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def rounded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return chunked(q, k, v)[0].to(q.dtype)
+
+    return torch.compile(rounded, fullgraph=True, dynamic=False)
+
+
+def sdpa_flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal flash attention on [B, H, T, K] views of the [B, T, H, K] inputs, no copies."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        output = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
+        )
+    return output.transpose(1, 2)
+
+
+def torch_rfft(
+    x: Tensor, short_kernels: Sequence[Tensor], long_kernel: Tensor, *, order: str
+) -> Tensor:
+    """Depthwise conv1d, SiLU, then rfft of length 2T in float32, all channel-major [B, D, T]."""
+    tokens = x.shape[1]
+    u = x.mT.contiguous()  # [B, D, T]
+    short = u
+    for kernel in short_kernels:
+        taps = kernel.flip(-1).unsqueeze(1)  # conv1d correlates: tap 0 comes last
+        padded = F.pad(u, (kernel.shape[-1] - 1, 0))
+        short = short + F.conv1d(padded, taps, groups=x.shape[-1])
+    if order == "serial":
+        z = _rfft_conv(F.silu(short), long_kernel, tokens)
+    else:
+        z = short + _rfft_conv(u, long_kernel, tokens)
+    return z.to(x.dtype).mT.contiguous()
+
+
+def _rfft_conv(u: Tensor, kernel: Tensor, tokens: int) -> Tensor:
+    spectrum = torch.fft.rfft(kernel.float(), n=2 * tokens)
+    product = torch.fft.rfft(u.float(), n=2 * tokens) * spectrum
+    z: Tensor = torch.fft.irfft(product, n=2 * tokens)
+    return z[..., :tokens]

@@ -1,0 +1,354 @@
+"""bench.toml and flags become settings, settings become cases. No torch, no device."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from chela_bench.bench.cases import Case, Distribution, Limits, Session
+from chela_bench.bench.config import Config
+from chela_bench.bench.ops import Impl, Op, get_op, user_impl
+from chela_bench.errors import RecordError, UsageError
+from chela_bench.records import (
+    DIRECTIONS,
+    DTYPES,
+    L2,
+    ConfigValue,
+    Direction,
+    DType,
+    Timer,
+)
+
+LONGEST = 1 << 30  # tokens; beyond it a typo is likelier than a wish
+_LENGTH = re.compile(r"(\d+)([km]?)", re.IGNORECASE)
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What the command line said; None or empty where it said nothing."""
+
+    preset: str | None = None
+    ops: Sequence[str] = ()
+    impls: Sequence[str] = ()
+    shapes: Sequence[str] = ()
+    lens: str | None = None
+    dtypes: Sequence[str] = ()
+    directions: Sequence[str] = ()
+    axes: Mapping[str, Sequence[ConfigValue]] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    timer: Timer | None = None
+    l2: L2 | None = None
+    inputs: Distribution | None = None
+    seed: int | None = None
+
+
+class Settings(BaseModel):
+    """All that decides which points are measured and how; in run.json, compared on resume."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    device: str
+    preset: str | None
+    impls: dict[str, list[str]]  # by op
+    user_impls: dict[str, str] = Field(default_factory=dict)  # name -> file:function
+    user_files_sha256: dict[str, str] = Field(default_factory=dict)
+    shapes: dict[str, dict[str, dict[str, int]]]  # by op and name; T only in single points
+    lens: list[int]
+    lens_replace_T: bool  # noqa: N815  T is the dimension's name
+    dtypes: list[DType]
+    directions: list[Direction]
+    axes: dict[str, list[ConfigValue]] = Field(default_factory=dict)
+    timer: Timer
+    l2: L2
+    inputs: Distribution
+    seed: int
+    limits: Limits
+
+    @property
+    def device_kind(self) -> str:
+        return self.device.partition(":")[0]
+
+    def session(self) -> Session:
+        return Session(
+            device=self.device,
+            timer=self.timer,
+            l2=self.l2,
+            seed=self.seed,
+            inputs=self.inputs,
+            limits=self.limits,
+            user_impls=self.user_impls,
+        )
+
+
+def resolve(config: Config, flags: Flags, device: str) -> Settings:
+    """Flags over the preset over [sweep]; preset "cpu" by itself where the device is the CPU."""
+    preset_name = flags.preset
+    if preset_name is None and device == "cpu" and "cpu" in config.presets:
+        preset_name = "cpu"
+    sweep, limits = config.sweep, config.limits
+    if preset_name is not None:
+        if preset_name not in config.presets:
+            raise _unknown("preset", preset_name, config.presets)
+        preset = config.presets[preset_name]
+        sweep = sweep.model_copy(update=preset.sweep.model_dump(exclude_none=True))
+        try:
+            limits = Limits.model_validate({**limits.model_dump(), **preset.limits})
+        except ValidationError as error:
+            raise UsageError(f"presets.{preset_name}.limits: {error.errors()[0]['msg']}") from None
+    ops = [get_op(name) for name in _unique(flags.ops or sweep.ops)]
+    ops, impls, user_impls = _choose_impls(ops, flags)
+    shapes = _choose_shapes(config, ops, flags, sweep.shapes)
+    chosen = [op for op in ops if op.name in shapes]
+    settings = Settings(
+        device=device,
+        preset=preset_name,
+        impls={op.name: impls[op.name] for op in chosen},
+        user_impls=user_impls,
+        user_files_sha256=_sha256_of_files(user_impls),
+        shapes=shapes,
+        lens=parse_lengths(sweep.lens if flags.lens is None else flags.lens),
+        lens_replace_T=flags.lens is not None,
+        dtypes=_known("dtype", flags.dtypes or sweep.dtypes, DTYPES),
+        directions=_known("direction", flags.directions or sweep.directions, DIRECTIONS),
+        axes={name: list(values) for name, values in flags.axes.items()},
+        timer=flags.timer or sweep.timer,
+        l2=flags.l2 or sweep.l2,
+        inputs=flags.inputs or sweep.inputs,
+        seed=sweep.seed if flags.seed is None else flags.seed,
+        limits=limits,
+    )
+    _refuse_unused_axes(settings)
+    return settings
+
+
+def cases(settings: Settings) -> list[Case]:
+    """Every point of the settings, each once."""
+    found: dict[str, Case] = {}
+    for op_name, shapes in settings.shapes.items():
+        op = get_op(op_name)
+        for name, sizes in shapes.items():
+            del name
+            for tokens in _lengths_of(sizes, settings):
+                shape = {dim: tokens if dim == "T" else sizes[dim] for dim in op.dims}
+                for impl_name, dtype, direction in itertools.product(
+                    settings.impls[op_name], settings.dtypes, settings.directions
+                ):
+                    impl = find_impl(settings, op, impl_name)
+                    for config in _configs(op, impl, settings.axes):
+                        case = Case(
+                            op=op_name,
+                            impl=impl_name,
+                            direction=direction,
+                            dtype=dtype,
+                            shape=shape,
+                            config=config,
+                        )
+                        found[case.key] = case
+    return list(found.values())
+
+
+def check_user_files(settings: Settings) -> None:
+    """Raises RecordError if a user's file is gone or changed since the settings were made."""
+    for name, digest in _sha256_of_files(settings.user_impls).items():
+        if digest != settings.user_files_sha256[name]:
+            raise RecordError(f"{name} has changed since the run began; start a new run instead")
+
+
+def _sha256_of_files(user_impls: Mapping[str, str]) -> dict[str, str]:
+    digests = {}
+    for name, target in user_impls.items():
+        path = Path(target.rpartition(":")[0])
+        try:
+            digests[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    return digests
+
+
+def find_impl(settings: Settings, op: Op, name: str) -> Impl:
+    if name in settings.user_impls:
+        return user_impl(name, settings.user_impls[name])
+    return op.impl(name)
+
+
+def unavailable(settings: Settings, case: Case) -> str | None:
+    """Why the case cannot run here, known without trying, or None."""
+    impl = find_impl(settings, get_op(case.op), case.impl)
+    return impl.unavailable(settings.device_kind, dtype=case.dtype, direction=case.direction)
+
+
+def parse_lengths(text: str) -> list[int]:
+    """`1k..64k` doubles from the first to the last; `1k,3k,8k` lists. k = 1024, m = 1024^2."""
+    if ".." in text:
+        first_text, _, last_text = text.partition("..")
+        first, last = _length(first_text, text), _length(last_text, text)
+        if first > last:
+            raise UsageError(f"--lens {text!r} runs backwards; write {last_text}..{first_text}")
+        doublings = range((last // first).bit_length())
+        return [first << doubling for doubling in doublings]
+    return _unique([_length(part, text) for part in text.split(",")])
+
+
+def parse_axis(text: str) -> tuple[str, list[ConfigValue]]:
+    """`BLOCK_T=32,64,128`; values are whole numbers where they look like one, else words."""
+    name, equals, values = text.partition("=")
+    parts = [part.strip() for part in values.split(",")]
+    if not equals or not name.strip().isidentifier() or not all(parts):
+        raise UsageError(f"--axis takes NAME=VALUE,VALUE,..., as in BLOCK_T=32,64; got {text!r}")
+    return name.strip(), _unique([int(p) if p.lstrip("-").isdigit() else p for p in parts])
+
+
+def parse_sizes(text: str) -> dict[str, int]:
+    """`H=16,K=128`."""
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, equals, size = (piece.strip() for piece in part.partition("="))
+        if not equals or not name or not size.isdigit() or int(size) < 1:
+            raise UsageError(f"--set takes DIM=SIZE,DIM=SIZE, as in H=16,K=128; got {text!r}")
+        sizes[name] = int(size)
+    return sizes
+
+
+def _length(part: str, whole: str) -> int:
+    match = _LENGTH.fullmatch(part.strip())
+    length = int(match[1]) * _UNITS[match[2].lower()] if match else 0
+    if not 1 <= length <= LONGEST:
+        raise UsageError(
+            f"--lens {whole!r}: {part.strip()!r} is not a length from 1 to 1024m; "
+            "write 1k..64k, or 1k,3k,8k (k = 1024)"
+        )
+    return length
+
+
+def _choose_impls(
+    ops: list[Op], flags: Flags
+) -> tuple[list[Op], dict[str, list[str]], dict[str, str]]:
+    """The ops left, their implementations by name, and the user's functions by name."""
+    files = [name for name in flags.impls if ".py:" in name or name.endswith(".py")]
+    names = _unique([name for name in flags.impls if name not in files])
+    if not flags.impls:
+        return ops, {op.name: [impl.name for impl in op.impls] for op in ops}, {}
+    for name in names:
+        if not any(impl.name == name for op in ops for impl in op.impls):
+            available = {impl.name: None for op in ops for impl in op.impls}
+            raise _unknown("implementation", name, available, "or path/to/file.py:function")
+    impls = {op.name: [impl.name for impl in op.impls if impl.name in names] for op in ops}
+    kept = [op for op in ops if impls[op.name]] if names else ops
+    user_impls = dict(_user_impl(text) for text in _unique(files))
+    if user_impls:
+        if len(kept) != 1:
+            raise UsageError(
+                f"{files[0]} implements one op; say which with --op "
+                f"({', '.join(op.name for op in ops)})"
+            )
+        impls[kept[0].name] += list(user_impls)
+    if flags.ops and len(kept) < len(ops):
+        left_out = [op.name for op in ops if op not in kept]
+        raise UsageError(f"no implementation of {', '.join(left_out)} among {', '.join(names)}")
+    return kept, impls, user_impls
+
+
+def _user_impl(text: str) -> tuple[str, str]:
+    file, colon, function = text.rpartition(":")
+    path = Path(file if colon else text)
+    if not colon or not function.isidentifier():
+        raise UsageError(f"--impl {text!r}: name the function too, as in {path}:function")
+    if not path.is_file():
+        raise UsageError(f"--impl {text!r}: no such file {path}")
+    return f"{path.name}:{function}", f"{path.resolve()}:{function}"
+
+
+def _choose_shapes(
+    config: Config, ops: list[Op], flags: Flags, default: Sequence[str]
+) -> dict[str, dict[str, dict[str, int]]]:
+    names = _unique(flags.shapes or default)
+    chosen: dict[str, dict[str, dict[str, int]]] = {}
+    for op in ops:
+        table = config.shapes.get(op.name, {})
+        found = {name: dict(table[name]) for name in names if name in table}
+        if found:
+            chosen[op.name] = found
+        elif flags.ops or not any(name in t for t in config.shapes.values() for name in names):
+            raise UsageError(
+                f"no shape {', '.join(map(repr, names))} for {op.name} in bench.toml; "
+                f"it has: {', '.join(table) or 'none'}"
+            )
+    known = _unique(name for op in ops for name in config.shapes.get(op.name, {}))
+    for name in names:
+        if name not in known:
+            raise _unknown("shape", name, dict.fromkeys(known), "(see bench.toml)")
+    for dim, size in flags.sizes.items():
+        users = [op for op in ops if dim in op.dims and op.name in chosen]
+        if not users or dim == "T":
+            dims = _unique(d for op in ops for d in op.dims if d != "T")
+            way_out = "lengths are --lens" if dim == "T" else f"there are: {', '.join(dims)}"
+            raise UsageError(f"--set {dim}={size}: no such dimension here; {way_out}")
+        for op in users:
+            for sizes in chosen[op.name].values():
+                sizes[dim] = size
+    return chosen
+
+
+def _lengths_of(sizes: Mapping[str, int], settings: Settings) -> list[int]:
+    if "T" in sizes and not settings.lens_replace_T:
+        return [sizes["T"]]
+    return settings.lens
+
+
+def _configs(
+    op: Op, impl: Impl, axes: Mapping[str, Sequence[ConfigValue]]
+) -> Iterator[dict[str, ConfigValue]]:
+    """The product of the axes that this implementation takes; other options at their default."""
+    taken = {name: axes[name] for name in axes if _takes(op, impl, name)}
+    options = {name: values[:1] for name, values in op.options.items() if name not in taken}
+    every: dict[str, Sequence[Any]] = {**options, **taken}
+    for values in itertools.product(*every.values()):
+        yield dict(zip(every, values, strict=True))
+
+
+def _takes(op: Op, impl: Impl, axis: str) -> bool:
+    return axis in op.options or impl.axes is None or axis in impl.axes
+
+
+def _refuse_unused_axes(settings: Settings) -> None:
+    pairs = [
+        (get_op(op), find_impl(settings, get_op(op), name))
+        for op, names in settings.impls.items()
+        for name in names
+    ]
+    for axis, values in settings.axes.items():
+        if not any(_takes(op, impl, axis) for op, impl in pairs):
+            known = _unique(
+                name for op, impl in pairs for name in (*op.options, *(impl.axes or ()))
+            )
+            raise UsageError(
+                f"--axis {axis}: nothing selected has such an axis; there are: "
+                f"{', '.join(known) or 'none'}"
+            )
+        for op, _ in pairs:
+            for value in values:
+                if axis in op.options and value not in op.options[axis]:
+                    raise _unknown(axis, str(value), dict.fromkeys(op.options[axis]))
+
+
+def _known(kind: str, given: Sequence[str], allowed: Sequence[Any]) -> list[Any]:
+    for name in given:
+        if name not in allowed:
+            raise _unknown(kind, name, dict.fromkeys(allowed))
+    return _unique(given)
+
+
+def _unknown(kind: str, name: str, known: Mapping[str, object], more: str = "") -> UsageError:
+    return UsageError(f"no {kind} {name!r}; there are: {', '.join(known)} {more}".strip())
+
+
+def _unique(items: Any) -> list[Any]:
+    return list(dict.fromkeys(items))

@@ -1,0 +1,315 @@
+"""Runs cases in a worker process, one after another, and outlives whatever they do to it.
+
+The parent never touches CUDA. A worker that hangs is killed, one that dies is replaced, and the
+case it was at becomes a point with an outcome and a reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+from chela_bench.bench.cases import Case, Session
+from chela_bench.errors import EnvironmentProblem, UsageError
+from chela_bench.records import Ceilings, Environment, Outcome, Point
+
+START_LIMIT_S = 180.0  # importing torch, starting CUDA, measuring the ceilings
+
+
+class WorkerDied(Exception):
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class WorkerHung(Exception):
+    def __init__(self, phase: str, limit_s: float) -> None:
+        super().__init__(phase)
+        self.phase, self.limit_s = phase, limit_s
+
+
+class WorkerProcess:
+    """One worker process and the pipes to it."""
+
+    def __init__(self, session: Session, log: Path) -> None:
+        self.session = session
+        self._log = log
+        read_fd, write_fd = os.pipe()
+        environment = {
+            **os.environ,
+            # One process is one thing to kill: torch.compile's pool would outlive the worker.
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        }
+        with log.open("ab") as log_file:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __package__ + ".worker", str(write_fd), str(os.getpid())],
+                stdin=subprocess.PIPE,
+                stdout=log_file,
+                stderr=log_file,
+                pass_fds=(write_fd,),
+                start_new_session=True,  # Ctrl-C reaches the parent alone
+                env=environment,
+            )
+        os.close(write_fd)
+        self._answers = read_fd
+        self._buffer = b""
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(read_fd, selectors.EVENT_READ)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def ask(self, command: dict[str, Any], limit_s: float) -> dict[str, Any]:
+        """Sends a command and returns the first answer; raises what a refusal says."""
+        self.send(command)
+        answer = self.receive(time.monotonic() + limit_s)
+        if answer is None:
+            raise WorkerHung("start", limit_s)
+        return answer
+
+    def send(self, command: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write((json.dumps(command) + "\n").encode())
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise WorkerDied(self._obituary()) from None
+
+    def receive(self, deadline: float) -> dict[str, Any] | None:
+        """The next answer, or None at the deadline (time.monotonic())."""
+        while b"\n" not in self._buffer:
+            if not self._selector.select(max(0.0, deadline - time.monotonic())):
+                return None
+            chunk = os.read(self._answers, 1 << 16)
+            if not chunk:
+                raise WorkerDied(self._obituary())
+            self._buffer += chunk
+        line, self._buffer = self._buffer.split(b"\n", 1)
+        answer: dict[str, Any] = json.loads(line)
+        if "refused" in answer:
+            refused = answer["refused"]
+            kind = EnvironmentProblem if refused["exit_code"] == 6 else UsageError
+            raise kind(refused["message"])
+        return answer
+
+    def kill(self) -> None:
+        """Ends the worker and everything it started, now."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._close()
+
+    def close(self) -> None:
+        """Lets an idle worker end by itself."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=10)
+        self.kill()
+
+    def _close(self) -> None:
+        if self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(self._answers)
+            os.close(self._answers)
+        self._selector.close()
+
+    def _obituary(self) -> str:
+        """How the process ended, and the last line it printed."""
+        try:
+            code = self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:  # it closed its pipe and lives on
+            self.kill()
+            code = self._process.returncode
+        if code < 0:
+            how = f"worker killed by {signal.Signals(-code).name}"
+            if -code == signal.SIGKILL:
+                how += " (out of host memory, or killed by hand)"
+        else:
+            how = f"worker ended with exit code {code}"
+        last = _last_line(self._log)
+        return f"{how}; last output: {last}" if last else how
+
+
+class Runner:
+    """Starts workers as needed and turns cases into points. Use as a context manager."""
+
+    def __init__(self, session: Session, log: Path, *, ceilings: Ceilings | None = None) -> None:
+        """`ceilings` given (a resumed run's) are kept instead of being measured again."""
+        self._session = session
+        self._log = log
+        self._worker: WorkerProcess | None = None
+        self._gpu_lock: IO[str] | None = None
+        self._environment: Environment | None = None
+        self.versions: dict[str, str] = {}
+        self.ceilings = ceilings
+
+    def __enter__(self) -> Runner:
+        """Starts the first worker and takes the device.
+
+        Raises EnvironmentProblem (no such device, device taken) or UsageError (a user's file does
+        not import), before anything is written.
+        """
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker = None
+        if self._gpu_lock is not None:
+            self._gpu_lock.close()
+
+    @property
+    def environment(self) -> Environment:
+        assert self._environment is not None, "enter the runner first"
+        return self._environment
+
+    @property
+    def worker_pid(self) -> int | None:
+        return None if self._worker is None else self._worker.pid
+
+    def measure(
+        self, case: Case, on_phase: Callable[[str], None] = lambda phase: None
+    ) -> tuple[Point, list[float]]:
+        """The case's point and samples, whatever happens to the worker on the way."""
+        begin = time.monotonic()
+        started = utc_now()
+        try:
+            point, samples = self._ask_worker(case, on_phase)
+        except WorkerDied as death:
+            self._discard()
+            point, samples = self._failed(case, "crash", death.reason), []
+        except WorkerHung as hang:
+            self._discard()
+            reason = f"no answer for {hang.limit_s:g} s in phase {hang.phase!r}"
+            point, samples = self._failed(case, "timeout", reason), []
+        spent = {"started_utc": started, "spent_s": round(time.monotonic() - begin, 4)}
+        return point.model_copy(update=spent), samples
+
+    def _ask_worker(self, case: Case, on_phase: Callable[[str], None]) -> tuple[Point, list[float]]:
+        if self._worker is None:
+            self._start()
+        assert self._worker is not None
+        limits = self._session.limits
+        self._worker.send({"case": case.model_dump(mode="json")})
+        phase, limit_s = "start", limits.phase_s
+        while True:
+            answer = self._worker.receive(time.monotonic() + limit_s)
+            if answer is None:
+                raise WorkerHung(phase, limit_s)
+            if "phase" in answer:
+                phase = answer["phase"]
+                limit_s = limits.build_s if phase == "build" else limits.phase_s
+                on_phase(phase)
+                continue
+            if answer["fatal"]:  # a CUDA error stays: the next case needs a new process
+                self._discard()
+            return Point.model_validate(answer["point"]), answer["samples_ns"]
+
+    def _start(self) -> None:
+        worker = self._worker = WorkerProcess(self._session, self._log)
+        try:
+            session = self._session.model_dump(mode="json")
+            hello = worker.ask({"session": session}, START_LIMIT_S)["hello"]
+            environment = Environment.model_validate(hello["environment"])
+            if self._environment is None:
+                self._environment, self.versions = environment, hello["versions"]
+                self._lock_gpu()
+            elif environment.uuid != self.environment.uuid:
+                raise EnvironmentProblem(
+                    f"the GPU was {self.environment.uuid} and is now {environment.uuid}"
+                )
+            given = None if self.ceilings is None else self.ceilings.model_dump(mode="json")
+            ready = worker.ask({"begin": given}, START_LIMIT_S)["ready"]
+            self.ceilings = Ceilings.model_validate(ready["ceilings"])
+        except WorkerDied as death:
+            raise EnvironmentProblem(f"the worker does not start: {death.reason}") from death
+        except WorkerHung:
+            raise EnvironmentProblem(
+                f"the worker did not start within {START_LIMIT_S:g} s; see {self._log}"
+            ) from None
+
+    def _lock_gpu(self) -> None:
+        """One sweep holds one GPU; the system drops the lock when this process ends."""
+        uuid = self.environment.uuid
+        if uuid is None or self._gpu_lock is not None:
+            return
+        path = Path(tempfile.gettempdir()) / f"chela-bench-{uuid}.lock"
+        self._gpu_lock = lock_file(
+            path, f"{self.environment.name} ({uuid}) is in use by another sweep"
+        )
+
+    def _discard(self) -> None:
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker = None
+
+    def _failed(self, case: Case, outcome: Outcome, reason: str) -> Point:
+        cuda = self._session.device != "cpu"
+        return Point(
+            **case.model_dump(),
+            device=self.environment.uuid or "cpu",
+            timer=self._session.timer,
+            l2=self._session.l2 if cuda else None,
+            outcome=outcome,
+            reason=reason,
+        )
+
+
+def lock_file(path: Path, taken: str) -> IO[str]:
+    """An exclusive lock held as long as the returned file is open; EnvironmentProblem if taken."""
+    handle = path.open("a+")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.seek(0)
+        holder = handle.read().strip() or "unknown"
+        handle.close()
+        raise EnvironmentProblem(f"{taken} (process {holder}); wait for it or stop it") from None
+    handle.truncate(0)
+    handle.write(str(os.getpid()))
+    handle.flush()
+    return handle
+
+
+def utc_now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _last_line(path: Path, tail_bytes: int = 4096) -> str:
+    with contextlib.suppress(OSError), path.open("rb") as handle:
+        handle.seek(0, os.SEEK_END)
+        handle.seek(max(0, handle.tell() - tail_bytes))
+        lines = handle.read().decode(errors="replace").strip().splitlines()
+        return lines[-1][:200] if lines else ""
+    return ""
+
+
+def shuffled(cases: list[Case], seed: int) -> Iterator[Case]:
+    """In an order that the seed alone decides, so that drift is not read as a slope in T."""
+    import random
+
+    order = list(cases)
+    random.Random(seed).shuffle(order)
+    return iter(order)

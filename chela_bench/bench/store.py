@@ -1,0 +1,171 @@
+"""Run folders: written line by line as points end, read back whole.
+
+    run.json        the Run; rewritten whole (to a temporary name, then renamed) when it changes
+    samples.jsonl   {"key", "samples_ns"}: appended before its point
+    points.jsonl    one Point a line, appended and flushed to disk as it ends
+    worker.log      whatever implementations printed
+
+Beside them the command line derives results.csv, samples.parquet and report/.
+
+A line is whole or it is not there: a torn last line, which a kill in mid-write leaves, is dropped
+on reading and cut off before appending. A key measured twice (`--retry`) counts once, the last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO
+
+from pydantic import ValidationError
+
+from chela_bench.bench.runner import lock_file
+from chela_bench.errors import EnvironmentProblem, RecordError
+from chela_bench.records import SCHEMA_VERSION, Point, Run
+
+RUN, POINTS, SAMPLES, LOG = "run.json", "points.jsonl", "samples.jsonl", "worker.log"
+
+
+class RunFolder:
+    """A run folder held for writing by this process. Use as a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = lock_file(path / ".lock", f"{path} is being written by another sweep")
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"cannot write the run folder {path}: {error.strerror}; give another --out"
+            ) from error
+        self._points: IO[bytes] | None = None
+        self._samples: IO[bytes] | None = None
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in (self._points, self._samples):
+            if handle is not None:
+                handle.close()
+        self._lock.close()
+
+    @property
+    def log(self) -> Path:
+        return self.path / LOG
+
+    def write_run(self, run: Run) -> None:
+        write_atomically(self.path / RUN, run.model_dump_json(indent=2).encode() + b"\n")
+
+    def append(self, point: Point, samples_ns: list[float]) -> None:
+        """Samples first: a point that is on record always has its samples."""
+        if self._points is None or self._samples is None:
+            self._samples = _open_for_appending(self.path / SAMPLES)
+            self._points = _open_for_appending(self.path / POINTS)
+        if samples_ns:
+            line = json.dumps({"key": point.key, "samples_ns": [round(s) for s in samples_ns]})
+            _append(self._samples, line)
+        _append(self._points, point.model_dump_json())
+
+    def discard(self) -> None:
+        """Removes a folder that never came to hold a run."""
+        self.__exit__()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def load_run(folder: Path) -> tuple[Run, list[Point]]:
+    """The run and its points, one per key. Raises RecordError naming file and line."""
+    return load_header(folder), load_points(folder)
+
+
+def load_header(folder: Path) -> Run:
+    path = folder / RUN
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        raise RecordError(f"{folder} is no run folder: it has no {RUN}") from None
+    except OSError as error:
+        raise RecordError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        version = json.loads(text)["schema_version"]
+    except (ValueError, KeyError, TypeError):
+        raise RecordError(
+            f"{path} is not a run record: it does not say its schema_version"
+        ) from None
+    if version != SCHEMA_VERSION:
+        raise RecordError(
+            f"{path} has schema_version {version}; this chela-bench reads {SCHEMA_VERSION}"
+        )
+    try:
+        return Run.model_validate_json(text)
+    except ValidationError as error:
+        raise RecordError(f"{path}: {_first_problem(error)}") from None
+
+
+def load_points(folder: Path) -> list[Point]:
+    points: dict[str, Point] = {}
+    path = folder / POINTS
+    for number, line in enumerate(_whole_lines(path), start=1):
+        try:
+            point = Point.model_validate_json(line)
+        except ValidationError as error:
+            raise RecordError(f"{path}, line {number}: {_first_problem(error)}") from None
+        points[point.key] = point
+    return list(points.values())
+
+
+def load_samples(folder: Path) -> dict[str, list[int]]:
+    """Time samples in nanoseconds by point key."""
+    path = folder / SAMPLES
+    samples: dict[str, list[int]] = {}
+    for number, line in enumerate(_whole_lines(path), start=1):
+        try:
+            row = json.loads(line)
+            samples[row["key"]] = row["samples_ns"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RecordError(f"{path}, line {number}: {error}") from None
+    return samples
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes to a temporary name beside `path`, then renames: old or new, never half."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _whole_lines(path: Path) -> Iterable[bytes]:
+    if not path.exists():
+        return []
+    return [line for line in path.read_bytes().split(b"\n")[:-1] if line]
+
+
+def _open_for_appending(path: Path) -> IO[bytes]:
+    """Opened at its end, after cutting off a torn last line."""
+    handle = path.open("a+b")
+    handle.seek(0)
+    data = handle.read()
+    handle.truncate(data.rfind(b"\n") + 1)
+    handle.seek(0, os.SEEK_END)
+    return handle
+
+
+def _append(handle: IO[bytes], line: str) -> None:
+    handle.write(line.encode() + b"\n")
+    handle.flush()
+    os.fsync(handle.fileno())
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"]) or "record"
+    return f"{where}: {problem['msg']}"

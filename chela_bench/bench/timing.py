@@ -1,0 +1,208 @@
+"""The timing engine: one call, many samples, no launch cost inside.
+
+CUDA, timer "event": evict L2 by reading twice its size, hold the stream with a spin kernel while
+the host enqueues event, call, event; after enqueueing, the first event must still be pending, or
+the hold was too short, the sample is thrown away and the hold is doubled. What stands between the
+events is then kernel time alone. Timer "profiler": the profiler's sum of kernel spans.
+CPU: wall time of the call.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch._C._autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from chela_bench.bench import stats
+
+Call = Callable[[], object]
+
+MAX_LAUNCHES = 500  # above it a call does not fit the launch queue: kernel time is null
+MIN_OK_SAMPLES = 3
+PROFILED_CALLS = 10
+_FIRST_HOLD_NS = 200_000
+_LONGEST_HOLD_NS = 100_000_000
+
+
+class CannotHold(Exception):
+    """The call cannot be enqueued behind a held stream: it synchronises, or fills the queue."""
+
+
+@dataclass
+class Timed:
+    """Samples in nanoseconds per call, in the order taken; launches per call if counted."""
+
+    samples_ns: list[float]
+    launches: int | None = None
+
+
+class EventTimer:
+    """Kernel time of single calls on the current CUDA stream, event to event."""
+
+    def __init__(self, *, l2_bytes: int, cold: bool) -> None:
+        self._evictor = L2Evictor(l2_bytes) if cold else None
+        self._cycles_per_ns = _spin_cycles_per_ns()
+        self._hold_ns = _FIRST_HOLD_NS
+
+    def sample(self, call: Call) -> float:
+        """Nanoseconds of one call. Raises CannotHold if the host cannot run ahead of the device."""
+        while True:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda.synchronize()
+            if self._evictor is not None:
+                self._evictor()
+            torch.cuda._sleep(int(self._hold_ns * self._cycles_per_ns))
+            start.record()
+            call()
+            end.record()
+            held = not start.query()
+            end.synchronize()
+            if held:
+                return float(start.elapsed_time(end)) * 1e6
+            if self._hold_ns >= _LONGEST_HOLD_NS:
+                raise CannotHold
+            self._hold_ns *= 2
+
+
+class L2Evictor:
+    """Reads twice the L2's size: lines read can be dropped, lines written would be written back."""
+
+    def __init__(self, l2_bytes: int) -> None:
+        self._buffer = torch.zeros(max(2 * l2_bytes, 4) // 4, dtype=torch.float32, device="cuda")
+        self._out = torch.empty((), dtype=torch.float32, device="cuda")
+
+    def __call__(self) -> None:
+        torch.sum(self._buffer, dim=0, out=self._out)
+
+
+def time_with_events(call: Call, timer: EventTimer, *, limit_s: float) -> Timed:
+    """Samples until the median is settled, or until `limit_s` of wall time is spent."""
+    return Timed(_until_settled(lambda: [timer.sample(call)], limit_s))
+
+
+def time_with_profiler(call: Call, evictor: L2Evictor | None, *, limit_s: float) -> Timed:
+    """Sum of kernel spans of each of ten back-to-back calls a round (no host time, no gaps)."""
+    launches = count_launches(call)
+    evictor_launches = count_launches(evictor) if evictor is not None else 0
+
+    def one_round() -> list[float]:
+        def calls() -> None:
+            for _ in range(PROFILED_CALLS):
+                if evictor is not None:
+                    evictor()
+                call()
+
+        spans = _kernel_spans_ns(calls)
+        step = launches + evictor_launches
+        if len(spans) != PROFILED_CALLS * step:  # launches vary from call to call: only the mean
+            if evictor is not None:
+                raise CannotHold
+            return [sum(spans) / PROFILED_CALLS]
+        return [
+            sum(spans[first + evictor_launches : first + step])
+            for first in range(0, len(spans), step)
+        ]
+
+    return Timed(_until_settled(one_round, limit_s), launches)
+
+
+def time_on_cpu(call: Call, *, limit_s: float) -> Timed:
+    def one() -> list[float]:
+        begin = time.perf_counter_ns()
+        call()
+        return [float(time.perf_counter_ns() - begin)]
+
+    return Timed(_until_settled(one, limit_s))
+
+
+def wall_ns(call: Call, *, limit_s: float = 0.2, most: int = 9) -> int:
+    """Median wall time of single calls from launch to synchronised end (CUDA)."""
+    samples: list[float] = []
+    begin = time.perf_counter()
+    while not samples or (len(samples) < most and time.perf_counter() - begin < limit_s):
+        samples.append(once_ns(call))
+    return max(1, round(stats.median(samples)))
+
+
+def host_ns(call: Call, *, calls: int = 20, rounds: int = 10, limit_s: float = 0.5) -> int:
+    """Host time per call: `calls` in a row without synchronising, median over rounds (CUDA).
+
+    Meant for a tiny shape, where the device keeps up and the launch queue never fills.
+    """
+    samples: list[float] = []
+    begin = time.perf_counter()
+    while not samples or (len(samples) < rounds and time.perf_counter() - begin < limit_s):
+        torch.cuda.synchronize()
+        start = time.perf_counter_ns()
+        for _ in range(calls):
+            call()
+        samples.append((time.perf_counter_ns() - start) / calls)
+    torch.cuda.synchronize()
+    return max(1, round(stats.median(samples)))
+
+
+def once_ns(call: Call) -> int:
+    """Wall time of one call, device work included."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    begin = time.perf_counter_ns()
+    call()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter_ns() - begin
+
+
+def fastest_ns(call: Call, *, most: int = 3, limit_ns: int = 50_000_000) -> int:
+    """Wall time of the fastest of a few calls: an estimate that one hiccup does not spoil."""
+    samples = [once_ns(call)]
+    while len(samples) < most and sum(samples) < limit_ns:
+        samples.append(once_ns(call))
+    return min(samples)
+
+
+def count_launches(call: Call) -> int:
+    """Device activities (kernels, copies, fills) of one call, as the profiler sees them."""
+    return len(_kernel_spans_ns(call))
+
+
+def _kernel_spans_ns(call: Call) -> list[float]:
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    events = [
+        event
+        for event in profiler.events() or ()
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    ]
+    events.sort(key=lambda event: event.time_range.start)
+    return [(event.time_range.end - event.time_range.start) * 1e3 for event in events]
+
+
+def _until_settled(take: Callable[[], list[float]], limit_s: float) -> list[float]:
+    samples: list[float] = []
+    begin = time.perf_counter()
+    next_look = stats.MIN_SAMPLES
+    while time.perf_counter() - begin < limit_s or not samples:
+        samples += take()
+        if len(samples) >= next_look:
+            if stats.settled(samples):
+                break
+            next_look = len(samples) + 1 + len(samples) // 10  # each look sorts all samples
+    return samples
+
+
+def _spin_cycles_per_ns() -> float:
+    """Calibrates torch.cuda._sleep; a rough figure is enough, since every hold is checked."""
+    torch.cuda._sleep(1000)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    torch.cuda._sleep(2_000_000)
+    end.record()
+    end.synchronize()
+    return 2_000_000 / (float(start.elapsed_time(end)) * 1e6)

@@ -1,0 +1,116 @@
+"""NVML through nvidia-ml-py: which GPUs there are, and how one of them is doing. Reads only.
+
+A device is always matched by its UUID: NVML counts GPUs in PCI order and ignores
+CUDA_VISIBLE_DEVICES, so indices of NVML and CUDA need not agree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pynvml
+
+from chela_bench.records import Telemetry
+
+THROTTLE_REASONS = {
+    "gpu_idle": "nvmlClocksEventReasonGpuIdle",
+    "applications_clocks": "nvmlClocksEventReasonApplicationsClocksSetting",
+    "power_cap": "nvmlClocksEventReasonSwPowerCap",
+    "hw_slowdown": "nvmlClocksThrottleReasonHwSlowdown",
+    "sync_boost": "nvmlClocksEventReasonSyncBoost",
+    "sw_thermal": "nvmlClocksEventReasonSwThermalSlowdown",
+    "hw_thermal": "nvmlClocksThrottleReasonHwThermalSlowdown",
+    "power_brake": "nvmlClocksThrottleReasonHwPowerBrakeSlowdown",
+    "display_clocks": "nvmlClocksEventReasonDisplayClockSetting",
+}
+
+
+@contextlib.contextmanager
+def _nvml() -> Iterator[bool]:
+    """NVML started for the block; yields False where there is no driver."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def gpu_count() -> int:
+    """GPUs that the driver knows; 0 without a driver."""
+    with _nvml() as available:
+        return int(pynvml.nvmlDeviceGetCount()) if available else 0
+
+
+def facts(uuid: str) -> dict[str, Any]:
+    """Driver, power limit, clock limits, ECC and MIG, under Environment's names.
+
+    What this card or driver does not tell is left out.
+    """
+    with _nvml() as available:
+        if not available:
+            return {}
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        found = {
+            "driver": _ask(pynvml.nvmlSystemGetDriverVersion),
+            "power_limit_mw": _ask(pynvml.nvmlDeviceGetEnforcedPowerLimit, handle),
+            "max_sm_clock_mhz": _ask(
+                pynvml.nvmlDeviceGetMaxClockInfo, handle, pynvml.NVML_CLOCK_SM
+            ),
+            "max_mem_clock_mhz": _ask(
+                pynvml.nvmlDeviceGetMaxClockInfo, handle, pynvml.NVML_CLOCK_MEM
+            ),
+        }
+        ecc = _ask(pynvml.nvmlDeviceGetEccMode, handle)
+        mig = _ask(pynvml.nvmlDeviceGetMigMode, handle)
+        found["ecc"] = None if ecc is None else bool(ecc[0])
+        found["mig"] = None if mig is None else bool(mig[0])
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def telemetry(uuid: str) -> tuple[Telemetry, list[str] | None]:
+    """Clocks, power and temperature now, and the throttle reasons in force ([]: none)."""
+    with _nvml() as available:
+        if not available:
+            return Telemetry(), None
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        reading = Telemetry(
+            sm_clock_mhz=_ask(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM),
+            mem_clock_mhz=_ask(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_MEM),
+            power_mw=_ask(pynvml.nvmlDeviceGetPowerUsage, handle),
+            temperature_c=_ask(
+                pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU
+            ),
+        )
+        bits = _ask(pynvml.nvmlDeviceGetCurrentClocksEventReasons, handle)
+        if bits is None:
+            return reading, None
+        reasons = [name for name, flag in THROTTLE_REASONS.items() if bits & getattr(pynvml, flag)]
+        return reading, reasons
+
+
+def other_processes(uuid: str, own: set[int]) -> list[str]:
+    """Compute processes on the card that are not ours, as "pid (name)"."""
+    with _nvml() as available:
+        if not available:
+            return []
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        processes = _ask(pynvml.nvmlDeviceGetComputeRunningProcesses, handle) or []
+        return [
+            f"{process.pid} ({_ask(pynvml.nvmlSystemGetProcessName, process.pid) or 'unknown'})"
+            for process in processes
+            if process.pid not in own
+        ]
+
+
+def _ask(question: Callable[..., Any], *arguments: Any) -> Any:
+    """The answer, or None where this card, driver or permission does not give one."""
+    try:
+        return question(*arguments)
+    except pynvml.NVMLError:
+        return None

@@ -1,0 +1,94 @@
+"""The judge itself: what the error metrics see, and what the budgets let pass."""
+
+import math
+
+import pytest
+import torch
+
+from chela_bench.bench.check import (
+    EPS,
+    error_budget,
+    error_of,
+    relative_error,
+    worst_block_error,
+)
+from chela_bench.errors import ArgumentError
+
+
+def _rounded(exact, dtype):
+    return exact.to({"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype])
+
+
+@pytest.fixture
+def growing():
+    """Outputs as linear attention's: early tokens are small, [B, T, H, V]."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 1000, 3, 16, generator=generator, dtype=torch.float64)
+    return noise * torch.arange(1, 1001)[:, None, None]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_one_rounding_stays_within_one_rounding(growing, dtype):
+    error = worst_block_error(_rounded(growing, dtype), growing)
+    assert 0.1 * EPS[dtype] < error <= error_budget(dtype, roundings=1, tokens=1)
+
+
+@pytest.mark.parametrize("part", [slice(0, 64), slice(-64, None), slice(-1, None)])
+def test_zeroed_tokens_are_seen(growing, part):
+    planted = growing.clone()
+    planted[:, part] = 0
+    assert worst_block_error(planted, growing) > error_budget("bf16", roundings=4, tokens=1000)
+
+
+def test_one_head_is_seen_where_a_whole_norm_is_blind(growing):
+    planted = growing.clone()
+    planted[0, :64, 1] = 0
+    assert relative_error(planted, growing) < error_budget("bf16", roundings=4, tokens=1000)
+    assert worst_block_error(planted, growing) == 1.0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_infinitely_wrong(growing, value):
+    planted = growing.clone()
+    planted[1, 3, 2, 5] = value
+    assert worst_block_error(planted, growing) == math.inf
+    assert relative_error(planted, growing) == math.inf
+
+
+def test_row_rms_judges_a_block_against_its_row():
+    """An error of a hundredth of the row's rms in a block of tiny tokens is a hundredth."""
+    exact = torch.ones(1, 256, 2, dtype=torch.float64)
+    exact[:, :64] = 1e-6
+    actual = exact.clone()
+    actual[0, :64, 1] += 0.01 * exact[0, :, 1].square().mean().sqrt()
+    assert worst_block_error(actual, exact, row_rms=True) == pytest.approx(0.01)
+    assert worst_block_error(actual, exact) > 1
+
+
+def test_row_rms_counts_a_short_last_block():
+    exact = torch.ones(1, 65, 1, dtype=torch.float64)
+    actual = exact.clone()
+    actual[0, 64] = 1.5
+    assert worst_block_error(actual, exact, row_rms=True) == pytest.approx(0.5)
+
+
+def test_taps_are_judged_in_blocks():
+    exact = torch.ones(3, 256, dtype=torch.float64)
+    actual = exact.clone()
+    actual[1, -64:] = 0
+    assert error_of(actual, exact, "taps") == pytest.approx(1.0)
+    assert error_of(actual, exact, "whole") == pytest.approx((64 / 768) ** 0.5)
+
+
+def test_zero_for_zero_is_no_error_and_something_for_zero_is():
+    zero = torch.zeros(1, 64, 1, 4, dtype=torch.float64)
+    assert worst_block_error(zero, zero) == 0.0
+    assert worst_block_error(zero + 1e-9, zero) == math.inf
+    assert worst_block_error(zero[:, :0], zero[:, :0]) == 0.0
+
+
+def test_shapes_must_agree(growing):
+    with pytest.raises(ArgumentError, match=r"\[2, 999, 3, 16\]"):
+        worst_block_error(growing[:, 1:], growing)
+    with pytest.raises(ArgumentError, match="a result of shape"):
+        error_of(growing[:, 1:], growing, "whole")
