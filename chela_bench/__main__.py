@@ -1,0 +1,3 @@
+from chela_bench.cli import main
+
+main()

@@ -1,0 +1,59 @@
+"""The command line. One command a file, imported when it is called: --help loads no torch."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from chela_bench import __version__
+from chela_bench.errors import ChelaBenchError
+
+COMMANDS = {  # name -> module:attribute, and the line that --help shows without importing it
+    "sweep": ("chela_bench.cli.sweep:sweep", "Measure implementations over sequence lengths."),
+    "report": ("chela_bench.cli.report:report", "Tables and figures from run folders."),
+    "list": ("chela_bench.cli.list:list_", "Ops, implementations and shapes, and what can run."),
+}
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="chela-bench")
+def cli() -> None:
+    """Triton kernels around the CHELA layer, and the bench that measures them.
+
+    \b
+    Exit codes: 0 ok, 1 a point crashed or timed out, 2 usage, 3 a wrong result,
+    6 the machine lacks something, 130 interrupted.
+    """
+
+
+def main() -> None:
+    """Runs the command line; errors raised on purpose become one line and their exit code."""
+    try:
+        code = cli.main(prog_name="chela-bench", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(130)
+    except ChelaBenchError as error:
+        click.echo(f"chela-bench: {error}", err=True)
+        sys.exit(error.exit_code)

@@ -1,0 +1,51 @@
+"""Files derived from a run: results.csv, samples.parquet, and the report folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+
+from chela_bench.bench.store import load_samples, write_atomically
+from chela_bench.errors import EnvironmentProblem
+from chela_bench.records import Point, Run
+from chela_bench.reports.figures import figures, render
+from chela_bench.reports.markdown import summary
+from chela_bench.reports.tables import points_frame
+
+FORMATS: tuple[Literal["png", "svg"], ...] = ("png", "svg")
+
+
+def write_tables(folder: Path, run: Run, points: list[Point]) -> None:
+    """results.csv (a row a point) and samples.parquet (a row a time sample)."""
+    samples = load_samples(folder)
+    rows = [
+        (point.key, number, nanoseconds)
+        for point in points
+        if point.time_ns is not None
+        for number, nanoseconds in enumerate(samples.get(point.key, []))
+    ]
+    table = pd.DataFrame(rows, columns=["key", "sample", "time_ns"])
+    table = table.astype({"key": "str", "sample": "int64", "time_ns": "int64"})
+    csv = points_frame(run, points).to_csv(index=False)
+    write_atomically(folder / "results.csv", csv.encode())
+    write_atomically(folder / "samples.parquet", table.to_parquet(index=False))
+
+
+def write_report(out: Path, run: Run, points: list[Point]) -> list[Path]:
+    """summary.md, results.csv and every figure as PNG and SVG in `out`; returns the paths."""
+    files = {"summary.md": summary(run, points).encode()}
+    files["results.csv"] = points_frame(run, points).to_csv(index=False).encode()
+    for name, figure in figures(run, points).items():
+        for kind in FORMATS:
+            files[f"{name}.{kind}"] = render(figure, kind)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            write_atomically(out / name, data)
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"cannot write the report to {out}: {error.strerror}; give another folder"
+        ) from error
+    return [out / name for name in files]

@@ -1,0 +1,43 @@
+"""`chela-bench report`: tables and figures from run folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from chela_bench.bench.store import load_run
+from chela_bench.cli.derived import write_report, write_tables
+from chela_bench.records import document
+from chela_bench.reports.terminal import sweep_table
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder for the report [default: RUN/report]; with several runs, one folder each in it.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document a run on stdout.")
+def report(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
+    """Tables (Markdown, CSV) and figures (PNG, SVG) from run folders.
+
+    \b
+    Example:  chela-bench report runs/20260101T120000Z-abc123 -o report
+    """
+    for folder in runs:
+        run, points = load_run(folder)
+        if out is None:
+            write_tables(folder, run, points)
+            target = folder / "report"
+        else:
+            target = out if len(runs) == 1 else out / run.run_id
+        paths = write_report(target, run, points)
+        if as_json:
+            click.echo(document(run, points))
+        else:
+            Console().print(sweep_table(run, points))
+            click.echo(f"report: {target} ({len(paths)} files)")

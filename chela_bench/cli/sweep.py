@@ -1,0 +1,181 @@
+"""`chela-bench sweep`: the main job."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import click
+from rich.console import Console
+
+from chela_bench.bench import plan, store
+from chela_bench.bench.cases import Case, Distribution
+from chela_bench.bench.config import find_config, load_config
+from chela_bench.bench.sweep import Result, new_folder, refuse_other_settings
+from chela_bench.bench.sweep import sweep as run_sweep
+from chela_bench.cli.derived import write_report, write_tables
+from chela_bench.cli.progress import SweepProgress
+from chela_bench.errors import UsageError
+from chela_bench.profiles.machine import choose_device
+from chela_bench.records import DIRECTIONS, DTYPES, L2, OUTCOMES, Point, Timer, document
+from chela_bench.reports.terminal import sweep_table
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class _Names(click.ParamType):  # type: ignore[type-arg]
+    """A comma-separated list of names."""
+
+    name = "NAME[,NAME...]"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        names = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+        if not all(names):
+            self.fail(f"empty name in {value!r}", param, ctx)
+        return names
+
+
+def _many(flag: str, about: str) -> Callable[[_F], _F]:
+    return click.option(flag, multiple=True, type=_Names(), help=about + " Repeatable.")
+
+
+@click.command()
+@click.option("--lens", help="1k..64k (doubling) or 1k,3k,8k; k = 1024.")
+@_many("--op", "Ops to measure.")
+@_many("--impl", "Implementations, or path/to/file.py:function with one --op.")
+@_many("--shape", "Shapes by name, from bench.toml.")
+@_many("--dtype", f"{', '.join(DTYPES)}.")
+@_many("--direction", f"{', '.join(DIRECTIONS)}.")
+@click.option("--set", "sizes", multiple=True, help="Sizes over the shape's: H=16,K=128.")
+@click.option("--axis", "axes", multiple=True, help="Sweep a setting: BLOCK_T=32,64. Repeatable.")
+@click.option("--preset", help="A preset of bench.toml; 'cpu' by itself where there is no GPU.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--timer", type=click.Choice(get_args(Timer)), help="Events or profiler spans.")
+@click.option("--l2", type=click.Choice(get_args(L2)), help="Evict the L2 cache, or leave it.")
+@click.option("--inputs", type=click.Choice(get_args(Distribution)), help="Timed inputs.")
+@click.option("--seed", type=int, help="Seed of inputs and of the order of points.")
+@click.option("--config", type=click.Path(path_type=Path), help="Another bench.toml.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("runs"),
+    show_default=True,
+    help="Folder that the run's folder goes into.",
+)
+@click.option("--resume", type=click.Path(path_type=Path), help="Go on with this run folder.")
+@click.option(
+    "--retry",
+    multiple=True,
+    type=click.Choice(OUTCOMES),
+    help="With --resume: measure points of this outcome again.",
+)
+@click.option("--dry-run", is_flag=True, help="List the points and stop.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@click.pass_context
+def sweep(ctx: click.Context, /, **given: Any) -> None:
+    """Measure implementations over sequence lengths, each checked against its oracle.
+
+    Without flags: every op and implementation of bench.toml's [sweep]. Results go to stdout and
+    into a run folder with tables and figures, progress to stderr.
+
+    \b
+    Examples:
+      chela-bench sweep --lens 1k..64k
+      chela-bench sweep --op linear_attention --impl triton_chunked --axis BLOCK_T=32,64,128
+      chela-bench sweep --op linear_attention --impl fla_chunk --impl my_kernel.py:attention
+    """
+    flags = _flags(given)
+    retry = frozenset(given["retry"])
+    folder: Path | None = given["resume"]
+    if retry and folder is None:
+        raise UsageError("--retry goes with --resume RUN_FOLDER")
+    resumed = None if folder is None else store.load_header(folder)
+    silent = flags == plan.Flags() and given["config"] is None and given["device"] == "auto"
+    if resumed is not None and silent:
+        settings = plan.Settings.model_validate(resumed.settings)
+        plan.check_user_files(settings)
+    else:
+        config = load_config(find_config(given["config"]))
+        settings = plan.resolve(config, flags, choose_device(given["device"]))
+        if folder is not None and resumed is not None:
+            refuse_other_settings(folder, resumed.settings, settings)
+    if given["dry_run"]:
+        _print_plan(settings, plan.cases(settings), as_json=given["as_json"])
+        return
+    target = folder or new_folder(given["out"])
+    try:
+        with SweepProgress() as progress:
+            result = run_sweep(settings, target, progress, resumed=resumed, retry=retry)
+    except KeyboardInterrupt:
+        if (target / store.RUN).exists():
+            run, points = store.load_run(target)
+            _conclude(Result(target, run, points), as_json=given["as_json"])
+            click.echo(f"interrupted; go on with: chela-bench sweep --resume {target}", err=True)
+        ctx.exit(130)
+    _conclude(result, as_json=given["as_json"])
+    ctx.exit(exit_code(result.points))
+
+
+def exit_code(points: list[Point]) -> int:
+    """3 if a result is wrong, 1 if a point crashed or timed out, else 0."""
+    outcomes = {point.outcome for point in points}
+    if "wrong" in outcomes:
+        return 3
+    return 1 if outcomes & {"crash", "timeout"} else 0
+
+
+def _conclude(result: Result, *, as_json: bool) -> None:
+    write_tables(result.folder, result.run, result.points)
+    report = result.folder / "report"
+    paths = write_report(report, result.run, result.points)
+    if as_json:
+        click.echo(document(result.run, result.points))
+    else:
+        Console().print(sweep_table(result.run, result.points))
+    figures = sum(path.suffix == ".png" for path in paths)
+    click.echo(f"records: {result.folder}\nreport:  {report} ({figures} figures)", err=as_json)
+
+
+def _print_plan(settings: plan.Settings, cases: list[Case], *, as_json: bool) -> None:
+    reasons = {case.key: plan.unavailable(settings, case) for case in cases}
+    if as_json:
+        rows = [{**case.model_dump(), "skip": reasons[case.key]} for case in cases]
+        plan_document = {"settings": settings.model_dump(mode="json"), "points": rows}
+        click.echo(json.dumps(plan_document, indent=2))
+        return
+    for key, reason in reasons.items():
+        click.echo(f"{key}  skipped: {reason}" if reason else key)
+    runnable = sum(reason is None for reason in reasons.values())
+    click.echo(f"{len(cases)} points, {runnable} to be tried", err=not sys.stdout.isatty())
+
+
+def _flags(given: dict[str, Any]) -> plan.Flags:
+    axes: dict[str, list[Any]] = {}
+    for text in given["axes"]:
+        name, values = plan.parse_axis(text)
+        axes.setdefault(name, []).extend(values)
+    sizes: dict[str, int] = {}
+    for text in given["sizes"]:
+        sizes |= plan.parse_sizes(text)
+
+    def flat(name: str) -> tuple[str, ...]:
+        return tuple(item for group in given[name] for item in group)
+
+    return plan.Flags(
+        preset=given["preset"],
+        ops=flat("op"),
+        impls=flat("impl"),
+        shapes=flat("shape"),
+        lens=given["lens"],
+        dtypes=flat("dtype"),
+        directions=flat("direction"),
+        axes=axes,
+        sizes=sizes,
+        timer=given["timer"],
+        l2=given["l2"],
+        inputs=given["inputs"],
+        seed=given["seed"],
+    )

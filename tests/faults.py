@@ -1,0 +1,121 @@
+"""Implementations of linear_attention that misbehave, each in one way. Loaded with --impl."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import numpy as np
+import torch
+
+from chela_bench.reference.linear_attention import chunked
+
+
+def right(q, k, v):
+    return chunked(q, k, v)[0].to(q.dtype)
+
+
+def off_by_two_percent(q, k, v):
+    return right(q, k, v) * 1.02
+
+
+def zeros(q, k, v):
+    return right(q, k, v) * 0
+
+
+def nan(q, k, v):
+    return right(q, k, v) + float("nan")
+
+
+def skips_last_rows(q, k, v):
+    out = torch.empty_like(v)  # what is not written stays as the allocator left it
+    out[:, :-32] = right(q, k, v)[:, :-32]
+    return out
+
+
+def zeroes_first_block(q, k, v):
+    out = right(q, k, v)
+    return torch.cat([out[:, :64] * 0, out[:, 64:]], dim=1)
+
+
+def wrong_gradient(q, k, v):
+    return right(q, k.detach() + 0 * k, v)
+
+
+def wrong_shape(q, k, v):
+    return right(q, k, v)[..., :-1]
+
+
+def wrong_dtype(q, k, v):
+    return right(q, k, v).double()
+
+
+_FIRST: dict[torch.Size, torch.Tensor] = {}
+
+
+def remembers(q, k, v):
+    """Right when checked, then returns the same numbers whatever it is given."""
+    return _FIRST.setdefault(q.shape, right(q, k, v))
+
+
+def raises(q, k, v):
+    raise RuntimeError("no luck [red]today[/red]")
+
+
+def kills_itself(q, k, v):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def segfaults(q, k, v):
+    print("about to fall over", flush=True)
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def hangs(q, k, v):
+    while True:
+        time.sleep(0.1)
+
+
+def out_of_memory(q, k, v):
+    return torch.ones(1 << 50, dtype=torch.float64).sum() + right(q, k, v)
+
+
+def out_of_memory_gently(q, k, v):
+    """Asks for far more than the machine has, in pieces that would each be granted."""
+    pieces = [np.empty(1 << 31, dtype=np.uint8) for _ in range(1 << 8)]  # never touched
+    return right(q, k, v) + len(pieces)
+
+
+def slow(q, k, v):
+    """0.2 ms a token: over any limit at long lengths."""
+    time.sleep(2e-4 * q.shape[1])
+    return right(q, k, v)
+
+
+_PREVIOUS_TOKENS: list[int] = []
+
+
+def slow_alone_at_512(q, k, v):
+    if q.shape[1] == 512:
+        time.sleep(0.6)
+    return right(q, k, v)
+
+
+def hangs_on_the_gpu(q, k, v):
+    torch.cuda._sleep(1 << 40)  # ten minutes
+    return right(q, k, v)
+
+
+def out_of_gpu_memory(q, k, v):
+    return torch.empty(1 << 40, device=q.device)[0] + right(q, k, v)
+
+
+def reads_out_of_bounds(q, k, v):
+    index = torch.full((1,), 1 << 40, device=q.device)
+    return right(q, k, v) + q.flatten()[index]
+
+
+def synchronises(q, k, v):
+    torch.cuda.synchronize()
+    return right(q, k, v)

@@ -1,0 +1,93 @@
+"""Running the command line as a user does, in a process of its own, on a small plan."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+FAULTS = Path(__file__).resolve().parent / "faults.py"
+
+TINY = """
+schema = 1
+
+[limits]
+call_s = 0.5
+sample_s = 0.3
+build_s = 20.0
+phase_s = 20.0
+
+[sweep]
+ops = ["linear_attention"]
+shapes = ["tiny"]
+lens = "256"
+dtypes = ["fp32"]
+directions = ["fwd"]
+timer = "event"
+l2 = "cold"
+inputs = "randn"
+seed = 3
+
+[shapes.linear_attention]
+tiny = { B = 1, H = 2, K = 16, V = 16 }
+
+[shapes.short_long_conv]
+tiny = { B = 2, D = 8 }
+
+[shapes.softmax_attention]
+tiny = { B = 1, H = 2, K = 16, V = 16 }
+
+[shapes.chela_layer]
+tiny = { B = 1, D = 16, K = 8, V = 32 }
+"""
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """As a user's shell: the interpreter that tests switch on is not passed down."""
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return {**inherited, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **changes}
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "chela_bench", *map(str, arguments)]
+
+
+def chela_bench(
+    *arguments: object, cwd: Path | None = None, **changes: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments),
+        cwd=cwd or ROOT,
+        env=environment(**changes),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def tiny_config(folder: Path, **limits: float) -> Path:
+    text = TINY
+    for name, seconds in limits.items():
+        old = next(line for line in TINY.splitlines() if line.startswith(name))
+        text = text.replace(old, f"{name} = {seconds}")
+    path = folder / "bench.toml"
+    path.write_text(text)
+    return path
+
+
+def swept(*arguments: object, config: Path) -> tuple[subprocess.CompletedProcess[str], Any]:
+    """A finished `sweep --json` and its document."""
+    done = chela_bench(
+        "sweep", "--json", "--config", config, "--out", config.parent / "runs", *arguments
+    )
+    assert done.stdout, done.stderr
+    return done, json.loads(done.stdout)
+
+
+def run_folder(config: Path) -> Path:
+    [folder] = [path for path in (config.parent / "runs").iterdir() if path.is_dir()]
+    return folder

@@ -1,0 +1,293 @@
+"""Implementations that misbehave, machines that fail: each becomes an outcome with a reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.running import FAULTS, chela_bench, command, environment, run_folder, swept, tiny_config
+
+WRONG = {  # function -> a word of its reason
+    "off_by_two_percent": "off by 2.00e-02",
+    "zeros": "off by 1.00e+00",
+    "nan": "not finite",
+    "skips_last_rows": "not finite",
+    "zeroes_first_block": "off by 1.00e+00",
+    "wrong_shape": "[1, 256, 2, 16]",
+    "wrong_dtype": "torch.float64",
+    "remembers": "after timing, on fresh inputs",
+}
+CRASH = {
+    "raises": "RuntimeError: no luck [red]today[/red]",
+    "kills_itself": "SIGKILL",
+    "segfaults": "SIGSEGV; last output: about to fall over",
+}
+OOM = {"out_of_memory": "memory", "out_of_memory_gently": "memory"}
+TIMEOUT = {"hangs": "no answer for 4 s in phase 'build'"}
+
+
+@pytest.fixture(scope="module")
+def misbehaved(tmp_path_factory):
+    """All of them in one sweep, beside one that is right: what one does must not touch another."""
+    config = tiny_config(tmp_path_factory.mktemp("faults"), build_s=4.0)
+    names = ["right", *WRONG, *CRASH, *OOM, *TIMEOUT]
+    flags = [part for name in names for part in ("--impl", f"{FAULTS}:{name}")]
+    done, document = swept("--op", "linear_attention", *flags, config=config)
+    points = {point["impl"].partition(":")[2]: point for point in document["points"]}
+    assert sorted(points) == sorted(names)
+    return done, points, config
+
+
+@pytest.mark.parametrize(
+    ("name", "outcome", "reason"),
+    [
+        (name, outcome, reason)
+        for outcome, group in [
+            ("wrong", WRONG),
+            ("crash", CRASH),
+            ("oom", OOM),
+            ("timeout", TIMEOUT),
+        ]
+        for name, reason in group.items()
+    ],
+)
+def test_misbehaviour_is_an_outcome_without_a_time(misbehaved, name, outcome, reason):
+    _, points, _ = misbehaved
+    point = points[name]
+    assert point["outcome"] == outcome, point["reason"]
+    assert reason in point["reason"]
+    assert point["time_ns"] is None and point["wall_ns"] is None
+    assert point["tokens_per_s"] is None and point["x_floor"] is None
+
+
+def test_the_sweep_goes_on_and_exits_with_3(misbehaved):
+    done, points, config = misbehaved
+    assert points["right"]["outcome"] == "ok"
+    assert points["right"]["time_ns"]["n"] >= 3
+    assert done.returncode == 3
+    folder = run_folder(config)
+    lines = (folder / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["key"].split("/")[1] for line in lines] == ["faults.py:right"]
+    summary = (folder / "report" / "summary.md").read_text()
+    assert "SIGSEGV" in summary and "SIGKILL" in summary
+
+
+def test_a_wrong_gradient_is_wrong(tmp_path):
+    done, document = swept(
+        "--op", "linear_attention", "--impl", f"{FAULTS}:wrong_gradient",
+        "--direction", "fwd,fwdbwd", config=tiny_config(tmp_path),
+    )  # fmt: skip
+    outcomes = {p["direction"]: (p["outcome"], p["reason"]) for p in document["points"]}
+    assert outcomes["fwd"][0] == "ok"
+    assert outcomes["fwdbwd"][0] == "wrong" and outcomes["fwdbwd"][1].startswith("dk is off")
+    assert done.returncode == 3
+
+
+def test_a_long_call_is_skipped_before_it_is_tried(tmp_path):
+    done, document = swept(
+        "--op", "linear_attention", "--impl", f"{FAULTS}:slow", "--lens", "256,4k,64k",
+        config=tiny_config(tmp_path),
+    )  # fmt: skip
+    points = {p["shape"]["T"]: p for p in document["points"]}
+    assert points[256]["outcome"] == "ok" or "samples wanted" in points[256]["reason"]
+    for tokens in (4096, 65536):
+        assert points[tokens]["outcome"] == "skipped"
+        assert points[tokens]["reason"].startswith("estimated ")
+        assert points[tokens]["reason"].endswith(" s > limit 0.5 s")
+        assert points[tokens]["spent_s"] < 10
+    assert done.returncode in (0, 1)
+
+
+def test_three_samples_are_wanted(tmp_path):
+    """0.6 s a call within 0.3 s of samples: one sample, which is a timeout, not a time."""
+    _, document = swept(
+        "--op", "linear_attention", "--impl", f"{FAULTS}:slow_alone_at_512", "--lens", "512",
+        config=tiny_config(tmp_path),
+    )  # fmt: skip
+    [point] = document["points"]
+    assert point["outcome"] == "timeout"
+    assert "only 1 of the 3 samples wanted" in point["reason"]
+
+
+def _sweep_in_background(config: Path, *arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command("sweep", "--config", config, "--out", config.parent / "runs", *arguments),
+        env=environment(),
+        cwd=config.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _wait_for_points(config: Path, count: int) -> Path:
+    """The run folder, once it holds `count` points."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for path in (config.parent / "runs").glob("*/points.jsonl"):
+            if path.read_bytes().count(b"\n") >= count:
+                return path.parent
+        time.sleep(0.05)
+    raise AssertionError("the sweep measured nothing within a minute")
+
+
+def _workers_of(parent: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"chela_bench.bench.worker" in words and str(parent).encode() in words:
+            found.append(int(path.parent.name))
+    return found
+
+
+def _gone(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return True
+
+
+PLAN = ("--op", "linear_attention", "--impl", "chunked,quadratic,recurrent,naive_cumsum",
+        "--lens", "16,32,64,128")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """`kill -9` of the sweep in mid-run, then --resume."""
+    config = tiny_config(tmp_path_factory.mktemp("killed"), sample_s=0.2)
+    process = _sweep_in_background(config, *PLAN)
+    folder = _wait_for_points(config, 3)
+    workers = _workers_of(process.pid)
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 10
+    while not all(map(_gone, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    orphans = [pid for pid in workers if not _gone(pid)]
+    before = (folder / "points.jsonl").read_bytes()
+    with (folder / "points.jsonl").open("ab") as handle:  # a torn last line, as a crash leaves
+        handle.write(before.splitlines()[0][:40])
+    resumed = chela_bench("sweep", "--json", "--resume", folder, cwd=config.parent)
+    return workers, orphans, before, folder, resumed
+
+
+def test_no_orphan_stays(killed):
+    workers, orphans, *_ = killed
+    assert workers and not orphans
+
+
+def test_resume_completes_and_measures_nothing_twice(killed):
+    _, _, before, folder, resumed = killed
+    assert resumed.returncode == 0, resumed.stderr
+    lines = (folder / "points.jsonl").read_bytes().splitlines()
+    assert b"\n".join(lines).startswith(before.rstrip())  # nothing on record was touched
+    keys = [json.loads(line)["key"] for line in lines]
+    assert len(keys) == len(set(keys)) == 16
+    undisturbed = {
+        f"linear_attention/{impl}/fwd/fp32/B1-T{tokens}-H2-K16-V16"
+        for impl in ("chunked", "quadratic", "recurrent", "naive_cumsum")
+        for tokens in (16, 32, 64, 128)
+    }
+    assert set(keys) == undisturbed
+    assert json.loads(resumed.stdout)["run"]["finished_utc"] is not None
+
+
+def test_another_configuration_is_refused_with_the_difference(killed):
+    folder = killed[3]
+    config = folder.parent.parent / "bench.toml"
+    done = chela_bench("sweep", "--resume", folder, "--config", config, *PLAN[:-1], "16,32")
+    assert done.returncode == 2
+    assert "lens was [16, 32, 64, 128] and is now [16, 32]" in done.stderr
+
+
+def test_another_machine_is_refused_with_the_difference(killed):
+    folder = killed[3]
+    run = json.loads((folder / "run.json").read_text())
+    original = json.dumps(run)
+    try:
+        run["environment"]["cpu"] = "Other CPU"
+        (folder / "run.json").write_text(json.dumps(run))
+        done = chela_bench("sweep", "--resume", folder)
+    finally:
+        (folder / "run.json").write_text(original)
+    assert done.returncode == 2
+    assert "cpu was 'Other CPU' and is now" in done.stderr
+
+
+def test_retry_measures_again_and_counts_once(killed):
+    folder = killed[3]
+    done = chela_bench("sweep", "--json", "--resume", folder, "--retry", "ok")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["points"]) == 16
+    assert (folder / "points.jsonl").read_bytes().count(b"\n") == 32
+
+
+def test_ctrl_c_saves_what_was_measured(tmp_path):
+    config = tiny_config(tmp_path, sample_s=0.3)
+    process = _sweep_in_background(config, *PLAN)
+    folder = _wait_for_points(config, 2)
+    workers = _workers_of(process.pid)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    assert f"--resume {folder}" in stderr
+    assert "records:" in stdout
+    assert all(map(_gone, workers))
+    assert (folder / "report" / "summary.md").exists()
+    assert json.loads((folder / "run.json").read_text())["finished_utc"] is None
+
+
+def test_two_sweeps_into_one_folder_are_refused(tmp_path):
+    config = tiny_config(tmp_path, sample_s=0.5)
+    process = _sweep_in_background(config, *PLAN)
+    folder = _wait_for_points(config, 1)
+    done = chela_bench("sweep", "--resume", folder)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert done.returncode == 6
+    assert f"is being written by another sweep (process {process.pid})" in done.stderr
+
+
+def test_a_killed_worker_is_replaced(tmp_path):
+    config = tiny_config(tmp_path, sample_s=0.5)
+    process = _sweep_in_background(config, *PLAN)
+    folder = _wait_for_points(config, 1)
+    [worker] = _workers_of(process.pid)
+    os.kill(worker, signal.SIGKILL)
+    process.communicate(timeout=120)
+    points = [json.loads(line) for line in (folder / "points.jsonl").read_text().splitlines()]
+    crashed = [point for point in points if point["outcome"] == "crash"]
+    assert len(points) == 16 and len(crashed) == 1
+    assert "SIGKILL" in crashed[0]["reason"]
+    assert process.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("def f(q, k, v:\n", "SyntaxError"),
+        ("import no_such_module_anywhere\n", "no_such_module_anywhere"),
+        ("def g(q, k, v): return v\n", "no function 'f'"),
+        ("import os; os._exit(7)\n", "exit code 7"),
+    ],
+)
+def test_a_file_that_does_not_import_leaves_nothing_behind(tmp_path, content, reason):
+    file = tmp_path / "mine.py"
+    file.write_text(content)
+    done = chela_bench(
+        "sweep", "--config", tiny_config(tmp_path), "--out", tmp_path / "runs",
+        "--op", "linear_attention", "--impl", f"{file}:f",
+    )  # fmt: skip
+    assert done.returncode in (2, 6)
+    assert reason in done.stderr and "Traceback" not in done.stderr
+    assert not any((tmp_path / "runs").iterdir())

@@ -1,0 +1,203 @@
+"""The engine on a real card: what the timer measures, and what faults do to a sweep."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from chela_bench.bench import timing
+from chela_bench.profiles.machine import environment as machine_environment
+from chela_bench.profiles.nvml import telemetry
+from tests.running import FAULTS, ROOT, chela_bench, command, environment, tiny_config
+
+pytestmark = pytest.mark.gpu
+
+GPU = {"CUDA_VISIBLE_DEVICES": "0"}
+
+
+@pytest.fixture(scope="module")
+def facts():
+    return machine_environment("cuda")
+
+
+@pytest.fixture(scope="module")
+def timer(facts):
+    return timing.EventTimer(l2_bytes=facts.l2_bytes, cold=True)
+
+
+def _spin(microseconds):
+    """One kernel that spins for a known time, whatever memory does."""
+    cycles = int(microseconds * 1e3 * timing._spin_cycles_per_ns())
+    return lambda: torch.cuda._sleep(cycles)
+
+
+@pytest.mark.parametrize("microseconds", [5, 50])
+def test_a_short_kernel_is_not_reported_as_a_long_one(timer, microseconds):
+    call = _spin(microseconds)
+    call()
+    measured = timing.time_with_events(call, timer, limit_s=1.0).samples_ns
+    spans = timing.time_with_profiler(call, None, limit_s=1.0).samples_ns
+    event_us = sorted(measured)[len(measured) // 2] / 1e3
+    profiler_us = sorted(spans)[len(spans) // 2] / 1e3
+    print(f"{microseconds} us kernel: {event_us:.2f} us by events, {profiler_us:.2f} by profiler")
+    assert abs(profiler_us - microseconds) < 0.15 * microseconds + 1.5
+    assert event_us < profiler_us + 3.0  # an event costs one to two microseconds; a launch five
+
+
+def test_host_time_between_launches_stays_out(timer):
+    """Ten tiny kernels with 2 ms of host time between them: microseconds, not milliseconds."""
+    x = torch.ones(1024, device="cuda")
+
+    def call():
+        for _ in range(10):
+            x.add_(1.0)
+            end = timing.time.perf_counter() + 2e-4
+            while timing.time.perf_counter() < end:
+                pass
+
+    call()
+    samples = timing.time_with_events(call, timer, limit_s=1.0).samples_ns
+    assert sorted(samples)[len(samples) // 2] < 60e3
+
+
+def test_a_call_that_synchronises_has_no_kernel_time(timer, monkeypatch):
+    monkeypatch.setattr(timing, "_LONGEST_HOLD_NS", 2_000_000)
+    with pytest.raises(timing.CannotHold):
+        timing.time_with_events(torch.cuda.synchronize, timer, limit_s=1.0)
+
+
+def test_cold_is_slower_than_warm_where_the_inputs_fit_l2(facts):
+    x = torch.randn(4 << 20, device="cuda")  # 16 MiB
+    out = torch.empty((), device="cuda")
+
+    def call():
+        torch.sum(x, dim=0, out=out)
+
+    times = {}
+    for cold in (True, False):
+        samples = timing.time_with_events(
+            call, timing.EventTimer(l2_bytes=facts.l2_bytes, cold=cold), limit_s=1.0
+        ).samples_ns
+        times[cold] = sorted(samples)[len(samples) // 2]
+    assert times[True] > 1.1 * times[False], times
+
+
+def test_nvml_speaks_of_the_card_that_torch_uses(facts):
+    reading, throttle = telemetry(facts.uuid)
+    assert reading.sm_clock_mhz and reading.power_mw and reading.temperature_c
+    assert throttle is not None
+    assert facts.driver and facts.l2_bytes > 1 << 20
+
+
+def _sweep(config, *arguments):
+    done = chela_bench(
+        "sweep", "--json", "--device", "cuda", "--config", config,
+        "--out", config.parent / "runs", "--op", "linear_attention", *arguments, **GPU,
+    )  # fmt: skip
+    assert done.stdout, done.stderr
+    return done, json.loads(done.stdout)
+
+
+def test_faults_on_the_card_are_outcomes(tmp_path):
+    names = {
+        "right": "ok",
+        "skips_last_rows": "wrong",
+        "out_of_gpu_memory": "oom",
+        "reads_out_of_bounds": "crash",
+        "hangs_on_the_gpu": "timeout",
+        "synchronises": "ok",
+    }
+    flags = [part for name in names for part in ("--impl", f"{FAULTS}:{name}")]
+    config = tiny_config(tmp_path, build_s=8.0, phase_s=8.0)
+    done, document = _sweep(config, *flags)
+    points = {point["impl"].partition(":")[2]: point for point in document["points"]}
+    assert {name: point["outcome"] for name, point in points.items()} == names, points
+    assert points["synchronises"]["time_ns"] is None
+    assert points["synchronises"]["wall_ns"] > 0
+    assert "synchronises" in points["synchronises"]["null_reasons"]["time_ns"]
+    right = points["right"]
+    for column in ("time_ns", "wall_ns", "host_ns", "floor_ns", "peak_bytes", "launches"):
+        assert right[column], column
+    assert right["telemetry"]["sm_clock_mhz"] and right["throttle"] is not None
+    assert right["device"].startswith("GPU-") and right["l2"] == "cold"
+    assert done.returncode == 3
+
+
+def test_two_sweeps_on_one_card_are_refused(tmp_path):
+    config = tiny_config(tmp_path, build_s=60.0)
+    holder = subprocess.Popen(
+        command("sweep", "--device", "cuda", "--config", config, "--out", tmp_path / "one",
+                "--op", "linear_attention", "--impl", f"{FAULTS}:hangs"),
+        env=environment(**GPU), cwd=ROOT, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert "points on" in holder.stderr.readline()
+        done = chela_bench("sweep", "--device", "cuda", "--config", config,
+                           "--out", tmp_path / "two", **GPU)  # fmt: skip
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert done.returncode == 6
+    assert f"in use by another sweep (process {holder.pid})" in done.stderr
+    assert not any((tmp_path / "two").iterdir())
+
+
+@pytest.mark.parametrize("timer_name", ["event", "profiler"])
+@pytest.mark.parametrize("l2", ["cold", "warm"])
+def test_every_convention_gives_a_time_near_the_others(tmp_path, timer_name, l2):
+    _, document = _sweep(
+        tiny_config(tmp_path), "--impl", "triton_chunked", "--dtype", "bf16",
+        "--set", "H=16,K=64,V=64", "--lens", "4k", "--timer", timer_name, "--l2", l2,
+    )  # fmt: skip
+    [point] = document["points"]
+    assert point["outcome"] == "ok", point["reason"]
+    assert 5e3 < point["time_ns"]["median"] < 200e3
+    assert point["launches"] == 1
+
+
+MEMCHECK = """
+import sys, torch
+from chela_bench.kernels.linear_attention import linear_attention
+torch.manual_seed(0)
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for B, T, H, K, V in [(1, 1, 1, 16, 16), (2, 65, 3, 60, 130), (1, 100, 2, 128, 64)]:
+        for causal in (True, False):
+            q, k = torch.randn(2, B, T, H, K, device="cuda", dtype=dtype)
+            v = torch.randn(B, T, H, V, device="cuda", dtype=dtype)
+            h0 = torch.randn(B, H, K, V, device="cuda")
+            linear_attention(q, k, v, initial_state=h0, output_final_state=True, causal=causal)
+    bounds = torch.tensor([0, 0, 1, 64, 100], device="cuda")
+    q, k, v = torch.randn(3, 1, 100, 2, 64, device="cuda", dtype=dtype)
+    linear_attention(q, k, v, cu_seqlens=bounds, output_final_state=True)
+torch.cuda.synchronize()
+if sys.argv[1:] == ["plant"]:  # the checker must be able to see an overrun
+    import triton, triton.language as tl
+    from tests.planted import _writes_one_past
+    _writes_one_past[(1,)](torch.empty(8, device="cuda"))
+    torch.cuda.synchronize()
+print("done")
+"""
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer")
+@pytest.mark.parametrize("plant", [[], ["plant"]])
+def test_memcheck(tmp_path, plant):
+    script = Path(tmp_path / "memcheck.py")
+    script.write_text(MEMCHECK)
+    done = subprocess.run(
+        ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9",
+         sys.executable, str(script), *plant],
+        env=environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1", **GPU),
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    report = done.stdout[-3000:] + done.stderr[-2000:]
+    if plant:
+        assert done.returncode == 9 and "Invalid __global__ write" in report, report
+    else:
+        assert done.returncode == 0 and "ERROR SUMMARY: 0 errors" in report, report
