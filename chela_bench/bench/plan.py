@@ -27,7 +27,8 @@ from chela_bench.records import (
 )
 
 LONGEST = 1 << 30  # tokens; beyond it a typo is likelier than a wish
-_LENGTH = re.compile(r"(\d+)([km]?)", re.IGNORECASE)
+_LENGTH = re.compile(r"([0-9]+)([km]?)", re.IGNORECASE)
+_WHOLE = re.compile(r"-?[0-9]{1,18}")
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
 
 
@@ -203,7 +204,7 @@ def parse_axis(text: str) -> tuple[str, list[ConfigValue]]:
     parts = [part.strip() for part in values.split(",")]
     if not equals or not name.strip().isidentifier() or not all(parts):
         raise UsageError(f"--axis takes NAME=VALUE,VALUE,..., as in BLOCK_T=32,64; got {text!r}")
-    return name.strip(), _unique([int(p) if p.lstrip("-").isdigit() else p for p in parts])
+    return name.strip(), _unique([int(p) if _WHOLE.fullmatch(p) else p for p in parts])
 
 
 def parse_sizes(text: str) -> dict[str, int]:
@@ -211,7 +212,7 @@ def parse_sizes(text: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, equals, size = (piece.strip() for piece in part.partition("="))
-        if not equals or not name or not size.isdigit() or int(size) < 1:
+        if not equals or not name or not _WHOLE.fullmatch(size) or int(size) < 1:
             raise UsageError(f"--set takes DIM=SIZE,DIM=SIZE, as in H=16,K=128; got {text!r}")
         sizes[name] = int(size)
     return sizes

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,7 @@ def choose_device(wanted: str) -> str:
     reason = no_gpu_reason()
     if wanted == "auto":
         return "cpu" if reason else "cuda"
-    kind, _, index = wanted.partition(":")
-    if kind != "cuda" or (index and not index.isdigit()) or wanted.endswith(":"):
+    if not re.fullmatch(r"cuda(:[0-9]{1,3})?", wanted):
         raise UsageError(f"--device takes auto, cpu, cuda or cuda:N; got {wanted!r}")
     if reason:
         raise EnvironmentProblem(f"--device {wanted} needs a GPU, but {reason}; use --device cpu")

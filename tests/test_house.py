@@ -1,0 +1,140 @@
+"""The house's rules: who may import whom, what stays unimported, where an op must show up."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from chela_bench.bench.config import find_config, load_config
+from chela_bench.bench.load import load
+from chela_bench.bench.ops import OPS
+from tests.running import ROOT, environment
+
+PACKAGE = ROOT / "chela_bench"
+
+# Room -> what its files may import: rooms of ours, and heavy packages of others.
+ARROWS = {
+    "reference": {"errors", "torch"},
+    "kernels": {"errors", "torch", "triton"},
+    "profiles": {"errors", "records", "torch"},
+    "bench": {"kernels", "reference", "profiles", "records", "errors", "torch"},
+    "reports": {"records", "errors"},
+    "cli": {"bench", "profiles", "reports", "records", "errors"},
+    "records": set(),
+    "errors": set(),
+    "__main__": {"cli"},
+    "__init__": set(),
+}
+HEAVY = {"torch", "triton"}
+
+
+def _imports(path: Path) -> set[str]:
+    """Rooms of ours and heavy packages that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide the arrow"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            first, _, rest = name.partition(".")
+            if first == "chela_bench":
+                found.add(rest.split(".")[0])
+            elif first in HEAVY:
+                found.add(first)
+    return found - {"__version__"}
+
+
+def _room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_arrows_point_down(path):
+    room = _room(path)
+    allowed = ARROWS[room] | {room}
+    assert _imports(path) <= allowed
+
+
+def test_every_room_is_in_the_map():
+    assert {_room(path) for path in FILES} == set(ARROWS)
+
+
+def _modules_after(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print(*sorted(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import chela_bench",
+        "import chela_bench.cli",
+        "import chela_bench.cli.list",
+        "import chela_bench.cli.sweep",
+        "import chela_bench.cli.report",
+        "import chela_bench.bench.plan, chela_bench.bench.sweep, chela_bench.bench.runner",
+        "from click.testing import CliRunner; from chela_bench.cli import cli; "
+        "assert CliRunner().invoke(cli, ['--help']).exit_code == 0",
+        "from click.testing import CliRunner; from chela_bench.cli import cli; "
+        "assert CliRunner().invoke(cli, ['list']).exit_code == 0",
+    ],
+)
+def test_the_command_line_imports_no_torch(statement):
+    assert not _modules_after(statement) & HEAVY
+
+
+def test_importing_the_package_imports_nothing_else():
+    ours = {name for name in _modules_after("import chela_bench") if name.startswith("chela_bench")}
+    assert ours == {"chela_bench"}
+
+
+def test_importing_every_room_starts_no_cuda_and_changes_no_environment():
+    code = (
+        "import os; before = dict(os.environ); import torch; "
+        "default = torch.get_default_dtype(); "
+        "import chela_bench.bench.worker, chela_bench.bench.measure, chela_bench.bench.peers, "
+        "chela_bench.kernels.linear_attention, chela_bench.profiles.ceilings; "
+        "assert not torch.cuda.is_initialized(); assert torch.get_default_dtype() is default; "
+        "assert not torch.are_deterministic_algorithms_enabled(); "
+        "assert {k: v for k, v in os.environ.items() if k in before} == before; "
+        "print(*set(os.environ) - set(before))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
+    )
+    assert [name for name in done.stdout.split() if "CHELA" in name or "TRITON" in name] == []
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_an_op_is_in_all_its_places(op):
+    """Reference, tests, Op, shapes; and a kernel file as soon as an implementation is ours."""
+    stem = {"chela_layer": "chela"}.get(op.name, op.name)
+    assert (PACKAGE / "reference" / f"{stem}.py").exists()
+    assert (ROOT / "tests" / f"test_{stem}.py").exists()
+    assert load_config(find_config(ROOT / "bench.toml")).shapes[op.name]
+    if any(impl.name.startswith("triton") for impl in op.impls):
+        assert (PACKAGE / "kernels" / f"{stem}.py").exists()
+    assert callable(load(op.inputs))
+    assert callable(load(op.oracle))
+    for impl in op.impls:
+        assert callable(load(impl.target)), impl.name
+
+
+def test_names_are_unique():
+    names = [(op.name, impl.name) for op in OPS for impl in op.impls]
+    assert len(names) == len(set(names))
+    assert len({op.name for op in OPS}) == len(OPS)

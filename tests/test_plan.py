@@ -1,0 +1,221 @@
+"""Flags and bench.toml: what becomes a case, and what every mistake is answered with."""
+
+from __future__ import annotations
+
+import pytest
+
+from chela_bench.bench import plan
+from chela_bench.bench.config import load_config
+from chela_bench.errors import ConfigError, UsageError
+from tests.running import ROOT, TINY
+
+
+@pytest.fixture(scope="module")
+def config():
+    return load_config(ROOT / "bench.toml")
+
+
+def _cases(config, device="cuda", **flags):
+    return plan.cases(plan.resolve(config, plan.Flags(**flags), device))
+
+
+@pytest.mark.parametrize(
+    ("text", "lengths"),
+    [
+        ("1k..8k", [1024, 2048, 4096, 8192]),
+        ("1k", [1024]),
+        ("1k..1k", [1024]),
+        ("1,2,64", [1, 2, 64]),
+        ("1k,3k,8k", [1024, 3072, 8192]),
+        ("3k..24k", [3072, 6144, 12288, 24576]),
+        ("1K, 1k ,1024", [1024]),
+        ("1m", [1 << 20]),
+        ("1k..3k", [1024, 2048]),
+    ],
+)
+def test_lengths(text, lengths):
+    assert plan.parse_lengths(text) == lengths
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["0", "-1", "64k..1k", "1k..", "..1k", "1e9k", "abc", "", "1k,", "1k...4k", "1.5k", "1k..2k..4k",
+     "99999999999999999999k", "١k", "0..4k", " "],
+)  # fmt: skip
+def test_bad_lengths_say_what_came_and_the_way_out(text):
+    with pytest.raises(UsageError, match="--lens") as error:
+        plan.parse_lengths(text)
+    assert "1k..64k" in str(error.value) or "runs backwards" in str(error.value)
+
+
+def test_the_default_plan_has_every_implementation_at_every_length(config):
+    cases = _cases(config)
+    assert len({case.key for case in cases}) == len(cases) == 7 * 2 * (7 + 1 + 3 + 1)
+    assert {case.shape["T"] for case in cases} == {1 << n for n in range(10, 17)}
+
+
+def test_the_cpu_preset_is_taken_where_there_is_no_gpu(config):
+    settings = plan.resolve(config, plan.Flags(), "cpu")
+    assert settings.preset == "cpu"
+    assert settings.limits.call_s == config.presets["cpu"].limits["call_s"]
+    assert max(settings.lens) == 16384
+    assert plan.resolve(config, plan.Flags(lens="1k..64k"), "cpu").lens[-1] == 65536
+
+
+def test_flags_narrow_the_plan(config):
+    cases = _cases(config, ops=["linear_attention"], impls=["fla_chunk"], lens="1k,2k",
+                   dtypes=["fp16"], directions=["fwd"], sizes={"H": 4})  # fmt: skip
+    assert [case.key for case in cases] == [
+        "linear_attention/fla_chunk/fwd/fp16/B1-T1024-H4-K128-V128",
+        "linear_attention/fla_chunk/fwd/fp16/B1-T2048-H4-K128-V128",
+    ]
+
+
+def test_an_implementation_brings_its_op(config):
+    assert {case.op for case in _cases(config, impls=["sdpa_flash"])} == {"softmax_attention"}
+
+
+def test_axes_multiply_only_where_they_are_taken(config):
+    cases = _cases(config, impls=["triton_chunked", "chunked"], lens="1k", directions=["fwd"],
+                   axes={"BLOCK_T": [32, 64], "num_warps": [4]})  # fmt: skip
+    configs = [case.config for case in cases]
+    assert configs == [
+        {},
+        {"BLOCK_T": 32, "num_warps": 4},
+        {"BLOCK_T": 64, "num_warps": 4},
+    ]
+
+
+def test_options_have_a_default_and_can_be_swept(config):
+    default = _cases(config, impls=["fft"], lens="1k", directions=["fwd"])
+    both = _cases(config, impls=["fft"], lens="1k", directions=["fwd"],
+                  axes={"order": ["serial", "parallel"]})  # fmt: skip
+    assert [case.config for case in default] == [{"order": "serial"}]
+    assert [case.config for case in both] == [{"order": "serial"}, {"order": "parallel"}]
+
+
+def test_a_shape_with_a_length_is_one_point_unless_lens_says_otherwise(config):
+    shapes = ["b1-t16k-h16-d128"]
+    flags = {"impls": ["chunked"], "shapes": shapes, "directions": ["fwd"]}
+    assert [case.shape["T"] for case in _cases(config, **flags)] == [16384]
+    assert [case.shape["T"] for case in _cases(config, lens="1k,2k", **flags)] == [1024, 2048]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"ops": ["lin"]}, "no op 'lin'; there are: linear_attention"),
+        ({"impls": ["fla"]}, "no implementation 'fla'; there are: naive_cumsum"),
+        ({"dtypes": ["fp8"]}, "no dtype 'fp8'; there are: fp32, bf16, fp16"),
+        ({"directions": ["back"]}, "no direction 'back'; there are: fwd, bwd, fwdbwd"),
+        ({"shapes": ["huge"], "ops": ["linear_attention"]}, "no shape 'huge' for linear_attention"),
+        ({"shapes": ["huge"]}, "no shape 'huge'"),
+        ({"shapes": ["medium", "huge"]}, "no shape 'huge'"),
+        ({"preset": "fast"}, "no preset 'fast'; there are: cpu"),
+        ({"axes": {"BLOCK": [1]}}, "--axis BLOCK: nothing selected has such an axis"),
+        ({"axes": {"order": ["both"]}}, "no order 'both'; there are: serial, parallel"),
+        ({"sizes": {"Q": 1}}, "--set Q=1: no such dimension here; there are: B, H, K, V, D"),
+        ({"sizes": {"T": 1}}, "lengths are --lens"),
+        ({"impls": ["x.py"], "ops": ["linear_attention"]}, "name the function too, as in x.py:"),
+        ({"impls": ["no/x.py:f"], "ops": ["linear_attention"]}, "no such file no/x.py"),
+        ({"impls": ["examples/my_kernel.py:attention"]}, "say which with --op"),
+        ({"impls": ["fft"], "ops": ["linear_attention"]}, "no implementation 'fft'"),
+        ({"impls": ["fft"], "ops": ["linear_attention", "short_long_conv"]},
+         "no implementation of linear_attention among fft"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named_with_the_way_out(config, flags, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UsageError) as error:
+        _cases(config, **flags)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["BLOCK_T", "BLOCK_T=", "=3", "BLOCK_T=1,,2", "a b=1", ""])
+def test_bad_axes(text):
+    with pytest.raises(UsageError, match="--axis takes NAME=VALUE"):
+        plan.parse_axis(text)
+
+
+@pytest.mark.parametrize("text", ["H", "H=", "H=x", "H=0", "H=-1", "=4", "H=4,", "H=²"])
+def test_bad_sizes(text):
+    with pytest.raises(UsageError, match="--set takes DIM=SIZE"):
+        plan.parse_sizes(text)
+
+
+def test_axis_values_are_numbers_where_they_look_like_one():
+    assert plan.parse_axis("order=serial, 3") == ("order", ["serial", 3])
+
+
+def test_what_cannot_run_is_known_without_trying(config):
+    settings = plan.resolve(config, plan.Flags(dtypes=["fp32"]), "cuda")
+    reasons = {
+        (case.impl, case.direction): plan.unavailable(settings, case)
+        for case in plan.cases(settings)
+    }
+    assert reasons["triton_chunked", "fwdbwd"] == "triton_chunked has no fwdbwd; it has: fwd"
+    assert reasons["sdpa_flash", "fwd"] == "sdpa_flash takes no fp32 on a GPU; it takes: bf16, fp16"
+    assert reasons["chunked", "fwd"] is None
+    on_cpu = plan.resolve(config, plan.Flags(), "cpu")
+    assert {
+        case.impl: plan.unavailable(on_cpu, case) for case in plan.cases(on_cpu)
+    }["triton_chunked"] == "needs a GPU"  # fmt: skip
+
+
+def _toml(tmp_path, text, name="bench.toml"):
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("lens = ", "lenz = ", "sweep.lenz: unknown key; allowed here: ops, shapes, lens, dtypes"),
+        ("lens = ", "lenz = ", "sweep.lens: missing"),
+        ("seed = 3", 'seed = "three"', "sweep.seed: input should be a valid integer"),
+        ('dtypes = ["fp32"]', 'dtypes = ["fp23"]', "sweep.dtypes.0: input should be 'fp32', 'bf16'"),
+        ('dtypes = ["fp32"]', 'dtypes = "fp32"', "sweep.dtypes: input should be a valid list"),
+        ("call_s = 0.5", "call_s = -1", "limits.call_s: input should be greater than 0; got -1"),
+        ("call_s = 0.5", "call_s = nan", "limits.call_s: input should be a finite number"),
+        ("call_s", "cal_s", "limits.cal_s: unknown key; allowed here: call_s, sample_s, build_s"),
+        ("[limits]", "[limit]", "limit: unknown key; allowed here: schema, limits, sweep, shapes"),
+        ("schema = 1", "schema = 2", "schema: input should be 1; got 2"),
+        ("K = 16, V = 16", "K = 16, V = 1.5", "shapes.linear_attention.tiny.V: input should be a"),
+        ("K = 16, V = 16", "K = 16", "shapes.linear_attention.tiny lacks V; it takes B, H, K, V"),
+        ("K = 16, V = 16", "K = 16, V = 16, D = 4", "has D; it takes B, H, K, V"),
+        ("K = 16, V = 16", "K = 0, V = 16", "input should be greater than or equal to 1; got 0"),
+        ("[shapes.linear_attention]", "[shapes.linear]", "shapes.linear: no such op"),
+        ("seed = 3", "seed = 3\nseed = 4", "is not TOML"),
+        ("seed = 3", "seed = ", "is not TOML"),
+    ],
+)
+def test_a_mistake_in_bench_toml_names_file_key_and_what_is_allowed(tmp_path, old, new, message):
+    assert old in TINY
+    path = _toml(tmp_path, TINY.replace(old, new, 1))
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "is empty"), (b"\x00\xff\xfe\x80", "is not TOML"), (b"# nothing\n", "is empty")],
+)
+def test_a_file_that_is_no_configuration(tmp_path, content, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(_toml(tmp_path, content))
+
+
+def test_a_missing_file_and_a_folder(tmp_path):
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(tmp_path / "none.toml")
+    with pytest.raises(ConfigError, match="Is a directory"):
+        load_config(tmp_path)
+
+
+def test_a_preset_with_an_impossible_limit(tmp_path):
+    text = TINY + "\n[presets.fast.limits]\ncall_s = -2.0\n"
+    with pytest.raises(UsageError, match=r"presets\.fast\.limits"):
+        plan.resolve(load_config(_toml(tmp_path, text)), plan.Flags(preset="fast"), "cuda")
