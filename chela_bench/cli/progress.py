@@ -75,7 +75,7 @@ class SweepProgress:
             result = duration(point.seconds * 1e9)
         else:
             result = f"{point.outcome}: {point.reason}"
-        self._say(f"[{self._done}/{self._total}] {point.key}  {result}")
+        self._say(f"[{self._done}/{self._total}] {point.key}: {result}")
 
     def _say(self, line: str) -> None:
         self._console.print(plain(line), markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,219 @@
+"""The command line as a user meets it: a process, its streams, its exit code."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import time
+
+import pytest
+
+from chela_bench.bench.ops import OPS
+from tests.running import ROOT, chela_bench, command, environment, run_folder, swept, tiny_config
+
+
+@pytest.mark.parametrize(("arguments", "limit_s"), [(["--help"], 0.3), (["list"], 1.0)])
+def test_start_up_is_quick(arguments, limit_s):
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        done = chela_bench(*arguments)
+        times.append(time.perf_counter() - begin)
+        assert done.returncode == 0
+    assert min(times) < limit_s
+
+
+@pytest.mark.parametrize("name", ["sweep", "report", "list"])
+def test_every_command_has_help_with_an_example(name):
+    done = chela_bench(name, "--help")
+    assert done.returncode == 0
+    assert f"chela-bench {name}" in done.stdout.split("Example", 1)[1]
+    assert all(len(line) <= 100 for line in done.stdout.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sweep", "--lens", "0"], "'0' is not a length"),
+        (["sweep", "--lens", ""], "is not a length"),
+        (["sweep", "--op", "nope"], "no op 'nope'"),
+        (["sweep", "--op", "linear_attention,,"], "empty name"),
+        (["sweep", "--impl", "nope"], "no implementation 'nope'"),
+        (["sweep", "--dtype", "fp8"], "no dtype 'fp8'"),
+        (["sweep", "--config", "nope.toml"], "no such file: nope.toml"),
+        (["sweep", "--resume", "nope"], "nope is no run folder"),
+        (["sweep", "--retry", "oom"], "--retry goes with --resume"),
+        (["sweep", "--device", "tpu"], "--device takes auto, cpu, cuda or cuda:N; got 'tpu'"),
+        (["sweep", "--timer", "sundial"], "'event', 'profiler'"),
+        (["report", "nope"], "nope is no run folder"),
+        (["report"], "Missing argument"),
+        (["nope"], "No such command 'nope'"),
+    ],
+)
+def test_mistakes_are_one_message_on_stderr_and_exit_code_2(arguments, message):
+    done = chela_bench(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_gpu_that_is_not_there_is_exit_code_6():
+    done = chela_bench("sweep", "--device", "cuda")
+    assert done.returncode == 6
+    assert "--device cuda needs a GPU, but" in done.stderr
+    assert "--device cpu" in done.stderr
+
+
+def test_list_says_what_cannot_run_and_why():
+    done = chela_bench("list", "--json", "--device", "cpu")
+    rows = {row["op"]: row for row in json.loads(done.stdout)["ops"]}
+    impls = {impl["name"]: impl for impl in rows["linear_attention"]["implementations"]}
+    assert impls["triton_chunked"]["reason"] == "needs a GPU"
+    assert impls["chunked"]["available"]
+    assert "medium" in rows["linear_attention"]["shapes"]
+    text = chela_bench("list", "--device", "cpu").stdout
+    assert "unavailable: needs a GPU" in text
+
+
+def test_dry_run_measures_nothing(tmp_path):
+    done = chela_bench(
+        "sweep", "--dry-run", "--config", tiny_config(tmp_path), "--out", tmp_path / "runs"
+    )
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    assert "linear_attention/chunked/fwd/fp32/B1-T256-H2-K16-V16" in lines
+    assert any(line.endswith("skipped: needs a GPU") for line in lines)
+    assert not (tmp_path / "runs").exists()
+
+
+IMPLS = [impl.name for op in OPS for impl in op.impls if not impl.compiled]
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """Every op, implementation, dtype and direction on the CPU, at an odd length."""
+    config = tiny_config(tmp_path_factory.mktemp("all"), build_s=120.0)
+    done, document = swept(
+        "--op", "linear_attention,softmax_attention,short_long_conv,chela_layer",
+        "--dtype", "fp32,bf16,fp16", "--direction", "fwd,bwd,fwdbwd", "--lens", "100",
+        "--axis", "order=serial,parallel", "--impl", ",".join(IMPLS), config=config,
+    )  # fmt: skip
+    return done, document, config
+
+
+def test_every_implementation_is_right_on_the_cpu(everything):
+    done, document, _ = everything
+    assert done.returncode == 0, [
+        (p["key"], p["reason"]) for p in document["points"] if p["outcome"] not in ("ok", "skipped")
+    ]
+    outcomes = {p["key"]: (p["outcome"], p["reason"]) for p in document["points"]}
+    assert len(outcomes) == 3 * 3 * (6 + 1 + 3 * 2 + 1)
+    for key, (outcome, reason) in outcomes.items():
+        if "/triton_chunked/" in key or "/fla_chunk/" in key:
+            assert (outcome, reason) == ("skipped", "needs a GPU")
+        else:
+            assert outcome == "ok", (key, reason)
+
+
+def test_the_compiled_peer_is_right_on_the_cpu(tmp_path):
+    done, document = swept(
+        "--impl", "compiled_chunked", "--lens", "100", "--direction", "fwd,bwd,fwdbwd",
+        config=tiny_config(tmp_path, build_s=120.0),
+    )  # fmt: skip
+    outcomes = {p["direction"]: p["outcome"] for p in document["points"]}
+    assert outcomes == {"fwd": "ok", "bwd": "skipped", "fwdbwd": "ok"}, done.stderr
+
+
+def test_errors_are_real_and_within_budget(everything):
+    for point in everything[1]["points"]:
+        if point["outcome"] == "ok":
+            assert 0 < point["error_rel"] <= point["error_budget"]
+            gradients = set(point["errors"]) - {"o"}
+            assert bool(gradients) == (point["direction"] != "fwd")
+            assert point["oracle"].startswith("float64 ")
+
+
+def test_what_a_cpu_cannot_tell_is_null_with_the_reason(everything):
+    for point in everything[1]["points"]:
+        if point["outcome"] == "ok":
+            for column in ("floor_ns", "peak_bytes", "host_ns", "throttle"):
+                assert point[column] is None
+                assert point["null_reasons"][column].startswith("CPU: ")
+            assert point["wall_ns"] == point["time_ns"]["median"]
+            assert point["tokens_per_s"] > 0
+
+
+def test_points_are_shuffled(everything):
+    folder = run_folder(everything[2])
+    written = [
+        json.loads(line)["key"] for line in (folder / "points.jsonl").read_text().splitlines()
+    ]
+    assert len({key.split("/")[1] for key in written[:20]}) > 3  # not one implementation at a time
+    assert written != sorted(written)
+
+
+def test_the_document_and_the_folder_say_the_same(everything):
+    _, document, config = everything
+    folder = run_folder(config)
+    assert json.loads((folder / "run.json").read_text()) == document["run"]
+    assert document["run"]["finished_utc"] is not None
+    assert document["run"]["planned_points"] == len(document["points"])
+    assert (folder / "results.csv").exists()
+    assert (folder / "samples.parquet").exists()
+    names = {path.name for path in (folder / "report").iterdir()}
+    assert "summary.md" in names
+    assert sum(name.endswith("-time.png") for name in names) >= 4
+
+
+def test_report_makes_the_same_files_elsewhere(everything, tmp_path):
+    folder = run_folder(everything[2])
+    done = chela_bench("report", folder, "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "linear_attention fwd bf16" in done.stdout
+    for path in (tmp_path / "out").iterdir():
+        if path.suffix in (".svg", ".md", ".csv"):
+            assert path.read_bytes() == (folder / "report" / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize("columns", ["40", "80", "200"])
+def test_piped_tables_fit_and_carry_no_colour(everything, columns):
+    done = chela_bench("report", run_folder(everything[2]), "-o", "/dev/null/x", COLUMNS=columns)
+    assert done.returncode == 6  # the folder cannot be, and says so
+    done = chela_bench(
+        "report", run_folder(everything[2]), COLUMNS=columns, LANG="C", LC_ALL="C",
+        PYTHONIOENCODING="utf-8",
+    )  # fmt: skip
+    assert "\x1b" not in done.stdout
+    tables = done.stdout.split("report: ")[0]
+    assert max(len(line) for line in tables.splitlines()) <= int(columns)
+
+
+def test_progress_is_plain_lines_on_stderr_when_piped(tmp_path):
+    done = chela_bench(
+        "sweep", "--config", tiny_config(tmp_path), "--out", tmp_path / "runs", "--impl", "chunked"
+    )
+    assert done.returncode == 0
+    assert "\x1b" not in done.stderr
+    assert re.search(r"\[1/1\] linear_attention/chunked/fwd/fp32/\S+: [0-9.]+ [mu]?s", done.stderr)
+    assert "records: " in done.stdout
+    assert "[1/1]" not in done.stdout
+
+
+def test_the_example_kernel_runs(tmp_path):
+    _, document = swept(
+        "--op", "linear_attention", "--impl", f"{ROOT / 'examples' / 'my_kernel.py'}:attention",
+        config=tiny_config(tmp_path),
+    )  # fmt: skip
+    [point] = document["points"]
+    assert point["outcome"] == "ok", point["reason"]
+    assert point["impl"] == "my_kernel.py:attention"
+
+
+def test_it_runs_uninstalled_from_another_folder(tmp_path):
+    done = subprocess.run(
+        command("list"), cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert str(ROOT / "bench.toml") in done.stdout
