@@ -48,8 +48,9 @@ tiny = { B = 1, D = 16, K = 8, V = 32 }
 
 def environment(**changes: str) -> dict[str, str]:
     """As a user's shell: the interpreter that tests switch on is not passed down."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return {**inherited, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **changes}
+    return {**inherited, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", **changes}
 
 
 def command(*arguments: object) -> list[str]:

@@ -95,7 +95,7 @@ def test_a_long_call_is_skipped_before_it_is_tried(tmp_path):
         config=tiny_config(tmp_path),
     )  # fmt: skip
     points = {p["shape"]["T"]: p for p in document["points"]}
-    assert points[256]["outcome"] == "ok" or "samples wanted" in points[256]["reason"]
+    assert points[256]["outcome"] == "ok"
     for tokens in (4096, 65536):
         assert points[tokens]["outcome"] == "skipped"
         assert points[tokens]["reason"].startswith("estimated ")
@@ -105,14 +105,14 @@ def test_a_long_call_is_skipped_before_it_is_tried(tmp_path):
 
 
 def test_three_samples_are_wanted(tmp_path):
-    """0.6 s a call within 0.3 s of samples: one sample, which is a timeout, not a time."""
+    """1.7 s a call, 0.5 s estimated: one sample in 1.5 s, which is a timeout, not a time."""
     _, document = swept(
         "--op", "linear_attention", "--impl", f"{FAULTS}:slow_alone_at_512", "--lens", "512",
         config=tiny_config(tmp_path),
     )  # fmt: skip
     [point] = document["points"]
     assert point["outcome"] == "timeout"
-    assert "only 1 of the 3 samples wanted" in point["reason"]
+    assert "only 1 of the 3 samples wanted came" in point["reason"]
 
 
 def _sweep_in_background(config: Path, *arguments: object) -> subprocess.Popen[str]:

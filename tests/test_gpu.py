@@ -18,6 +18,7 @@ from tests.running import FAULTS, ROOT, chela_bench, command, environment, tiny_
 
 pytestmark = pytest.mark.gpu
 
+SECOND = timing.Budget(1.0, 1.0)
 GPU = {"CUDA_VISIBLE_DEVICES": "0"}
 
 
@@ -41,8 +42,8 @@ def _spin(microseconds):
 def test_a_short_kernel_is_not_reported_as_a_long_one(timer, microseconds):
     call = _spin(microseconds)
     call()
-    measured = timing.time_with_events(call, timer, limit_s=1.0).samples_ns
-    spans = timing.time_with_profiler(call, None, limit_s=1.0).samples_ns
+    measured = timing.time_with_events(call, timer, SECOND).samples_ns
+    spans = timing.time_with_profiler(call, None, SECOND).samples_ns
     event_us = sorted(measured)[len(measured) // 2] / 1e3
     profiler_us = sorted(spans)[len(spans) // 2] / 1e3
     print(f"{microseconds} us kernel: {event_us:.2f} us by events, {profiler_us:.2f} by profiler")
@@ -62,14 +63,14 @@ def test_host_time_between_launches_stays_out(timer):
                 pass
 
     call()
-    samples = timing.time_with_events(call, timer, limit_s=1.0).samples_ns
+    samples = timing.time_with_events(call, timer, SECOND).samples_ns
     assert sorted(samples)[len(samples) // 2] < 60e3
 
 
 def test_a_call_that_synchronises_has_no_kernel_time(timer, monkeypatch):
     monkeypatch.setattr(timing, "_LONGEST_HOLD_NS", 2_000_000)
     with pytest.raises(timing.CannotHold):
-        timing.time_with_events(torch.cuda.synchronize, timer, limit_s=1.0)
+        timing.time_with_events(torch.cuda.synchronize, timer, SECOND)
 
 
 def test_cold_is_slower_than_warm_where_the_inputs_fit_l2(facts):
@@ -82,7 +83,7 @@ def test_cold_is_slower_than_warm_where_the_inputs_fit_l2(facts):
     times = {}
     for cold in (True, False):
         samples = timing.time_with_events(
-            call, timing.EventTimer(l2_bytes=facts.l2_bytes, cold=cold), limit_s=1.0
+            call, timing.EventTimer(l2_bytes=facts.l2_bytes, cold=cold), SECOND
         ).samples_ns
         times[cold] = sorted(samples)[len(samples) // 2]
     assert times[True] > 1.1 * times[False], times
@@ -196,7 +197,7 @@ def test_memcheck(tmp_path, plant):
         env=environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1", **GPU),
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    report = done.stdout[-3000:] + done.stderr[-2000:]
+    report = done.stdout + done.stderr[-2000:]
     if plant:
         assert done.returncode == 9 and "Invalid __global__ write" in report, report
     else:

@@ -22,7 +22,7 @@ from chela_bench.bench import stats
 Call = Callable[[], object]
 
 MAX_LAUNCHES = 500  # above it a call does not fit the launch queue: kernel time is null
-MIN_OK_SAMPLES = 3
+MIN_OK_SAMPLES = 3  # fewer are a timeout, not a time
 PROFILED_CALLS = 10
 _FIRST_HOLD_NS = 200_000
 _LONGEST_HOLD_NS = 100_000_000
@@ -30,6 +30,19 @@ _LONGEST_HOLD_NS = 100_000_000
 
 class CannotHold(Exception):
     """The call cannot be enqueued behind a held stream: it synchronises, or fills the queue."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Wall time to spend on samples: `samples_s`, and more only for the first MIN_OK_SAMPLES, as
+    long as they take less than `at_most_s`."""
+
+    samples_s: float
+    at_most_s: float
+
+    def spent(self, samples: int, elapsed_s: float) -> bool:
+        limit_s = self.samples_s if samples >= MIN_OK_SAMPLES else self.at_most_s
+        return samples > 0 and elapsed_s >= limit_s
 
 
 @dataclass
@@ -79,12 +92,12 @@ class L2Evictor:
         torch.sum(self._buffer, dim=0, out=self._out)
 
 
-def time_with_events(call: Call, timer: EventTimer, *, limit_s: float) -> Timed:
-    """Samples until the median is settled, or until `limit_s` of wall time is spent."""
-    return Timed(_until_settled(lambda: [timer.sample(call)], limit_s))
+def time_with_events(call: Call, timer: EventTimer, budget: Budget) -> Timed:
+    """Samples until the median is settled, or until the budget is spent."""
+    return Timed(_until_settled(lambda: [timer.sample(call)], budget))
 
 
-def time_with_profiler(call: Call, evictor: L2Evictor | None, *, limit_s: float) -> Timed:
+def time_with_profiler(call: Call, evictor: L2Evictor | None, budget: Budget) -> Timed:
     """Sum of kernel spans of each of ten back-to-back calls a round (no host time, no gaps)."""
     launches = count_launches(call)
     evictor_launches = count_launches(evictor) if evictor is not None else 0
@@ -107,16 +120,16 @@ def time_with_profiler(call: Call, evictor: L2Evictor | None, *, limit_s: float)
             for first in range(0, len(spans), step)
         ]
 
-    return Timed(_until_settled(one_round, limit_s), launches)
+    return Timed(_until_settled(one_round, budget), launches)
 
 
-def time_on_cpu(call: Call, *, limit_s: float) -> Timed:
+def time_on_cpu(call: Call, budget: Budget) -> Timed:
     def one() -> list[float]:
         begin = time.perf_counter_ns()
         call()
         return [float(time.perf_counter_ns() - begin)]
 
-    return Timed(_until_settled(one, limit_s))
+    return Timed(_until_settled(one, budget))
 
 
 def wall_ns(call: Call, *, limit_s: float = 0.2, most: int = 9) -> int:
@@ -171,7 +184,7 @@ def count_launches(call: Call) -> int:
 
 def _kernel_spans_ns(call: Call) -> list[float]:
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         call()
         torch.cuda.synchronize()
     events = [
@@ -183,11 +196,11 @@ def _kernel_spans_ns(call: Call) -> list[float]:
     return [(event.time_range.end - event.time_range.start) * 1e3 for event in events]
 
 
-def _until_settled(take: Callable[[], list[float]], limit_s: float) -> list[float]:
+def _until_settled(take: Callable[[], list[float]], budget: Budget) -> list[float]:
     samples: list[float] = []
     begin = time.perf_counter()
     next_look = stats.MIN_SAMPLES
-    while time.perf_counter() - begin < limit_s or not samples:
+    while not budget.spent(len(samples), time.perf_counter() - begin):
         samples += take()
         if len(samples) >= next_look:
             if stats.settled(samples):

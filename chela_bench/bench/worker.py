@@ -86,6 +86,8 @@ class Worker:
         from chela_bench.profiles.ceilings import measure_ceilings
 
         device = torch.device(self.session.device)
+        if device.type == "cuda":
+            device = torch.device("cuda", device.index or 0)
         l2_bytes = self.environment.l2_bytes or 0
         cuda = device.type == "cuda"
         cold = self.session.l2 == "cold"
