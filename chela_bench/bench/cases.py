@@ -17,7 +17,7 @@ class Limits(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    call_s: Seconds = 2.0  # one call estimated above this is skipped untried
+    call_s: Seconds = 1.0  # one call estimated above this is skipped untried
     sample_s: Seconds = 1.0  # timed samples of one point
     build_s: Seconds = 300.0  # first call at a shape: compiling and autotuning
     phase_s: Seconds = 60.0  # any other phase of one point

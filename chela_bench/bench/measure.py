@@ -28,7 +28,7 @@ from chela_bench.records import Ceilings, Hbm, Outcome, Point, Telemetry
 
 TINY_TOKENS = 64  # where host time is measured
 PROBE_STEP = 16  # a length is estimated from one PROBE_STEP times shorter
-SHORTEST_PROBE = 256
+SHORTEST_PROBE = 1024  # tokens; up to here nothing is estimated
 
 Function = Callable[..., Any]
 
@@ -230,13 +230,16 @@ def _refuse_if_too_long(job: Job) -> None:
 
 
 def _estimated_seconds(job: Job, tokens: int) -> float | None:
-    """Seconds of one call at `tokens`, from a shorter length already run or run now.
+    """Seconds of one call at `tokens`, from another length already run or a shorter one run now.
 
-    Below SHORTEST_PROBE tokens nothing is estimated (None): there it is simply run.
+    Up to SHORTEST_PROBE tokens nothing is estimated (None): there it is simply run.
     """
     if tokens <= SHORTEST_PROBE:
         return None
     known = job.bench.seconds_at.setdefault(job.series, {})
+    longer = min((length for length in known if length > tokens), default=None)
+    if longer is not None and known[longer] <= job.bench.session.limits.call_s:
+        return known[longer]
     shorter = max((length for length in known if length <= tokens), default=0)
     if shorter * PROBE_STEP < tokens:
         probe = max(SHORTEST_PROBE, tokens // PROBE_STEP)
