@@ -120,7 +120,7 @@ def _header(
     run = Run(
         run_id=folder.name,
         started_utc=utc_now(),
-        argv=list(sys.argv),
+        argv=["chela-bench", *sys.argv[1:]],
         git_sha=sha,
         git_dirty=dirty,
         seed=settings.seed,

@@ -61,6 +61,10 @@ class EventTimer:
         self._cycles_per_ns = _spin_cycles_per_ns()
         self._hold_ns = _FIRST_HOLD_NS
 
+    def restart(self) -> None:
+        """Another call begins: forget how long the last one had to be held."""
+        self._hold_ns = _FIRST_HOLD_NS
+
     def sample(self, call: Call) -> float:
         """Nanoseconds of one call. Raises CannotHold if the host cannot run ahead of the device."""
         while True:
@@ -94,6 +98,7 @@ class L2Evictor:
 
 def time_with_events(call: Call, timer: EventTimer, budget: Budget) -> Timed:
     """Samples until the median is settled, or until the budget is spent."""
+    timer.restart()
     return Timed(_until_settled(lambda: [timer.sample(call)], budget))
 
 

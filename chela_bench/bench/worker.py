@@ -150,7 +150,7 @@ def outcome_of(error: BaseException) -> tuple[Outcome, str]:
     names = {cls.__name__ for link in chain for cls in type(link).__mro__}
     allocator = "can't allocate memory" in str(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or allocator:
-        return "oom", text
+        return "oom", text.partition(" Including non-PyTorch")[0]  # the rest is advice
     if "OutOfResources" in names:  # triton.runtime.errors, wherever this version keeps it
         return "out_of_resources", text
     compiler = {"CompilationError", "PTXASError", "InductorError", "CompileTimeAssertionFailure"}
