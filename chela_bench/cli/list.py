@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +52,32 @@ def list_(config: Path | None, device: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"device": kind, "config": str(path), "ops": rows}, indent=2))
         return
-    click.echo(f"device {kind}, shapes from {path}")
+    _say(f"device {kind}, shapes from {path}")
     for row in rows:
-        click.echo(f"\n{row['op']}: {row['summary']}")
+        _say("")
+        _say(f"{row['op']}: {row['summary']}")
         for name, values in row["options"].items():
-            click.echo(f"  option {name}: {', '.join(values)}")
+            _say(f"option {name}: {', '.join(values)}", indent=2)
         width = max(len(impl["name"]) for impl in row["implementations"])
         for impl in row["implementations"]:
             state = "unavailable: " + impl["reason"] if impl["reason"] else "ok"
             axes = f"; axes {', '.join(impl['axes'])}" if impl["axes"] else ""
-            click.echo(
-                f"  {impl['name']:<{width}}  {state}\n"
-                f"  {'':<{width}}  {impl['summary']} ({', '.join(impl['directions'])}{axes})"
-            )
+            _say(f"{impl['name']:<{width}}  {state}", indent=2)
+            _say(f"{impl['summary']} ({', '.join(impl['directions'])}{axes})", indent=width + 4)
         labels = [f"{name} ({shape_label(sizes)})" for name, sizes in row["shapes"].items()]
-        click.echo(f"  shapes: {', '.join(labels) or 'none'}")
+        _say(f"shapes: {', '.join(labels) or 'none'}", indent=2)
+
+
+def _say(text: str, *, indent: int = 0) -> None:
+    """Wrapped to the terminal's width; names and sizes are not broken."""
+    width = max(shutil.get_terminal_size().columns, indent + 20)
+    click.echo(
+        textwrap.fill(
+            text,
+            width,
+            initial_indent=" " * indent,
+            subsequent_indent=" " * (indent + 2),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    )
