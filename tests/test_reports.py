@@ -12,7 +12,6 @@ from typing import Any
 import matplotlib
 import pandas as pd
 import pytest
-from factories import LENGTHS, h100_sweep, make_cpu_run, make_failure, make_point, make_run
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text as Label
@@ -27,6 +26,7 @@ from chela_bench.reports.style import styles
 from chela_bench.reports.tables import points_frame
 from chela_bench.reports.terminal import sweep_table
 from chela_bench.reports.text import duration, length, lengths, memory, plain, three_digits
+from tests.factories import LENGTHS, h100_sweep, make_cpu_run, make_failure, make_point, make_run
 
 HOSTILE = "[red]x[/red] | `code` <script>alert(1)</script> $a$ \x1b[31mred\x1b[0m\x07\u202e **b**"
 LONG = "path/to/some/folder/kernels.py:" + "linear_attention_" * 6
