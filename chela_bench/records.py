@@ -86,7 +86,7 @@ class Point(_Record):
     impl: str
     direction: Direction
     dtype: DType
-    shape: dict[str, int]
+    shape: dict[str, Annotated[int, Field(ge=1)]]
     config: dict[str, ConfigValue] = Field(default_factory=dict)
     device: str  # "cpu" or the GPU's UUID
     timer: Timer = "event"
@@ -95,6 +95,7 @@ class Point(_Record):
     reason: str | None = None
     time_ns: Quantiles | None = None  # kernel time on CUDA, wall time on CPU
     wall_ns: Nanoseconds | None = None  # one call from launch to synchronised end, median
+    wall_n: Count | None = None  # of so many
     host_ns: Nanoseconds | None = None  # host time of a call, measured at a tiny shape
     launches: Count | None = None  # kernels launched in one call
     floor_ns: Nanoseconds | None = None
@@ -110,14 +111,31 @@ class Point(_Record):
     telemetry: Telemetry = Telemetry()
     throttle: list[str] | None = None  # NVML's throttle reasons during timing; [] is none
     energy_j: float | None = None
-    null_reasons: dict[str, str] = Field(default_factory=dict)  # column -> why it is null
+    null_reasons: dict[str, str] = Field(default_factory=dict)  # column -> why, in an ok point
     started_utc: str | None = None
     spent_s: float | None = None  # the bench's wall time for this point, checks and compiling too
 
     @field_validator("reason")
     @classmethod
     def _reason_is_one_line(cls, reason: str | None) -> str | None:
-        return None if reason is None else " ".join(reason.split())[:500]
+        """Printable and of bounded length: it comes from other people's code."""
+        if reason is None:
+            return None
+        return " ".join(reason.encode("utf-8", "replace").decode().split())[:500]
+
+    @field_validator("schema_version")
+    @classmethod
+    def _this_schema(cls, version: int) -> int:
+        if version != SCHEMA_VERSION:
+            raise ValueError(f"schema_version {version}; this chela-bench reads {SCHEMA_VERSION}")
+        return version
+
+    @field_validator("shape")
+    @classmethod
+    def _has_batch_and_length(cls, shape: dict[str, int]) -> dict[str, int]:
+        if not {"B", "T"} <= set(shape):
+            raise ValueError(f"a shape has at least B and T; this one has {', '.join(shape)}")
+        return shape
 
     @model_validator(mode="after")
     def _a_failure_has_a_reason_and_no_time(self) -> Point:
@@ -217,6 +235,7 @@ class Run(_Record):
     started_utc: str
     finished_utc: str | None = None  # null: interrupted or still going
     argv: list[str]
+    source_sha256: str | None = None  # of the package's files: which code measured
     git_sha: str | None = None
     git_dirty: bool | None = None
     seed: int

@@ -28,7 +28,7 @@ CRASH = {
     "kills_itself": "SIGKILL",
     "segfaults": "SIGSEGV; last output: about to fall over",
 }
-OOM = {"out_of_memory": "memory", "out_of_memory_gently": "memory"}
+OOM = {"out_of_memory": "allocate", "out_of_memory_gently": "allocate"}
 TIMEOUT = {"hangs": "no answer for 4 s in phase 'build'"}
 
 
@@ -144,7 +144,7 @@ def _workers_of(parent: int) -> list[int]:
             words = path.read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"chela_bench.bench.worker" in words and str(parent).encode() in words:
+        if words[-2:] == [str(parent).encode(), b""] and b"chela_bench.bench.worker" in words[-4]:
             found.append(int(path.parent.name))
     return found
 

@@ -4,7 +4,7 @@ import pytest
 
 from chela_bench.bench import models
 from chela_bench.bench.adapters import layer_module
-from chela_bench.bench.measure import floor_ns
+from chela_bench.bench.bounds import floor_ns
 from chela_bench.bench.ops import OPS
 from chela_bench.records import Ceilings
 from chela_bench.reference.short_long_conv import default_short_sizes

@@ -6,6 +6,7 @@ import pytest
 
 from chela_bench.bench import plan
 from chela_bench.bench.config import load_config
+from chela_bench.bench.lengths import parse_lengths
 from chela_bench.errors import ConfigError, UsageError
 from tests.running import ROOT, TINY
 
@@ -34,7 +35,7 @@ def _cases(config, device="cuda", **flags):
     ],
 )
 def test_lengths(text, lengths):
-    assert plan.parse_lengths(text) == lengths
+    assert parse_lengths(text) == lengths
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,7 @@ def test_lengths(text, lengths):
 )  # fmt: skip
 def test_bad_lengths_say_what_came_and_the_way_out(text):
     with pytest.raises(UsageError, match="--lens") as error:
-        plan.parse_lengths(text)
+        parse_lengths(text)
     assert "1k..64k" in str(error.value) or "runs backwards" in str(error.value)
 
 

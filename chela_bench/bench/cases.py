@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from chela_bench.records import L2, ConfigValue, Direction, DType, Timer, point_key
 
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(gt=0, le=604_800, allow_inf_nan=False, strict=True)]
 Distribution = Literal["randn", "mean1"]
 
 
@@ -21,6 +21,15 @@ class Limits(BaseModel):
     sample_s: Seconds = 1.0  # timed samples of one point
     build_s: Seconds = 300.0  # first call at a shape: compiling and autotuning
     phase_s: Seconds = 60.0  # any other phase of one point
+
+    @model_validator(mode="after")
+    def _sampling_fits_a_phase(self) -> Limits:
+        if self.phase_s < 4 * self.call_s + self.sample_s:  # three samples of the longest call
+            raise ValueError(
+                f"phase_s = {self.phase_s:g} is too short for sampling: 4 call_s + sample_s = "
+                f"{4 * self.call_s + self.sample_s:g}"
+            )
+        return self
 
 
 class Case(BaseModel):
@@ -52,5 +61,4 @@ class Session(BaseModel):
     inputs: Distribution
     limits: Limits
     user_impls: dict[str, str] = Field(default_factory=dict)  # name -> /path/to/file.py:function
-    ceilings: bool = True  # measure copy bandwidth and matmul rate at start
     memory_limit_bytes: int | None = None  # CPU: allocations beyond it fail, as on a full device

@@ -6,17 +6,27 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from chela_bench.bench.cases import Distribution, Limits
+from chela_bench.bench.lengths import parse_lengths
 from chela_bench.bench.ops import OPS
-from chela_bench.errors import ConfigError
+from chela_bench.errors import ConfigError, UsageError
 from chela_bench.records import L2, Direction, DType, Timer
 
 FILE = "bench.toml"
-Size = Annotated[int, Field(ge=1, strict=True)]
+Size = Annotated[int, Field(ge=1, le=1 << 30, strict=True)]
+Seed = Annotated[int, Field(ge=-(1 << 62), le=1 << 62, strict=True)]
+Some = Field(min_length=1)
 ShapeSizes = dict[str, Size]
+
+
+def _whole_number(value: object) -> object:
+    """1.0 and true equal 1 in Python, and are not what a version is written as."""
+    if type(value) is not int:
+        raise ValueError("input should be a whole number")
+    return value
 
 
 class _Table(BaseModel):
@@ -26,29 +36,29 @@ class _Table(BaseModel):
 class Sweep(_Table):
     """[sweep]: what is measured when no flag says otherwise."""
 
-    ops: list[str]
-    shapes: list[str]
+    ops: list[str] = Some
+    shapes: list[str] = Some
     lens: str
-    dtypes: list[DType]
-    directions: list[Direction]
+    dtypes: list[DType] = Some
+    directions: list[Direction] = Some
     timer: Timer
     l2: L2
     inputs: Distribution
-    seed: int
+    seed: Seed
 
 
 class SweepChanges(_Table):
     """[presets.NAME.sweep]: any keys of [sweep]."""
 
-    ops: list[str] | None = None
-    shapes: list[str] | None = None
+    ops: Annotated[list[str], Some] | None = None
+    shapes: Annotated[list[str], Some] | None = None
     lens: str | None = None
-    dtypes: list[DType] | None = None
-    directions: list[Direction] | None = None
+    dtypes: Annotated[list[DType], Some] | None = None
+    directions: Annotated[list[Direction], Some] | None = None
     timer: Timer | None = None
     l2: L2 | None = None
     inputs: Distribution | None = None
-    seed: int | None = None
+    seed: Seed | None = None
 
 
 class Preset(_Table):
@@ -61,7 +71,7 @@ class Preset(_Table):
 class Config(_Table):
     """The whole file."""
 
-    schema_: Literal[1] = Field(alias="schema")
+    schema_: Annotated[Literal[1], BeforeValidator(_whole_number)] = Field(alias="schema")
     limits: Limits = Limits()
     sweep: Sweep
     shapes: dict[str, dict[str, ShapeSizes]]
@@ -86,7 +96,7 @@ def load_config(path: Path) -> Config:
         raise ConfigError(f"no such file: {path}") from None
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, an endless number
         raise ConfigError(f"{path} is not TOML: {error}") from None
     if not data:
         raise ConfigError(f"{path} is empty; it needs [sweep] and [shapes.OP] (see the docs)")
@@ -114,6 +124,25 @@ def _check_names(path: Path, config: Config) -> None:
                     f"{path}: shapes.{name}.{shape} {problem}; it takes {', '.join(wanted)}, "
                     "and T for a single length"
                 )
+    sweeps: dict[str, Sweep | SweepChanges] = {"sweep": config.sweep}
+    sweeps |= {f"presets.{name}.sweep": preset.sweep for name, preset in config.presets.items()}
+    shape_names = {name for shapes in config.shapes.values() for name in shapes}
+    for where, sweep in sweeps.items():
+        for kind, given, known in (
+            ("op", sweep.ops, list(ops)),
+            ("shape", sweep.shapes, sorted(shape_names)),
+        ):
+            for name in given or ():
+                if name not in known:
+                    raise ConfigError(
+                        f"{path}: {where}.{kind}s: no {kind} {name!r}; there are: "
+                        f"{', '.join(known)}"
+                    )
+        if sweep.lens is not None:
+            try:
+                parse_lengths(sweep.lens)
+            except UsageError as error:
+                raise ConfigError(f"{path}: {where}.{error}".replace(".--lens", ".lens")) from None
 
 
 def _explain(error: ValidationError) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -20,23 +21,26 @@ def load(target: str) -> Any:
         module = _module_from_file(Path(module_name))
     else:
         module = importlib.import_module(module_name)
-    try:
-        return getattr(module, name)
-    except AttributeError:
+    found = getattr(module, name, None)
+    if not callable(found):
         public = [n for n in dir(module) if callable(getattr(module, n)) and not n.startswith("_")]
         raise UsageError(
             f"no function {name!r} in {module_name}; it has: {', '.join(public) or 'none'}"
-        ) from None
+        )
+    return found
 
 
 def _module_from_file(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(f"chela_bench_user_{path.stem}", path)
+    digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]  # two files may share a name
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_{digest}", path)
     if spec is None or spec.loader is None or not path.is_file():
         raise UsageError(f"no Python file at {path}")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and Triton look their module up by name
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # what lies beside the file, as `python file.py` has it
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"{path} does not import: {type(error).__name__}: {error}") from error
     return module

@@ -2,8 +2,8 @@
 
 `shape` maps dimension names to sizes, `itemsize` is the bytes of one element of the inputs and
 outputs. Compulsory bytes are a pair (read, written): every input once, every output once, nothing
-else. FLOPs: the least that any algorithm for the function needs, a multiply-add counted as two.
-Both are lower bounds: the floor stands on them.
+else. FLOPs: of the leanest algorithm in use for the function at these sizes, a multiply-add counted
+as two. `fwdbwd` is the sum of `fwd` and `bwd`.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ def linear_attention_bytes(shape: Shape, itemsize: int, direction: str) -> Bytes
 
 def linear_attention_flops(shape: Shape, direction: str) -> int:
     rows = shape["B"] * shape["T"] * shape["H"]
-    product = 2 * shape["K"] * shape["V"]  # one K x V multiply-add per token
+    product = 2 * shape["K"] * shape["V"]  # recurrent: one K x V multiply-add per token
     forward = 2 * product  # S += k v^T; o = S^T q
     backward = 4 * product  # dS += q do^T; dq = S do; dk = dS v; dv = dS^T k (S is kept)
-    return rows * _by_direction(direction, forward, backward)
+    recurrent = rows * _by_direction(direction, forward, backward)
+    return min(recurrent, softmax_attention_flops(shape, direction))  # quadratic, if that is less
 
 
 def softmax_attention_flops(shape: Shape, direction: str) -> int:
     pairs = shape["B"] * shape["H"] * shape["T"] * (shape["T"] + 1) // 2  # causal
     scores, values = 2 * shape["K"], 2 * shape["V"]
     forward = scores + values  # q k^T; p v
-    backward = scores + 2 * values + 2 * scores  # q k^T again; dp, dv; dq, dk
+    backward = 2 * values + 2 * scores  # dp, dv; dq, dk (p is kept)
     return pairs * _by_direction(direction, forward, backward)
 
 
@@ -48,11 +49,12 @@ def short_long_conv_bytes(shape: Shape, itemsize: int, direction: str) -> Bytes:
 
 
 def short_long_conv_flops(shape: Shape, direction: str) -> int:
-    """A real FFT of length 2T takes about 2.5 * 2T * log2(2T) FLOPs (Cooley-Tukey, radix 2)."""
+    """A causal convolution of length T takes complex FFTs of length T (the right-angle form), each
+    about 5 T log2(T) FLOPs (Cooley-Tukey, radix 2). The short branches are taken as merged."""
     rows, tokens = shape["B"] * shape["D"], shape["T"]
-    transform = round(5 * tokens * math.log2(2 * tokens)) if tokens else 0
-    product = 6 * (tokens + 1)  # complex multiply per frequency
-    short = 2 * tokens * sum(short_sizes(tokens))
+    transform = round(5 * tokens * math.log2(tokens)) if tokens else 0
+    product = 6 * tokens  # complex multiply per frequency
+    short = 2 * tokens * max(short_sizes(tokens))
     forward = rows * (2 * transform + product + short) + shape["D"] * transform
     # dz transformed, a product for dx and one for dk, dx back, dk back once a channel; taps twice
     backward = rows * (2 * transform + 2 * product + 2 * short) + shape["D"] * transform

@@ -16,6 +16,7 @@ from chela_bench.bench import models
 from chela_bench.errors import UsageError
 from chela_bench.records import DTYPES, Direction, DType
 
+FEWEST_FOR_GRADIENTS = 16  # tokens
 AUTOGRAD: tuple[Direction, ...] = ("fwd", "bwd", "fwdbwd")
 
 
@@ -44,15 +45,22 @@ class Impl:
         return None
 
     def unavailable(
-        self, device: str, *, dtype: DType | None = None, direction: Direction | None = None
+        self,
+        device: str,
+        *,
+        dtype: DType | None = None,
+        direction: Direction | None = None,
+        tokens: int | None = None,
     ) -> str | None:
-        """Why it cannot run on this kind of device ("cpu", "cuda"), or None."""
+        """Why it cannot run, or not be judged, on this kind of device ("cpu", "cuda"); or None."""
         if device not in self.devices:
             return "needs a GPU" if device == "cpu" else "runs on the CPU alone"
         if direction is not None and direction not in self.directions:
             return f"{self.name} has no {direction}; it has: {', '.join(self.directions)}"
         if device == "cuda" and dtype is not None and dtype not in self.cuda_dtypes:
             return f"{self.name} takes no {dtype} on a GPU; it takes: {', '.join(self.cuda_dtypes)}"
+        if direction not in (None, "fwd") and tokens is not None and tokens < FEWEST_FOR_GRADIENTS:
+            return f"T < {FEWEST_FOR_GRADIENTS}: gradients of so few tokens cancel, no budget holds"
         return self.missing()
 
 
@@ -151,7 +159,7 @@ OPS: tuple[Op, ...] = (
         name="softmax_attention",
         summary="o = softmax(scale * q k^T, causal) v: another function, for comparison",
         dims=("B", "T", "H", "K", "V"),
-        inputs=f"{_INPUTS}:attention",
+        inputs=f"{_INPUTS}:softmax_attention",
         oracle=f"{_REFERENCE}.softmax_attention:softmax_attention",
         output_kind="tokens",
         roundings=_ATTENTION_ROUNDINGS,
@@ -201,7 +209,7 @@ OPS: tuple[Op, ...] = (
         summary="the CHELA layer: short-long convolution, linear attention, gates, residual",
         dims=("B", "T", "D", "K", "V"),
         inputs=f"{_INPUTS}:chela_layer",
-        oracle=f"{_ADAPTERS}:reference_layer",
+        oracle=f"{_ADAPTERS}:reference_layer",  # for `reference` itself, this checks rounding alone
         output_kind="tokens",
         # norm, conv, Z', Q/K, V, G_a, M, its gated product, two sums of H, its SiLU, G_o, Y; the
         # way back passes the same steps again.

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from chela_bench.bench.cases import Case, Distribution, Limits, Session
 from chela_bench.bench.config import Config
+from chela_bench.bench.lengths import parse_lengths
 from chela_bench.bench.ops import Impl, Op, get_op, user_impl
 from chela_bench.errors import RecordError, UsageError
 from chela_bench.records import (
@@ -26,10 +27,7 @@ from chela_bench.records import (
     Timer,
 )
 
-LONGEST = 1 << 30  # tokens; beyond it a typo is likelier than a wish
-_LENGTH = re.compile(r"([0-9]+)([km]?)", re.IGNORECASE)
 _WHOLE = re.compile(r"-?[0-9]{1,18}")
-_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
 
 
 @dataclass(frozen=True)
@@ -159,7 +157,7 @@ def cases(settings: Settings) -> list[Case]:
 def check_user_files(settings: Settings) -> None:
     """Raises RecordError if a user's file is gone or changed since the settings were made."""
     for name, digest in _sha256_of_files(settings.user_impls).items():
-        if digest != settings.user_files_sha256[name]:
+        if digest != settings.user_files_sha256.get(name):
             raise RecordError(f"{name} has changed since the run began; start a new run instead")
 
 
@@ -183,19 +181,12 @@ def find_impl(settings: Settings, op: Op, name: str) -> Impl:
 def unavailable(settings: Settings, case: Case) -> str | None:
     """Why the case cannot run here, known without trying, or None."""
     impl = find_impl(settings, get_op(case.op), case.impl)
-    return impl.unavailable(settings.device_kind, dtype=case.dtype, direction=case.direction)
-
-
-def parse_lengths(text: str) -> list[int]:
-    """`1k..64k` doubles from the first to the last; `1k,3k,8k` lists. k = 1024, m = 1024^2."""
-    if ".." in text:
-        first_text, _, last_text = text.partition("..")
-        first, last = _length(first_text, text), _length(last_text, text)
-        if first > last:
-            raise UsageError(f"--lens {text!r} runs backwards; write {last_text}..{first_text}")
-        doublings = range((last // first).bit_length())
-        return [first << doubling for doubling in doublings]
-    return _unique([_length(part, text) for part in text.split(",")])
+    return impl.unavailable(
+        settings.device_kind,
+        dtype=case.dtype,
+        direction=case.direction,
+        tokens=case.shape["T"],
+    )
 
 
 def parse_axis(text: str) -> tuple[str, list[ConfigValue]]:
@@ -218,17 +209,6 @@ def parse_sizes(text: str) -> dict[str, int]:
     return sizes
 
 
-def _length(part: str, whole: str) -> int:
-    match = _LENGTH.fullmatch(part.strip())
-    length = int(match[1]) * _UNITS[match[2].lower()] if match else 0
-    if not 1 <= length <= LONGEST:
-        raise UsageError(
-            f"--lens {whole!r}: {part.strip()!r} is not a length from 1 to 1024m; "
-            "write 1k..64k, or 1k,3k,8k (k = 1024)"
-        )
-    return length
-
-
 def _choose_impls(
     ops: list[Op], flags: Flags
 ) -> tuple[list[Op], dict[str, list[str]], dict[str, str]]:
@@ -243,7 +223,7 @@ def _choose_impls(
             raise _unknown("implementation", name, available, "or path/to/file.py:function")
     impls = {op.name: [impl.name for impl in op.impls if impl.name in names] for op in ops}
     kept = [op for op in ops if impls[op.name]] if names else ops
-    user_impls = dict(_user_impl(text) for text in _unique(files))
+    user_impls = _user_impls(files)
     if user_impls:
         if len(kept) != 1:
             raise UsageError(
@@ -257,14 +237,29 @@ def _choose_impls(
     return kept, impls, user_impls
 
 
-def _user_impl(text: str) -> tuple[str, str]:
+def _user_impls(texts: Sequence[str]) -> dict[str, str]:
+    """Targets by name: `file.py:function`, with as many folders in front as tell files apart."""
+    targets = _unique(_user_target(text) for text in texts)
+    names: dict[str, str] = {}
+    for target in targets:
+        path, _, function = target.rpartition(":")
+        parts = Path(path).parts
+        for count in range(1, len(parts) + 1):
+            name = f"{'/'.join(parts[-count:])}:{function}"
+            if sum(other.endswith(f"/{name}") for other in targets) <= 1:
+                break
+        names[name] = target
+    return names
+
+
+def _user_target(text: str) -> str:
     file, colon, function = text.rpartition(":")
     path = Path(file if colon else text)
     if not colon or not function.isidentifier():
         raise UsageError(f"--impl {text!r}: name the function too, as in {path}:function")
     if not path.is_file():
         raise UsageError(f"--impl {text!r}: no such file {path}")
-    return f"{path.name}:{function}", f"{path.resolve()}:{function}"
+    return f"{path.resolve()}:{function}"
 
 
 def _choose_shapes(

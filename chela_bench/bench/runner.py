@@ -21,11 +21,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+from chela_bench.bench.bounds import point_of
 from chela_bench.bench.cases import Case, Session
 from chela_bench.errors import EnvironmentProblem, UsageError
 from chela_bench.records import Ceilings, Environment, Outcome, Point
 
 START_LIMIT_S = 180.0  # importing torch, starting CUDA, measuring the ceilings
+_FOREIGN_ANSWER = "something else wrote into the worker's answers"
+_LOOK_S = 0.5  # how often a silent worker is looked at: one that forked leaves its pipe open
+_PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
+_WORKER = (  # not `-m`: that would put the current folder, with whatever lies in it, first
+    f"import sys; root = {_PACKAGE_ROOT!r}; root in sys.path or sys.path.insert(0, root); "
+    "from chela_bench.bench.worker import main; main()"
+)
 
 
 class WorkerDied(Exception):
@@ -51,10 +59,12 @@ class WorkerProcess:
             **os.environ,
             # One process is one thing to kill: torch.compile's pool would outlive the worker.
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
+            "TEARDOWN_CUPTI": "1",  # a profiler that stays attached slows every later launch
+            "PYTHONUNBUFFERED": "1",  # the last words of one that dies
         }
         with log.open("ab") as log_file:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __package__ + ".worker", str(write_fd), str(os.getpid())],
+                [sys.executable, "-P", "-c", _WORKER, str(write_fd), str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=log_file,
                 stderr=log_file,
@@ -65,12 +75,17 @@ class WorkerProcess:
         os.close(write_fd)
         self._answers = read_fd
         self._buffer = b""
+        self._log_start = log.stat().st_size
         self._selector = selectors.DefaultSelector()
         self._selector.register(read_fd, selectors.EVENT_READ)
 
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
 
     def ask(self, command: dict[str, Any], limit_s: float) -> dict[str, Any]:
         """Sends a command and returns the first answer; raises what a refusal says."""
@@ -82,6 +97,7 @@ class WorkerProcess:
 
     def send(self, command: dict[str, Any]) -> None:
         assert self._process.stdin is not None
+        self._log_start = self._log.stat().st_size  # what it prints from here on is of this command
         try:
             self._process.stdin.write((json.dumps(command) + "\n").encode())
             self._process.stdin.flush()
@@ -91,14 +107,22 @@ class WorkerProcess:
     def receive(self, deadline: float) -> dict[str, Any] | None:
         """The next answer, or None at the deadline (time.monotonic())."""
         while b"\n" not in self._buffer:
-            if not self._selector.select(max(0.0, deadline - time.monotonic())):
-                return None
+            left_s = deadline - time.monotonic()
+            if not self._selector.select(max(0.0, min(left_s, _LOOK_S))):
+                if left_s <= 0:
+                    return None
+                if self.ended:
+                    raise WorkerDied(self._obituary())
+                continue
             chunk = os.read(self._answers, 1 << 16)
             if not chunk:
                 raise WorkerDied(self._obituary())
             self._buffer += chunk
         line, self._buffer = self._buffer.split(b"\n", 1)
-        answer: dict[str, Any] = json.loads(line)
+        try:
+            answer: dict[str, Any] = json.loads(line)
+        except ValueError:
+            raise WorkerDied(_FOREIGN_ANSWER) from None
         if "refused" in answer:
             refused = answer["refused"]
             kind = EnvironmentProblem if refused["exit_code"] == 6 else UsageError
@@ -106,22 +130,10 @@ class WorkerProcess:
         return answer
 
     def kill(self) -> None:
-        """Ends the worker and everything it started, now."""
+        """Ends the worker and its process group, now."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        self._close()
-
-    def close(self) -> None:
-        """Lets an idle worker end by itself."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=10)
-        self.kill()
-
-    def _close(self) -> None:
         if self._process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()
@@ -138,12 +150,13 @@ class WorkerProcess:
             self.kill()
             code = self._process.returncode
         if code < 0:
-            how = f"worker killed by {signal.Signals(-code).name}"
+            known = {int(number): number.name for number in signal.Signals}
+            how = f"worker killed by {known.get(-code, f'signal {-code}')}"
             if -code == signal.SIGKILL:
                 how += " (out of host memory, or killed by hand)"
         else:
             how = f"worker ended with exit code {code}"
-        last = _last_line(self._log)
+        last = _last_line(self._log, self._log_start)
         return f"{how}; last output: {last}" if last else how
 
 
@@ -195,15 +208,17 @@ class Runner:
         """The case's point and samples, whatever happens to the worker on the way."""
         begin = time.monotonic()
         started = utc_now()
+        if self._worker is not None and self._worker.ended:  # while idle: not this case's doing
+            self._discard()
         try:
             point, samples = self._ask_worker(case, on_phase)
         except WorkerDied as death:
             self._discard()
-            point, samples = self._failed(case, "crash", death.reason), []
+            point, samples = self.failed(case, "crash", death.reason), []
         except WorkerHung as hang:
             self._discard()
             reason = f"no answer for {hang.limit_s:g} s in phase {hang.phase!r}"
-            point, samples = self._failed(case, "timeout", reason), []
+            point, samples = self.failed(case, "timeout", reason), []
         spent = {"started_utc": started, "spent_s": round(time.monotonic() - begin, 4)}
         return point.model_copy(update=spent), samples
 
@@ -223,9 +238,14 @@ class Runner:
                 limit_s = limits.build_s if phase == "build" else limits.phase_s
                 on_phase(phase)
                 continue
-            if answer["fatal"]:  # a CUDA error stays: the next case needs a new process
+            try:
+                point = Point.model_validate(answer["point"])
+                samples, spoilt = answer["samples_ns"], answer["spoilt"]
+            except (KeyError, ValueError):
+                raise WorkerDied(_FOREIGN_ANSWER) from None
+            if spoilt:  # a CUDA error, or torch's state changed: the next case needs a new process
                 self._discard()
-            return Point.model_validate(answer["point"]), answer["samples_ns"]
+            return point, samples
 
     def _start(self) -> None:
         worker = self._worker = WorkerProcess(self._session, self._log)
@@ -247,7 +267,8 @@ class Runner:
             raise EnvironmentProblem(f"the worker does not start: {death.reason}") from death
         except WorkerHung:
             raise EnvironmentProblem(
-                f"the worker did not start within {START_LIMIT_S:g} s; see {self._log}"
+                f"the worker did not start within {START_LIMIT_S:g} s; last output: "
+                f"{_last_line(self._log, 0) or 'none'}"
             ) from None
 
     def _lock_gpu(self) -> None:
@@ -255,7 +276,9 @@ class Runner:
         uuid = self.environment.uuid
         if uuid is None or self._gpu_lock is not None:
             return
-        path = Path(tempfile.gettempdir()) / f"chela-bench-{uuid}.lock"
+        shared = Path("/tmp")  # one place for all users, whatever their TMPDIR
+        folder = shared if shared.is_dir() else Path(tempfile.gettempdir())
+        path = folder / f"chela-bench-{uuid}.lock"
         self._gpu_lock = lock_file(
             path, f"{self.environment.name} ({uuid}) is in use by another sweep"
         )
@@ -265,21 +288,29 @@ class Runner:
             self._worker.kill()
             self._worker = None
 
-    def _failed(self, case: Case, outcome: Outcome, reason: str) -> Point:
-        cuda = self._session.device != "cpu"
-        return Point(
-            **case.model_dump(),
-            device=self.environment.uuid or "cpu",
-            timer=self._session.timer,
-            l2=self._session.l2 if cuda else None,
+    def failed(self, case: Case, outcome: Outcome, reason: str) -> Point:
+        """The point of a case that has no result."""
+        return point_of(
+            case,
+            self._session,
+            self.environment.uuid or "cpu",
+            self.ceilings or Ceilings(),
             outcome=outcome,
             reason=reason,
         )
 
 
 def lock_file(path: Path, taken: str) -> IO[str]:
-    """An exclusive lock held as long as the returned file is open; EnvironmentProblem if taken."""
-    handle = path.open("a+")
+    """An exclusive lock held as long as the returned file is open; EnvironmentProblem if taken.
+
+    The file stays. Another user's can be locked as well, but not written: flock needs no more than
+    reading.
+    """
+    try:
+        handle = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+")
+        writable = True
+    except PermissionError:
+        handle, writable = path.open(), False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -287,9 +318,10 @@ def lock_file(path: Path, taken: str) -> IO[str]:
         holder = handle.read().strip() or "unknown"
         handle.close()
         raise EnvironmentProblem(f"{taken} (process {holder}); wait for it or stop it") from None
-    handle.truncate(0)
-    handle.write(str(os.getpid()))
-    handle.flush()
+    if writable:
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
     return handle
 
 
@@ -297,10 +329,10 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _last_line(path: Path, tail_bytes: int = 4096) -> str:
+def _last_line(path: Path, start: int, tail_bytes: int = 4096) -> str:
     with contextlib.suppress(OSError), path.open("rb") as handle:
         handle.seek(0, os.SEEK_END)
-        handle.seek(max(0, handle.tell() - tail_bytes))
+        handle.seek(max(start, handle.tell() - tail_bytes))
         lines = handle.read().decode(errors="replace").strip().splitlines()
         return lines[-1][:200] if lines else ""
     return ""

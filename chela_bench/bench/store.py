@@ -13,14 +13,15 @@ on reading and cut off before appending. A key measured twice (`--retry`) counts
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from chela_bench.bench.runner import lock_file
 from chela_bench.errors import EnvironmentProblem, RecordError
@@ -48,27 +49,39 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in (self._points, self._samples):
+        for handle in (self._points, self._samples, self._lock):
             if handle is not None:
-                handle.close()
-        self._lock.close()
+                with contextlib.suppress(OSError):  # what could not be written was said before
+                    handle.close()
 
     @property
     def log(self) -> Path:
         return self.path / LOG
 
     def write_run(self, run: Run) -> None:
-        write_atomically(self.path / RUN, run.model_dump_json(indent=2).encode() + b"\n")
+        with self._writing():
+            write_atomically(self.path / RUN, run.model_dump_json(indent=2).encode() + b"\n")
 
     def append(self, point: Point, samples_ns: list[float]) -> None:
         """Samples first: a point that is on record always has its samples."""
-        if self._points is None or self._samples is None:
-            self._samples = _open_for_appending(self.path / SAMPLES)
-            self._points = _open_for_appending(self.path / POINTS)
-        if samples_ns:
-            line = json.dumps({"key": point.key, "samples_ns": [round(s) for s in samples_ns]})
-            _append(self._samples, line)
-        _append(self._points, point.model_dump_json())
+        with self._writing():
+            if self._points is None or self._samples is None:
+                self._samples = _open_for_appending(self.path / SAMPLES)
+                self._points = _open_for_appending(self.path / POINTS)
+            if samples_ns:
+                line = json.dumps({"key": point.key, "samples_ns": [round(s) for s in samples_ns]})
+                _append(self._samples, line)
+            _append(self._points, point.model_dump_json())
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"cannot write to {self.path}: {error.strerror}; what was measured before is kept, "
+                f"go on with --resume {self.path}"
+            ) from error
 
     def discard(self) -> None:
         """Removes a folder that never came to hold a run."""
@@ -91,7 +104,7 @@ def load_header(folder: Path) -> Run:
         raise RecordError(f"cannot read {path}: {error.strerror}") from error
     try:
         version = json.loads(text)["schema_version"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise RecordError(
             f"{path} is not a run record: it does not say its schema_version"
         ) from None
@@ -123,11 +136,16 @@ def load_samples(folder: Path) -> dict[str, list[int]]:
     samples: dict[str, list[int]] = {}
     for number, line in enumerate(_whole_lines(path), start=1):
         try:
-            row = json.loads(line)
-            samples[row["key"]] = row["samples_ns"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise RecordError(f"{path}, line {number}: {error}") from None
+            row = _SampleLine.model_validate_json(line)
+        except ValidationError as error:
+            raise RecordError(f"{path}, line {number}: {_first_problem(error)}") from None
+        samples[row.key] = row.samples_ns
     return samples
+
+
+class _SampleLine(BaseModel):
+    key: str
+    samples_ns: list[int]
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -144,9 +162,12 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def _whole_lines(path: Path) -> Iterable[bytes]:
-    if not path.exists():
+    try:
+        return [line for line in path.read_bytes().split(b"\n")[:-1] if line]
+    except FileNotFoundError:
         return []
-    return [line for line in path.read_bytes().split(b"\n")[:-1] if line]
+    except OSError as error:
+        raise RecordError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _open_for_appending(path: Path) -> IO[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -16,8 +17,8 @@ from chela_bench.bench.cases import Case
 from chela_bench.bench.plan import Settings
 from chela_bench.bench.runner import Runner, shuffled, utc_now
 from chela_bench.errors import RecordError
-from chela_bench.profiles import nvml
-from chela_bench.records import Ceilings, Environment, Outcome, Point, Run
+from chela_bench.profiles import machine, nvml
+from chela_bench.records import Ceilings, Outcome, Point, Run
 
 # What must be equal for a run to go on where it stopped: the rest of Environment may drift.
 _SAME_MACHINE = ("device", "name", "uuid", "driver", "cuda", "cpu", "python")
@@ -70,6 +71,8 @@ def sweep(
                     if point.outcome not in retry
                 }
                 left = [case for case in cases if case.key not in done]
+                if resumed is not None and left:
+                    run = run.model_copy(update={"finished_utc": None})
                 folder.write_run(run)
                 listener.started(run, folder_path, len(left), _warnings(runner))
                 _measure_all(settings, left, runner, folder, listener)
@@ -77,8 +80,9 @@ def sweep(
             if not (folder_path / store.RUN).exists():  # it never came to hold a run
                 folder.discard()
             raise
-        run = run.model_copy(update={"finished_utc": utc_now()})
-        folder.write_run(run)
+        if run.finished_utc is None:
+            run = run.model_copy(update={"finished_utc": utc_now()})
+            folder.write_run(run)
     return Result(folder_path, run, store.load_points(folder_path))
 
 
@@ -93,24 +97,11 @@ def _measure_all(
         listener.case(case)
         reason = plan.unavailable(settings, case)
         if reason is not None:
-            point, samples = skipped(case, settings, runner.environment, reason), list[float]()
+            point, samples = runner.failed(case, "skipped", reason), list[float]()
         else:
             point, samples = runner.measure(case, listener.phase)
         folder.append(point, samples)
         listener.finished(point)
-
-
-def skipped(case: Case, settings: Settings, environment: Environment, reason: str) -> Point:
-    return Point(
-        **case.model_dump(),
-        device=environment.uuid or "cpu",
-        timer=settings.timer,
-        l2=settings.l2 if environment.device == "cuda" else None,
-        outcome="skipped",
-        reason=reason,
-        started_utc=utc_now(),
-        spent_s=0.0,
-    )
 
 
 def _header(
@@ -120,7 +111,8 @@ def _header(
     run = Run(
         run_id=folder.name,
         started_utc=utc_now(),
-        argv=["chela-bench", *sys.argv[1:]],
+        argv=["chela-bench", *(_printable(word) for word in sys.argv[1:])],
+        source_sha256=machine.source_sha256(),
         git_sha=sha,
         git_dirty=dirty,
         seed=settings.seed,
@@ -138,8 +130,8 @@ def _header(
             folder, name, getattr(resumed.environment, name), getattr(run.environment, name)
         )
     _refuse_differences(folder, "versions.", resumed.versions, run.versions)
-    _refuse_difference(folder, "git_sha", resumed.git_sha, run.git_sha)
-    return resumed.model_copy(update={"finished_utc": None})
+    _refuse_difference(folder, "source_sha256", resumed.source_sha256, run.source_sha256)
+    return resumed
 
 
 def refuse_other_settings(folder: Path, then: Mapping[str, Any], now: Settings) -> None:
@@ -158,7 +150,7 @@ def _refuse_difference(folder: Path, name: str, then: object, now: object) -> No
     if then != now:
         raise RecordError(
             f"{folder} cannot be resumed: {name} was {then!r} and is now {now!r}; "
-            "start a new run instead"
+            "start a new run, or let `--resume` alone take the run's own settings"
         )
 
 
@@ -171,6 +163,10 @@ def _warnings(runner: Runner) -> list[str]:
     if not others:
         return []
     return [f"other processes on the card disturb the times: {', '.join(others)}"]
+
+
+def _printable(word: str) -> str:
+    return word.encode("utf-8", "replace").decode()
 
 
 def git_state() -> tuple[str | None, bool | None]:
@@ -186,6 +182,9 @@ def git_state() -> tuple[str | None, bool | None]:
                 text=True,
                 check=True,
                 timeout=10,
+                env={
+                    k: v for k, v in os.environ.items() if not k.startswith("GIT_")
+                },  # as in hooks
             ).stdout.strip()
             for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
         )

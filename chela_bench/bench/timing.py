@@ -28,8 +28,8 @@ _FIRST_HOLD_NS = 200_000
 _LONGEST_HOLD_NS = 100_000_000
 
 
-class CannotHold(Exception):
-    """The call cannot be enqueued behind a held stream: it synchronises, or fills the queue."""
+class NoKernelTime(Exception):
+    """The call cannot be timed alone on the device; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,6 @@ class Budget:
         return samples > 0 and elapsed_s >= limit_s
 
 
-@dataclass
-class Timed:
-    """Samples in nanoseconds per call, in the order taken; launches per call if counted."""
-
-    samples_ns: list[float]
-    launches: int | None = None
-
-
 class EventTimer:
     """Kernel time of single calls on the current CUDA stream, event to event."""
 
@@ -66,7 +58,7 @@ class EventTimer:
         self._hold_ns = _FIRST_HOLD_NS
 
     def sample(self, call: Call) -> float:
-        """Nanoseconds of one call. Raises CannotHold if the host cannot run ahead of the device."""
+        """Nanoseconds of one call. Raises NoKernelTime if the host cannot run ahead."""
         while True:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             torch.cuda.synchronize()
@@ -81,7 +73,7 @@ class EventTimer:
             if held:
                 return float(start.elapsed_time(end)) * 1e6
             if self._hold_ns >= _LONGEST_HOLD_NS:
-                raise CannotHold
+                raise NoKernelTime("the call synchronises or fills the launch queue")
             self._hold_ns *= 2
 
 
@@ -96,54 +88,42 @@ class L2Evictor:
         torch.sum(self._buffer, dim=0, out=self._out)
 
 
-def time_with_events(call: Call, timer: EventTimer, budget: Budget) -> Timed:
-    """Samples until the median is settled, or until the budget is spent."""
+def event_samples(call: Call, timer: EventTimer, budget: Budget) -> list[float]:
+    """Nanoseconds per call until the median is settled, or the budget is spent."""
     timer.restart()
-    return Timed(_until_settled(lambda: [timer.sample(call)], budget))
+    return _until_settled(lambda: [timer.sample(call)], budget)
 
 
-def time_with_profiler(call: Call, evictor: L2Evictor | None, budget: Budget) -> Timed:
+def profiler_samples(
+    call: Call, evictor: L2Evictor | None, budget: Budget, *, launches: int
+) -> list[float]:
     """Sum of kernel spans of each of ten back-to-back calls a round (no host time, no gaps)."""
-    launches = count_launches(call)
-    evictor_launches = count_launches(evictor) if evictor is not None else 0
+    step = launches + (count_launches(evictor) if evictor is not None else 0)
+
+    def calls() -> None:
+        for _ in range(PROFILED_CALLS):
+            if evictor is not None:
+                evictor()
+            call()
 
     def one_round() -> list[float]:
-        def calls() -> None:
-            for _ in range(PROFILED_CALLS):
-                if evictor is not None:
-                    evictor()
-                call()
-
         spans = _kernel_spans_ns(calls)
-        step = launches + evictor_launches
-        if len(spans) != PROFILED_CALLS * step:  # launches vary from call to call: only the mean
-            if evictor is not None:
-                raise CannotHold
-            return [sum(spans) / PROFILED_CALLS]
-        return [
-            sum(spans[first + evictor_launches : first + step])
-            for first in range(0, len(spans), step)
-        ]
+        if len(spans) != PROFILED_CALLS * step:
+            raise NoKernelTime("the number of launches varies from call to call")
+        return [sum(spans[end - launches : end]) for end in range(step, len(spans) + 1, step)]
 
-    return Timed(_until_settled(one_round, budget), launches)
+    return _until_settled(one_round, budget)
 
 
-def time_on_cpu(call: Call, budget: Budget) -> Timed:
-    def one() -> list[float]:
-        begin = time.perf_counter_ns()
+def wall_samples(call: Call, budget: Budget) -> list[float]:
+    """Wall time of single calls from launch to synchronised end."""
+    return _until_settled(lambda: [float(once_ns(call))], budget)
+
+
+def keep_busy(call: Call, call_ns: int, *, for_ns: int = 30_000_000) -> None:
+    """Enqueues calls for about `for_ns` and returns while the device is at work on them."""
+    for _ in range(max(1, min(for_ns // max(call_ns, 1), MAX_LAUNCHES // 4))):
         call()
-        return [float(time.perf_counter_ns() - begin)]
-
-    return Timed(_until_settled(one, budget))
-
-
-def wall_ns(call: Call, *, limit_s: float = 0.2, most: int = 9) -> int:
-    """Median wall time of single calls from launch to synchronised end (CUDA)."""
-    samples: list[float] = []
-    begin = time.perf_counter()
-    while not samples or (len(samples) < most and time.perf_counter() - begin < limit_s):
-        samples.append(once_ns(call))
-    return max(1, round(stats.median(samples)))
 
 
 def host_ns(call: Call, *, calls: int = 20, rounds: int = 10, limit_s: float = 0.5) -> int:

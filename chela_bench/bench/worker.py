@@ -1,18 +1,20 @@
 """The worker process: owns the device, measures one case after another, can be killed at any time.
 
-Started as `python -m chela_bench.bench.worker FD PARENT_PID`. Commands come as JSON lines on
-standard input, answers go as JSON lines to file descriptor FD; standard output and error belong
-to whatever the implementations print and go to the run's worker.log.
+Started with two arguments, a file descriptor and the parent's process id. Commands come as JSON
+lines on standard input, answers go as JSON lines to the descriptor; standard output and error
+belong to whatever the implementations print and go to the run's worker.log.
 
-    -> {"session": {...}}   <- {"hello": {"environment": ..., "versions": ...}}
-    -> {"begin": true}      <- {"ready": {"ceilings": ...}} or {"refused": {"kind", "message"}}
-    -> {"case": {...}}      <- {"phase": "build"} ... {"point": {...}, "samples_ns": [...], "fatal"}
+    -> {"session": {...}}      <- {"hello": {"environment": ..., "versions": ...}}
+    -> {"begin": ceilings}     <- {"ready": {"ceilings": ...}}      (null: measure them)
+    -> {"case": {...}}         <- {"phase": "build"} ... {"point", "samples_ns", "spoilt"}
+    -> any of these            <- {"refused": {"exit_code", "message"}}
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import resource
 import signal
@@ -21,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from chela_bench.bench.cases import Case, Session
-from chela_bench.errors import ChelaBenchError, EnvironmentProblem
-from chela_bench.records import Ceilings, Outcome, Point, Telemetry
+from chela_bench.errors import ArgumentError, ChelaBenchError, EnvironmentProblem
+from chela_bench.records import Ceilings, Outcome, Telemetry
 
 _PR_SET_PDEATHSIG = 1
+_ALLOCATOR_SAYS = ("can't allocate memory", "Storage size calculation overflowed")
 
 
 def main() -> None:
@@ -37,8 +40,11 @@ def main() -> None:
         while data:
             data = data[os.write(answer_fd, data) :]
 
+    commands = os.fdopen(os.dup(0), "r")  # an implementation that reads its input gets nothing
+    with Path(os.devnull).open() as nothing:
+        os.dup2(nothing.fileno(), 0)
     worker: Worker | None = None
-    for line in sys.stdin:
+    for line in commands:
         command = json.loads(line)
         try:
             if "session" in command:
@@ -79,8 +85,8 @@ class Worker:
         import torch
 
         from chela_bench.bench import timing
+        from chela_bench.bench.job import Bench
         from chela_bench.bench.load import load
-        from chela_bench.bench.measure import Bench
         from chela_bench.bench.ops import user_impl
         from chela_bench.profiles import nvml
         from chela_bench.profiles.ceilings import measure_ceilings
@@ -89,13 +95,14 @@ class Worker:
         if device.type == "cuda":
             device = torch.device("cuda", device.index or 0)
         l2_bytes = self.environment.l2_bytes or 0
-        cuda = device.type == "cuda"
-        cold = self.session.l2 == "cold"
+        cuda, cold = device.type == "cuda", self.session.l2 == "cold"
+        events = cuda and self.session.timer == "event"
         for name, target in self.session.user_impls.items():
             load(target)
             self.user_impls[name] = user_impl(name, target)
         if cuda:
             torch.cuda.set_device(device)
+            nvml.keep_open()
         else:
             limit_memory(self.session.memory_limit_bytes)
         known = Ceilings() if ceilings is None else Ceilings.model_validate(ceilings)
@@ -110,30 +117,34 @@ class Worker:
             ceilings=known,
             telemetry=lambda: nvml.telemetry(uuid) if uuid else (Telemetry(), None),
             announce=lambda phase: self.answer({"phase": phase}),
-            timer=timing.EventTimer(l2_bytes=l2_bytes, cold=cold) if cuda else None,
-            evictor=timing.L2Evictor(l2_bytes) if cuda and cold else None,
+            timer=timing.EventTimer(l2_bytes=l2_bytes, cold=cold) if events else None,
+            evictor=timing.L2Evictor(l2_bytes) if cuda and cold and not events else None,
         )
         self.answer({"ready": {"ceilings": known.model_dump(mode="json")}})
 
     def measure(self, case: Case) -> None:
+        from chela_bench.bench.bounds import point_of
         from chela_bench.bench.measure import measure
 
+        bench = self.bench
         samples: list[float] = []
-        fatal = False
+        before = process_state()
         try:
-            point, samples = measure(self.bench, case, self.user_impls)
-        except Exception as error:  # whatever an implementation raises is that point's outcome
-            fatal = self.bench.cuda and device_is_broken()
+            point, samples = measure(bench, case, self.user_impls)
+        except (Exception, SystemExit) as error:  # what an implementation raises is an outcome
             outcome, reason = outcome_of(error)
-            point = Point(
-                **case.model_dump(),
-                device=self.bench.device_name,
-                timer=self.session.timer,
-                l2=self.session.l2 if self.bench.cuda else None,
+            point = point_of(
+                case,
+                self.session,
+                bench.device_name,
+                bench.ceilings,
                 outcome=outcome,
                 reason=reason,
             )
-        self.answer({"point": point.model_dump(mode="json"), "samples_ns": samples, "fatal": fatal})
+        spoilt = process_state() != before or (bench.cuda and device_is_broken())
+        self.answer(
+            {"point": point.model_dump(mode="json"), "samples_ns": samples, "spoilt": spoilt}
+        )
 
 
 def outcome_of(error: BaseException) -> tuple[Outcome, str]:
@@ -148,15 +159,35 @@ def outcome_of(error: BaseException) -> tuple[Outcome, str]:
         chain.append(link)
         link = link.__cause__ or link.__context__
     names = {cls.__name__ for link in chain for cls in type(link).__mro__}
-    allocator = "can't allocate memory" in str(error)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or allocator:
+    allocator = any(words in str(error) for words in _ALLOCATOR_SAYS)
+    if allocator or any(isinstance(link, torch.OutOfMemoryError | MemoryError) for link in chain):
         return "oom", text.partition(" Including non-PyTorch")[0]  # the rest is advice
     if "OutOfResources" in names:  # triton.runtime.errors, wherever this version keeps it
         return "out_of_resources", text
+    if isinstance(error, ArgumentError):  # a kernel of ours that says it does not take this
+        return "skipped", text
     compiler = {"CompilationError", "PTXASError", "InductorError", "CompileTimeAssertionFailure"}
     if isinstance(error, TorchDynamoException) or names & compiler:
         return "compile_error", text
     return "crash", text
+
+
+def process_state() -> tuple[object, ...]:
+    """What an implementation may change for everyone after it: then the worker is replaced."""
+    import torch
+
+    return (
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.get_num_threads(),
+        torch.is_grad_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.benchmark,
+        Path.cwd(),
+    )
 
 
 def device_is_broken() -> bool:
@@ -189,12 +220,21 @@ def limit_memory(limit_bytes: int | None) -> None:
         return
     if limit_bytes is None:
         fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        limit_bytes = int(fields["MemAvailable"].split()[0]) * 1024 * 9 // 10
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+        limit_bytes = int(min(available, _left_in_cgroup()) * 0.9)
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if hard != resource.RLIM_INFINITY:
         limit_bytes = min(limit_bytes, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, hard))
 
 
-if __name__ == "__main__":
-    main()
+def _left_in_cgroup() -> float:
+    """Bytes that this process's control group may still take; infinity where none says."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        limit = (root / "memory.max").read_text().strip()
+        return (
+            math.inf if limit == "max" else int(limit) - int((root / "memory.current").read_text())
+        )
+    except (OSError, ValueError):
+        return math.inf

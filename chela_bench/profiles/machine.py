@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -11,6 +12,7 @@ import runpy
 from pathlib import Path
 from typing import Any
 
+from chela_bench import __version__
 from chela_bench.errors import EnvironmentProblem, UsageError
 from chela_bench.profiles import nvml
 from chela_bench.records import Environment
@@ -105,13 +107,23 @@ def environment(device: str) -> Environment:
 
 def versions() -> dict[str, str]:
     """Installed versions of the tools and peers that a figure depends on."""
-    found = {"python": platform.python_version()}
+    found = {"chela-bench": __version__, "python": platform.python_version()}
+    found["TRITON_DEFAULT_FP_FUSION"] = os.environ.get("TRITON_DEFAULT_FP_FUSION", "unset")
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def source_sha256() -> str:
+    """One hash over the package's own Python files: which code measured, in a checkout or not."""
+    root = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def cpu_name() -> str:

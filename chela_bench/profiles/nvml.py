@@ -41,6 +41,19 @@ def _nvml() -> Iterator[bool]:
         pynvml.nvmlShutdown()
 
 
+@contextlib.contextmanager
+def _device(uuid: str) -> Iterator[Any]:
+    """The device's handle; None without a driver, or where NVML does not know the device."""
+    with _nvml() as available:
+        yield _ask(pynvml.nvmlDeviceGetHandleByUUID, uuid) if available else None
+
+
+def keep_open() -> None:
+    """Starts NVML for the rest of the process, so that a reading takes microseconds."""
+    with contextlib.suppress(pynvml.NVMLError):
+        pynvml.nvmlInit()  # counted: the pairs in `_nvml` neither start nor stop it after this
+
+
 def gpu_count() -> int:
     """GPUs that the driver knows; 0 without a driver."""
     with _nvml() as available:
@@ -52,10 +65,9 @@ def facts(uuid: str) -> dict[str, Any]:
 
     What this card or driver does not tell is left out.
     """
-    with _nvml() as available:
-        if not available:
+    with _device(uuid) as handle:
+        if handle is None:
             return {}
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
         found = {
             "driver": _ask(pynvml.nvmlSystemGetDriverVersion),
             "power_limit_mw": _ask(pynvml.nvmlDeviceGetEnforcedPowerLimit, handle),
@@ -75,10 +87,9 @@ def facts(uuid: str) -> dict[str, Any]:
 
 def telemetry(uuid: str) -> tuple[Telemetry, list[str] | None]:
     """Clocks, power and temperature now, and the throttle reasons in force ([]: none)."""
-    with _nvml() as available:
-        if not available:
+    with _device(uuid) as handle:
+        if handle is None:
             return Telemetry(), None
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
         reading = Telemetry(
             sm_clock_mhz=_ask(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM),
             mem_clock_mhz=_ask(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_MEM),
@@ -96,10 +107,9 @@ def telemetry(uuid: str) -> tuple[Telemetry, list[str] | None]:
 
 def other_processes(uuid: str, own: set[int]) -> list[str]:
     """Compute processes on the card that are not ours, as "pid (name)"."""
-    with _nvml() as available:
-        if not available:
+    with _device(uuid) as handle:
+        if handle is None:
             return []
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
         processes = _ask(pynvml.nvmlDeviceGetComputeRunningProcesses, handle) or []
         return [
             f"{process.pid} ({_ask(pynvml.nvmlSystemGetProcessName, process.pid) or 'unknown'})"

@@ -1,0 +1,147 @@
+"""One case on one device: its inputs, its call, and what the worker has learnt so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chela_bench.bench import timing
+from chela_bench.bench.cases import Case, Session
+from chela_bench.bench.inputs import DTYPES, Draw, Inputs
+from chela_bench.bench.load import load
+from chela_bench.bench.ops import Impl, Op
+from chela_bench.records import Ceilings, Outcome, Telemetry
+
+Function = Callable[..., Any]
+Results = Callable[[], Sequence[Tensor]]
+
+
+class Finished(Exception):
+    """The point is over before it has a time to show: an outcome other than ok, and why."""
+
+    def __init__(self, outcome: Outcome, reason: str) -> None:
+        super().__init__(reason)
+        self.outcome, self.reason = outcome, reason
+
+
+@dataclass
+class Bench:
+    """A device with what is known of it, and what has been learnt about implementations so far."""
+
+    session: Session
+    device: torch.device
+    device_name: str  # "cpu" or the GPU's UUID, as it stands in every point
+    l2_bytes: int
+    ceilings: Ceilings
+    telemetry: Callable[[], tuple[Telemetry, list[str] | None]]
+    announce: Callable[[str], None]  # tells the parent which phase begins
+    timer: timing.EventTimer | None = None  # with --timer event, on a GPU
+    evictor: timing.L2Evictor | None = None  # with --timer profiler and cold L2
+    seconds_at: dict[tuple[str, ...], dict[int, float]] = field(default_factory=dict)
+    host_ns: dict[tuple[str, ...], int] = field(default_factory=dict)
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+
+@dataclass
+class Job:
+    """One case, its op and implementation looked up."""
+
+    bench: Bench
+    case: Case
+    op: Op
+    impl: Impl
+    function: Function
+
+    @property
+    def tokens(self) -> int:
+        return self.case.shape["T"]
+
+    @property
+    def series(self) -> tuple[str, ...]:
+        """All that identifies the case but its length."""
+        dims = tuple(f"{k}{v}" for k, v in self.case.shape.items() if k != "T")
+        config = tuple(f"{k}={v}" for k, v in sorted(self.case.config.items()))
+        return (self.case.op, self.case.impl, self.case.direction, self.case.dtype, *dims, *config)
+
+    @property
+    def known_seconds(self) -> dict[int, float]:
+        """Seconds of one call by length, as measured in this worker."""
+        return self.bench.seconds_at.setdefault(self.series, {})
+
+    def draw(self, *, tokens: int | None = None, seed: int = 0, other: bool = False) -> Inputs:
+        """The case's inputs; `other` takes the distribution that is not timed."""
+        distribution = self.bench.session.inputs
+        if other:
+            distribution = "mean1" if distribution == "randn" else "randn"
+        shape = {**self.case.shape, "T": self.tokens if tokens is None else tokens}
+        make: Callable[[Draw], Inputs] = load(self.op.inputs)
+        return make(
+            Draw(
+                shape,
+                DTYPES[self.case.dtype],
+                self.bench.device,
+                self.bench.session.seed + seed,
+                distribution,
+            )
+        )
+
+    def output(self, inputs: Inputs) -> Tensor:
+        return first(self.function(*inputs.arguments(inputs.tensors), **self.case.config))
+
+    def output_gradient(self, like: Tensor) -> Tensor:
+        """do: the same numbers for every implementation of one shape."""
+        generator = torch.Generator(self.bench.device).manual_seed(self.bench.session.seed + 7)
+        noise = torch.randn(
+            like.shape, generator=generator, device=like.device, dtype=torch.float32
+        )
+        return noise.to(DTYPES[self.case.dtype])
+
+    def call(self, inputs: Inputs) -> Results:
+        """The timed call: `fwd` without autograd; `fwdbwd` forward and every input's gradient for
+        a fixed do; `bwd` the gradients alone, of a forward run once here."""
+        if self.case.direction == "fwd":
+            inputs.requires_grad_(False)
+
+            def forward() -> Sequence[Tensor]:
+                with torch.no_grad():
+                    return [self.output(inputs)]
+
+            return forward
+        leaves = list(inputs.requires_grad_(True).tensors.values())
+        if self.case.direction == "bwd":
+            kept = self.output(inputs)
+            kept_gradient = self.output_gradient(kept)
+            return lambda: torch.autograd.grad(kept, leaves, kept_gradient, retain_graph=True)
+        output_gradient = self.output_gradient(self.output(inputs))
+
+        def forward_backward() -> Sequence[Tensor]:
+            output = self.output(inputs)
+            return [output, *torch.autograd.grad(output, leaves, output_gradient)]
+
+        return forward_backward
+
+    def results(self, inputs: Inputs) -> Sequence[Tensor]:
+        """Output and, unless the direction is fwd, every input's gradient, computed once."""
+        if self.case.direction == "fwd":
+            return self.call(inputs)()
+        leaves = list(inputs.requires_grad_(True).tensors.values())
+        output = self.output(inputs)
+        return [output, *torch.autograd.grad(output, leaves, self.output_gradient(output))]
+
+
+def first(result: Any) -> Tensor:
+    """An implementation returns o, or a tuple that begins with it."""
+    output = result[0] if isinstance(result, tuple) and result else result
+    if not isinstance(output, Tensor):
+        raise Finished(
+            "wrong",
+            f"it returns {type(result).__name__}; wanted a tensor, or a tuple that begins with one",
+        )
+    return output
