@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
 import sys
 
 import click
@@ -54,6 +56,11 @@ def main() -> None:
         sys.exit(error.exit_code)
     except click.Abort:
         sys.exit(130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EPIPE) or error.filename is not None:
+            raise
+        click.echo(f"chela-bench: cannot write to standard output: {error.strerror}", err=True)
+        os._exit(6)  # Python would try to flush it again
     except ChelaBenchError as error:
         click.echo(f"chela-bench: {error}", err=True)
         sys.exit(error.exit_code)

@@ -8,7 +8,7 @@ from typing import Literal
 import pandas as pd
 
 from chela_bench.bench.store import load_samples, write_atomically
-from chela_bench.errors import EnvironmentProblem
+from chela_bench.errors import EnvironmentProblem, RecordError
 from chela_bench.records import Point, Run
 from chela_bench.reports.figures import figures, render
 from chela_bench.reports.markdown import summary
@@ -20,17 +20,19 @@ FORMATS: tuple[Literal["png", "svg"], ...] = ("png", "svg")
 def write_tables(folder: Path, run: Run, points: list[Point]) -> None:
     """results.csv (a row a point) and samples.parquet (a row a time sample)."""
     samples = load_samples(folder)
+    lost = [point.key for point in points if point.seconds is not None and point.key not in samples]
+    if lost:
+        raise RecordError(f"{folder} holds no samples for {lost[0]} ({len(lost)} such points)")
     rows = [
-        (point.key, number, nanoseconds)
+        (point.key, "wall" if point.time_ns is None else point.timer, number, nanoseconds)
         for point in points
-        if point.time_ns is not None
+        if point.seconds is not None
         for number, nanoseconds in enumerate(samples.get(point.key, []))
     ]
-    table = pd.DataFrame(rows, columns=["key", "sample", "time_ns"])
-    table = table.astype({"key": "str", "sample": "int64", "time_ns": "int64"})
+    table = pd.DataFrame(rows, columns=["key", "clock", "sample", "time_ns"])
+    table = table.astype({"key": "str", "clock": "str", "sample": "int64", "time_ns": "int64"})
     csv = points_frame(run, points).to_csv(index=False)
-    write_atomically(folder / "results.csv", csv.encode())
-    write_atomically(folder / "samples.parquet", table.to_parquet(index=False))
+    _write(folder, {"results.csv": csv.encode(), "samples.parquet": table.to_parquet(index=False)})
 
 
 def write_report(out: Path, run: Run, points: list[Point]) -> list[Path]:
@@ -40,6 +42,11 @@ def write_report(out: Path, run: Run, points: list[Point]) -> list[Path]:
     for name, figure in figures(run, points).items():
         for kind in FORMATS:
             files[f"{name}.{kind}"] = render(figure, kind)
+    _write(out, files)
+    return [out / name for name in files]
+
+
+def _write(out: Path, files: dict[str, bytes]) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, data in files.items():
@@ -48,4 +55,3 @@ def write_report(out: Path, run: Run, points: list[Point]) -> list[Path]:
         raise EnvironmentProblem(
             f"cannot write the report to {out}: {error.strerror}; give another folder"
         ) from error
-    return [out / name for name in files]

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from chela_bench.bench.store import load_run
 from chela_bench.cli.derived import write_report, write_tables
+from chela_bench.errors import UsageError
 from chela_bench.records import document
 from chela_bench.reports.terminal import sweep_table
 
@@ -28,13 +29,16 @@ def report(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
     \b
     Example:  chela-bench report runs/20260101T120000Z-abc123 -o report
     """
-    for folder in runs:
+    names = [folder.resolve().name for folder in runs]
+    if out is not None and len(set(names)) < len(names):
+        raise UsageError(f"two run folders of one name would share a folder in {out}: report each")
+    for folder, name in zip(runs, names, strict=True):
         run, points = load_run(folder)
         if out is None:
             write_tables(folder, run, points)
             target = folder / "report"
         else:
-            target = out if len(runs) == 1 else out / run.run_id
+            target = out if len(runs) == 1 else out / name
         paths = write_report(target, run, points)
         if as_json:
             click.echo(document(run, points))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import click
+from pydantic import ValidationError
 from rich.console import Console
 
 from chela_bench.bench import plan, store
@@ -18,9 +19,9 @@ from chela_bench.bench.sweep import Result, new_folder, refuse_other_settings
 from chela_bench.bench.sweep import sweep as run_sweep
 from chela_bench.cli.derived import write_report, write_tables
 from chela_bench.cli.progress import SweepProgress
-from chela_bench.errors import UsageError
+from chela_bench.errors import EnvironmentProblem, RecordError, UsageError
 from chela_bench.profiles.machine import choose_device
-from chela_bench.records import DIRECTIONS, DTYPES, L2, OUTCOMES, Point, Timer, document
+from chela_bench.records import DIRECTIONS, DTYPES, L2, OUTCOMES, Point, Run, Timer, document
 from chela_bench.reports.terminal import sweep_table
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -32,7 +33,10 @@ class _Names(click.ParamType):  # type: ignore[type-arg]
     name = "NAME[,NAME...]"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        names = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        one_file = ".py:" in value and Path(value.rpartition(":")[0]).is_file()
+        names = [value] if one_file else [part.strip() for part in value.split(",")]
         if not all(names):
             self.fail(f"empty name in {value!r}", param, ctx)
         return names
@@ -56,7 +60,11 @@ def _many(flag: str, about: str) -> Callable[[_F], _F]:
 @click.option("--timer", type=click.Choice(get_args(Timer)), help="Events or profiler spans.")
 @click.option("--l2", type=click.Choice(get_args(L2)), help="Evict the L2 cache, or leave it.")
 @click.option("--inputs", type=click.Choice(get_args(Distribution)), help="Timed inputs.")
-@click.option("--seed", type=int, help="Seed of inputs and of the order of points.")
+@click.option(
+    "--seed",
+    type=click.IntRange(-(1 << 62), 1 << 62),
+    help="Seed of inputs and of the order of points.",
+)
 @click.option("--config", type=click.Path(path_type=Path), help="Another bench.toml.")
 @click.option(
     "--out",
@@ -95,7 +103,7 @@ def sweep(ctx: click.Context, /, **given: Any) -> None:
     resumed = None if folder is None else store.load_header(folder)
     silent = flags == plan.Flags() and given["config"] is None and given["device"] == "auto"
     if resumed is not None and silent:
-        settings = plan.Settings.model_validate(resumed.settings)
+        settings = _settings_of(folder, resumed)
         plan.check_user_files(settings)
     else:
         config = load_config(find_config(given["config"]))
@@ -103,17 +111,21 @@ def sweep(ctx: click.Context, /, **given: Any) -> None:
         if folder is not None and resumed is not None:
             refuse_other_settings(folder, resumed.settings, settings)
     if given["dry_run"]:
-        _print_plan(settings, plan.cases(settings), as_json=given["as_json"])
+        points = [] if folder is None else store.load_points(folder)
+        done = {p.key: f"done: {p.outcome}" for p in points if p.outcome not in retry}
+        _print_plan(settings, plan.cases(settings), done, as_json=given["as_json"])
         return
     target = folder or new_folder(given["out"])
     try:
         with SweepProgress() as progress:
             result = run_sweep(settings, target, progress, resumed=resumed, retry=retry)
-    except KeyboardInterrupt:
-        if (target / store.RUN).exists():
+    except (KeyboardInterrupt, EnvironmentProblem) as stop:
+        if (target / store.RUN).exists():  # what was measured is worth its tables
+            click.echo(f"interrupted; go on with: chela-bench sweep --resume {target}", err=True)
             run, points = store.load_run(target)
             _conclude(Result(target, run, points), as_json=given["as_json"])
-            click.echo(f"interrupted; go on with: chela-bench sweep --resume {target}", err=True)
+        if isinstance(stop, EnvironmentProblem):
+            raise
         ctx.exit(130)
     _conclude(result, as_json=given["as_json"])
     ctx.exit(exit_code(result.points))
@@ -139,15 +151,30 @@ def _conclude(result: Result, *, as_json: bool) -> None:
     click.echo(f"records: {result.folder}\nreport:  {report} ({figures} figures)", err=as_json)
 
 
-def _print_plan(settings: plan.Settings, cases: list[Case], *, as_json: bool) -> None:
-    reasons = {case.key: plan.unavailable(settings, case) for case in cases}
+def _settings_of(folder: Path | None, run: Run) -> plan.Settings:
+    try:
+        return plan.Settings.model_validate(run.settings)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise RecordError(
+            f"{folder} cannot be resumed: settings.{where}: {problem['msg']}"
+        ) from None
+
+
+def _print_plan(
+    settings: plan.Settings, cases: list[Case], done: dict[str, str], *, as_json: bool
+) -> None:
+    skips = {case.key: plan.unavailable(settings, case) for case in cases}
+    reasons = {key: done.get(key) or (f"skipped: {skip}" if skip else None)
+               for key, skip in skips.items()}  # fmt: skip
     if as_json:
-        rows = [{**case.model_dump(), "skip": reasons[case.key]} for case in cases]
+        rows = [{**case.model_dump(), "not_tried": reasons[case.key]} for case in cases]
         plan_document = {"settings": settings.model_dump(mode="json"), "points": rows}
         click.echo(json.dumps(plan_document, indent=2))
         return
     for key, reason in reasons.items():
-        click.echo(f"{key}  skipped: {reason}" if reason else key)
+        click.echo(f"{key}  {reason}" if reason else key)
     runnable = sum(reason is None for reason in reasons.values())
     click.echo(f"{len(cases)} points, {runnable} to be tried", err=not sys.stdout.isatty())
 
