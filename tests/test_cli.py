@@ -110,9 +110,9 @@ def test_every_implementation_is_right_on_the_cpu(everything):
         (p["key"], p["reason"]) for p in document["points"] if p["outcome"] not in ("ok", "skipped")
     ]
     outcomes = {p["key"]: (p["outcome"], p["reason"]) for p in document["points"]}
-    assert len(outcomes) == 3 * 3 * (6 + 1 + 3 * 2 + 1)
+    assert len(outcomes) == 3 * 3 * (8 + 1 + 3 * 2 + 1)
     for key, (outcome, reason) in outcomes.items():
-        if "/triton_chunked/" in key or "/fla_chunk/" in key:
+        if "/triton_chunked/" in key or "/fla_" in key:
             assert (outcome, reason) == ("skipped", "needs a GPU")
         else:
             assert outcome == "ok", (key, reason)

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from chela_bench.bench import timing
+from chela_bench.bench import timing, tuning
 from chela_bench.profiles.machine import environment as machine_environment
 from chela_bench.profiles.nvml import telemetry
+from tests.planted import doubles_in_place
 from tests.running import FAULTS, ROOT, chela_bench, command, environment, tiny_config
 
 pytestmark = pytest.mark.gpu
@@ -94,6 +95,25 @@ def test_nvml_speaks_of_the_card_that_torch_uses(facts):
     assert reading.sm_clock_mhz and reading.power_mw and reading.temperature_c
     assert throttle is not None
     assert facts.driver and facts.l2_bytes > 1 << 20
+
+
+def test_an_autotuned_kernel_is_tuned_at_every_shape(monkeypatch):
+    tuned_at = []
+    bench = tuning._bench
+
+    def counting(kernel_call, quantiles):
+        tuned_at.append(shape)
+        return bench(kernel_call, quantiles)
+
+    monkeypatch.setattr(tuning, "_bench", counting)
+    tunings = tuning.Tunings()
+    for tokens in (1024, 4096, 1024):
+        shape = f"T{tokens}"
+        x = torch.ones(tokens, device="cuda")
+        with tunings.at(shape):
+            for _ in range(2):
+                doubles_in_place[lambda meta: (-(-tokens // meta["BLOCK"]),)](x, tokens)  # noqa: B023
+    assert tuned_at == ["T1024"] * 2 + ["T4096"] * 2  # two candidates each
 
 
 def _sweep(config, *arguments):

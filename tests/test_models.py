@@ -49,6 +49,18 @@ def test_fla_moves_two_and_a_half_times_the_floor_at_128():
     assert models.fla_chunk_hbm_bytes(shape, 2) == 2.5 * floor
 
 
+def test_fla_fused_chunk_pays_for_cutting_the_key_dimension():
+    """K = 128 in two slices: two float32 outputs written and read, their sum written and read."""
+    shape = {"B": 1, "T": 1, "H": 1, "K": 128, "V": 128}
+    floor = sum(models.linear_attention_bytes(shape, 2, "fwd"))
+    parts = 2 * 2 * 4 * 128 + 2 * 4 * 128
+    assert models.fla_fused_chunk_hbm_bytes(shape, 2) == floor + parts
+    assert models.fla_fused_chunk_hbm_bytes({**shape, "K": 64}, 2) == floor - 2 * 2 * 64
+    assert models.fla_recurrent_hbm_bytes(shape, 2) == floor + parts
+    assert models.fla_recurrent_hbm_bytes({**shape, "K": 64}, 2) == floor - 2 * 2 * 64 + 2 * 4 * 128
+    assert models.fla_recurrent_hbm_bytes({**shape, "K": 64}, 4) == 2 * (floor - 2 * 2 * 64)
+
+
 def test_the_layers_parameters_are_counted_as_the_module_has_them():
     shape = {"B": 2, "T": 300, "D": 24, "K": 8, "V": 48}
     module = layer_module(24, 8, 48, 300, "cpu")

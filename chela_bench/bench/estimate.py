@@ -53,9 +53,10 @@ def _grown(job: Job, seconds: float, shorter: int, tokens: int) -> float:
 def _probed_seconds(job: Job, tokens: int) -> float | None:
     job.bench.announce("build")
     try:
-        call = job.call(job.draw(tokens=tokens))
-        call()  # compiles
-        return timing.fastest_ns(call) / 1e9
+        with job.tuned(tokens):
+            call = job.call(job.draw(tokens=tokens))
+            call()  # compiles
+            return timing.fastest_ns(call) / 1e9
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise Finished("oom", f"out of memory already at T = {tokens}: {error}") from error
     except Exception:  # it may take the length asked for all the same: that decides

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,8 @@ from chela_bench.bench.cases import Case, Session
 from chela_bench.bench.inputs import DTYPES, Draw, Inputs
 from chela_bench.bench.load import load
 from chela_bench.bench.ops import Impl, Op
-from chela_bench.records import Ceilings, Outcome, Telemetry
+from chela_bench.bench.tuning import Tunings
+from chela_bench.records import Ceilings, Outcome, Telemetry, shape_label
 
 Function = Callable[..., Any]
 Results = Callable[[], Sequence[Tensor]]
@@ -43,6 +45,7 @@ class Bench:
     evictor: timing.L2Evictor | None = None  # with --timer profiler and cold L2
     seconds_at: dict[tuple[str, ...], dict[int, float]] = field(default_factory=dict)
     host_ns: dict[tuple[str, ...], int] = field(default_factory=dict)
+    tunings: Tunings = field(default_factory=Tunings)
 
     @property
     def cuda(self) -> bool:
@@ -75,16 +78,22 @@ class Job:
         """Seconds of one call by length, as measured in this worker."""
         return self.bench.seconds_at.setdefault(self.series, {})
 
+    def shape(self, tokens: int | None = None) -> dict[str, int]:
+        return {**self.case.shape, "T": self.tokens if tokens is None else tokens}
+
+    def tuned(self, tokens: int | None = None) -> AbstractContextManager[None]:
+        """While at it, autotuners choose for the case's shape, or for that of another length."""
+        return self.bench.tunings.at(f"{self.case.op}/{shape_label(self.shape(tokens))}")
+
     def draw(self, *, tokens: int | None = None, seed: int = 0, other: bool = False) -> Inputs:
         """The case's inputs; `other` takes the distribution that is not timed."""
         distribution = self.bench.session.inputs
         if other:
             distribution = "mean1" if distribution == "randn" else "randn"
-        shape = {**self.case.shape, "T": self.tokens if tokens is None else tokens}
         make: Callable[[Draw], Inputs] = load(self.op.inputs)
         return make(
             Draw(
-                shape,
+                self.shape(tokens),
                 DTYPES[self.case.dtype],
                 self.bench.device,
                 self.bench.session.seed + seed,

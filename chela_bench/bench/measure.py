@@ -54,13 +54,14 @@ def measure(bench: Bench, case: Case, user_impls: dict[str, Impl]) -> tuple[Poin
     reason: str | None = None
     try:
         refuse_if_too_long(job)
-        inputs = job.draw()
-        judge_first(job, inputs, columns)
-        bench.announce("build")
-        call = job.call(inputs)
-        call()
-        samples = _time(job, call, columns, nulls)
-        judge_again(job, inputs, call, columns)
+        with job.tuned():
+            inputs = job.draw()
+            judge_first(job, inputs, columns)
+            bench.announce("build")
+            call = job.call(inputs)
+            call()
+            samples = _time(job, call, columns, nulls)
+            judge_again(job, inputs, call, columns)
     except Finished as finished:
         outcome, reason = finished.outcome, finished.reason
         columns = {name: value for name, value in columns.items() if name not in _TIMES}
@@ -171,7 +172,8 @@ def _launches(job: Job, call: Results, first_ns: int) -> int | None:
     """Launches of one call, or None if a short sequence already takes more than MAX_LAUNCHES."""
     if first_ns > SLOW_NS and job.tokens > SHORT_TOKENS:
         job.bench.announce("build")
-        with contextlib.suppress(Exception):  # it need not take another length
+        # it need not take another length
+        with contextlib.suppress(Exception), job.tuned(SHORT_TOKENS):
             short = job.call(job.draw(tokens=SHORT_TOKENS))
             if timing.count_launches(short) > timing.MAX_LAUNCHES:
                 return None
@@ -194,10 +196,11 @@ def _add_host_ns(job: Job, columns: dict[str, Any], nulls: dict[str, str]) -> No
     if job.series not in known:
         job.bench.announce("build")
         try:
-            call = job.call(job.draw(tokens=TINY_TOKENS))
-            for _ in range(3):
-                call()
-            known[job.series] = timing.host_ns(call)
+            with job.tuned(TINY_TOKENS):
+                call = job.call(job.draw(tokens=TINY_TOKENS))
+                for _ in range(3):
+                    call()
+                known[job.series] = timing.host_ns(call)
         except Exception as error:  # it need not take another length; its point stands
             nulls["host_ns"] = f"at T = {TINY_TOKENS}: {type(error).__name__}: {error}"[:200]
             return

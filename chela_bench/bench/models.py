@@ -122,6 +122,29 @@ def fla_chunk_hbm_bytes(shape: Shape, itemsize: int) -> int:
     return round(rows * itemsize * (first + second))
 
 
+def fla_fused_chunk_hbm_bytes(shape: Shape, itemsize: int) -> int:
+    """Counted from fla 0.6.0's kernel: K is cut in slices of 64, each with an output of its own."""
+    slices = math.ceil(shape["K"] / 64)
+    parts = _summed_parts_bytes(shape, itemsize, slices) if slices > 1 else 0
+    return sum(linear_attention_bytes(shape, itemsize, "fwd")) + parts
+
+
+def fla_recurrent_hbm_bytes(shape: Shape, itemsize: int) -> int:
+    """Counted from fla 0.6.0's kernel: as fla_fused_chunk, but float32 even in one slice."""
+    parts = _summed_parts_bytes(shape, itemsize, math.ceil(shape["K"] / 64))
+    return sum(linear_attention_bytes(shape, itemsize, "fwd")) + parts
+
+
+def _summed_parts_bytes(shape: Shape, itemsize: int, slices: int) -> int:
+    """Beyond inputs and output: float32 partial outputs, their sum, and its conversion."""
+    output = 4 * shape["B"] * shape["T"] * shape["H"] * shape["V"]
+    if slices == 1:  # nothing to sum; written and read again by the conversion
+        return 2 * output if itemsize != 4 else 0
+    summed = 2 * slices * output  # the parts, written by the kernel and read by the sum
+    # The sum is the output in float32; else it is written, and read by the conversion.
+    return summed + (2 * output if itemsize != 4 else 0)
+
+
 def flash_hbm_bytes(shape: Shape, itemsize: int) -> int:
     """k and v are read again by every block of queries, from L2; the log-sum-exp is float32."""
     return (

@@ -99,6 +99,25 @@ _INPUTS = "chela_bench.bench.inputs"
 # adds do's products. Each costs at most half a spacing (bench/check.py).
 _ATTENTION_ROUNDINGS = {"fwd": 3, "bwd": 4, "fwdbwd": 4}
 
+
+def _fla(
+    name: str,
+    function: str,
+    hbm_bytes: Callable[[models.Shape, int], int],
+    fp32_operands: Literal["fp32", "tf32"],
+) -> Impl:
+    return Impl(
+        name,
+        f"{_PEERS}:{name}",
+        f"flash-linear-attention's {function}",
+        devices=("cuda",),
+        fp32_operands=fp32_operands,
+        requires="fla",
+        install="pip install 'chela-bench[peers]'",
+        hbm_bytes=hbm_bytes,
+    )
+
+
 OPS: tuple[Op, ...] = (
     Op(
         name="linear_attention",
@@ -136,15 +155,18 @@ OPS: tuple[Op, ...] = (
                 fp32_operands="tf32",
                 hbm_bytes="chela_bench.kernels.linear_attention:hbm_bytes",
             ),
-            Impl(
-                "fla_chunk",
-                f"{_PEERS}:fla_chunk",
-                "flash-linear-attention's chunk_linear_attn",
-                devices=("cuda",),
-                fp32_operands="tf32",
-                requires="fla",
-                install="pip install 'chela-bench[peers]'",
-                hbm_bytes=models.fla_chunk_hbm_bytes,
+            _fla("fla_chunk", "chunk_linear_attn", models.fla_chunk_hbm_bytes, "tf32"),
+            _fla(
+                "fla_fused_chunk",
+                "fused_chunk_linear_attn",
+                models.fla_fused_chunk_hbm_bytes,
+                "tf32",
+            ),
+            _fla(
+                "fla_recurrent",
+                "fused_recurrent_linear_attn",
+                models.fla_recurrent_hbm_bytes,
+                "fp32",
             ),
             Impl(
                 "compiled_chunked",

@@ -21,6 +21,22 @@ def fla_chunk(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return output
 
 
+def fla_fused_chunk(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """fla's fused_chunk_linear_attn: one kernel, the state in registers."""
+    from fla.ops.linear_attn import fused_chunk_linear_attn
+
+    output: Tensor = fused_chunk_linear_attn(q, k, v, normalize=False)[0]
+    return output
+
+
+def fla_recurrent(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """fla's fused_recurrent_linear_attn: token by token in one kernel."""
+    from fla.ops.linear_attn import fused_recurrent_linear_attn
+
+    output: Tensor = fused_recurrent_linear_attn(q, k, v, normalize=False)[0]
+    return output
+
+
 def compiled_chunked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """torch.compile of the reference, compiled anew for every shape: nothing is left dynamic."""
     output: Tensor = _compiled()(q, k, v)

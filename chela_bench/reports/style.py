@@ -31,6 +31,8 @@ _KNOWN = {
     "triton": Style(_VERMILLION, "o"),
     "triton_chunked": Style(_VERMILLION, "o"),
     "fla_chunk": Style(_BLUE, "s"),
+    "fla_fused_chunk": Style(_BLUE, "p"),
+    "fla_recurrent": Style(_BLUE, "<"),
     "chunked": Style(_GREEN, "^"),
     "compiled_chunked": Style(_SKY, "v"),
     "recurrent": Style(_PURPLE, "D"),
