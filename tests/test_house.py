@@ -21,7 +21,7 @@ ARROWS = {
     "reference": {"errors", "torch"},
     "kernels": {"errors", "torch", "triton"},
     "profiles": {"errors", "records", "torch"},
-    "bench": {"kernels", "reference", "profiles", "records", "errors", "torch"},
+    "bench": {"kernels", "reference", "profiles", "records", "errors", "torch", "triton"},
     "reports": {"records", "errors"},
     "cli": {"bench", "profiles", "reports", "records", "errors"},
     "records": set(),

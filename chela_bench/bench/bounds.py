@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from chela_bench.bench.cases import Case, Session
-from chela_bench.bench.ops import get_op
+from chela_bench.bench.registry import get_op
 from chela_bench.records import Ceilings, Point
 
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}

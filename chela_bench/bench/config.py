@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from chela_bench.bench.cases import Distribution, Limits
 from chela_bench.bench.lengths import parse_lengths
-from chela_bench.bench.ops import OPS
+from chela_bench.bench.registry import all_ops
 from chela_bench.errors import ConfigError, UsageError
 from chela_bench.records import L2, Direction, DType, Timer
 
@@ -105,11 +105,16 @@ def load_config(path: Path) -> Config:
     except ValidationError as error:
         raise ConfigError("\n".join(f"{path}: {line}" for line in _explain(error))) from None
     _check_names(path, config)
-    return config
+    brought = {op.name: op.shapes for op in all_ops() if op.shapes}
+    shapes = {
+        name: {**brought.get(name, {}), **config.shapes.get(name, {})}
+        for name in [*config.shapes, *(name for name in brought if name not in config.shapes)]
+    }
+    return config.model_copy(update={"shapes": shapes})
 
 
 def _check_names(path: Path, config: Config) -> None:
-    ops = {op.name: op for op in OPS}
+    ops = {op.name: op for op in all_ops()}
     for name, shapes in config.shapes.items():
         if name not in ops:
             raise ConfigError(f"{path}: shapes.{name}: no such op; there are: {', '.join(ops)}")
@@ -127,6 +132,7 @@ def _check_names(path: Path, config: Config) -> None:
     sweeps: dict[str, Sweep | SweepChanges] = {"sweep": config.sweep}
     sweeps |= {f"presets.{name}.sweep": preset.sweep for name, preset in config.presets.items()}
     shape_names = {name for shapes in config.shapes.values() for name in shapes}
+    shape_names |= {name for op in ops.values() for name in op.shapes}
     for where, sweep in sweeps.items():
         for kind, given, known in (
             ("op", sweep.ops, list(ops)),

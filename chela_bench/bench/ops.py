@@ -2,7 +2,8 @@
 
 Data only: functions are named ("module:function") and imported by the worker, so that listing
 and planning need no torch. Adding an op touches five places: kernels/x.py, reference/x.py,
-tests/test_x.py, one Op(...) here, its shapes in bench.toml.
+tests/test_x.py, one Op(...) here, its shapes in bench.toml. Other distributions add theirs through
+an entry point: see registry.py.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ class Op:
     flops: Callable[[models.Shape, str], int]
     impls: tuple[Impl, ...]
     options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # first is the default
+    shapes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # beside bench.toml's
 
     def impl(self, name: str) -> Impl:
         for impl in self.impls:
@@ -247,13 +249,6 @@ OPS: tuple[Op, ...] = (
         ),
     ),
 )
-
-
-def get_op(name: str) -> Op:
-    for op in OPS:
-        if op.name == name:
-            return op
-    raise UsageError(f"no op {name!r}; there are: {', '.join(op.name for op in OPS)}")
 
 
 def user_impl(name: str, target: str) -> Impl:

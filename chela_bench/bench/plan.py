@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from chela_bench.bench.cases import Case, Distribution, Limits, Session
 from chela_bench.bench.config import Config
 from chela_bench.bench.lengths import parse_lengths
-from chela_bench.bench.ops import Impl, Op, get_op, user_impl
+from chela_bench.bench.ops import Impl, Op, user_impl
+from chela_bench.bench.registry import get_op
 from chela_bench.errors import RecordError, UsageError
 from chela_bench.records import (
     DIRECTIONS,

@@ -68,6 +68,7 @@ class Worker:
 
     def hello(self) -> None:
         """Says what this machine is; uses the device only as far as asking for its properties."""
+        from chela_bench.bench.registry import plugin_versions
         from chela_bench.profiles import machine
 
         self.environment = machine.environment(self.session.device)
@@ -75,7 +76,7 @@ class Worker:
             {
                 "hello": {
                     "environment": self.environment.model_dump(mode="json"),
-                    "versions": machine.versions(),
+                    "versions": machine.versions() | plugin_versions(),
                 }
             }
         )

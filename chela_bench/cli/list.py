@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from chela_bench.bench.config import find_config, load_config
-from chela_bench.bench.ops import OPS
+from chela_bench.bench.registry import all_ops
 from chela_bench.profiles.machine import choose_device
 from chela_bench.records import shape_label
 
@@ -47,7 +47,7 @@ def list_(config: Path | None, device: str, as_json: bool) -> None:
             ],
             "shapes": shapes.get(op.name, {}),
         }
-        for op in OPS
+        for op in all_ops()
     ]
     if as_json:
         click.echo(json.dumps({"device": kind, "config": str(path), "ops": rows}, indent=2))
