@@ -78,6 +78,19 @@ class Telemetry(_Record):
     temperature_c: Count | None = None
 
 
+class Spent(_Record):
+    """Wall seconds of a point that went into the implementation and its judge, not into the bench.
+
+    Compiling holds the first call at a shape, autotuning included; checking the oracle, the calls
+    it judges and their comparison; timing the loops of samples with the evictions and holds that
+    belong to a sample.
+    """
+
+    compiling_s: float = 0.0
+    checking_s: float = 0.0
+    timing_s: float = 0.0
+
+
 class Point(_Record):
     """One implementation at one shape, direction, dtype and configuration."""
 
@@ -114,6 +127,7 @@ class Point(_Record):
     null_reasons: dict[str, str] = Field(default_factory=dict)  # column -> why, in an ok point
     started_utc: str | None = None
     spent_s: float | None = None  # the bench's wall time for this point, checks and compiling too
+    spent: Spent | None = None  # what of it was not the bench's own
 
     @field_validator("reason")
     @classmethod
@@ -227,6 +241,37 @@ class Ceilings(_Record):
     matmul_tflop_per_s: dict[DType, float] = Field(default_factory=dict)  # fp32: tf32 dots
 
 
+class Device(_Record):
+    """A GPU of a sweep on several."""
+
+    environment: Environment
+    ceilings: Ceilings = Ceilings()
+
+
+class Cost(_Record):
+    """What the last session of a run took, seconds summed over its workers, and whose it was.
+
+    own_s is what was neither compiling, checking nor timing: starting workers, measuring ceilings,
+    drawing inputs, counting launches, reading NVML, passing and writing results.
+    """
+
+    wall_s: float
+    compiling_s: float
+    checking_s: float
+    timing_s: float
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def own_s(self) -> float:
+        return max(0.0, self.wall_s - self.compiling_s - self.checking_s - self.timing_s)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def own_share(self) -> float:
+        """own_s over wall_s."""
+        return self.own_s / self.wall_s if self.wall_s else 0.0
+
+
 class Run(_Record):
     """What surrounds the points: when, how, on what, with which versions."""
 
@@ -245,6 +290,8 @@ class Run(_Record):
     versions: dict[str, str]
     environment: Environment
     ceilings: Ceilings = Ceilings()
+    other_devices: list[Device] = Field(default_factory=list)  # beside the first one above
+    cost: Cost | None = None
 
 
 def point_key(

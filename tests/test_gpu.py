@@ -169,6 +169,22 @@ def test_two_sweeps_on_one_card_are_refused(tmp_path):
     assert not any((tmp_path / "two").iterdir())
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_share_a_sweep(tmp_path):
+    done = chela_bench(
+        "sweep", "--json", "--gpus", "all", "--config", tiny_config(tmp_path),
+        "--out", tmp_path / "runs", "--impl", "chunked,triton_chunked", "--dtype", "bf16",
+        "--lens", "256..4k", CUDA_VISIBLE_DEVICES="0,1",
+    )  # fmt: skip
+    document = json.loads(done.stdout)
+    assert {point["outcome"] for point in document["points"]} == {"ok"}, done.stderr
+    run = document["run"]
+    cards = [run["environment"], *(device["environment"] for device in run["other_devices"])]
+    assert len({card["uuid"] for card in cards}) == 2
+    assert {point["device"] for point in document["points"]} == {card["uuid"] for card in cards}
+    assert run["other_devices"][0]["ceilings"]["copy_gb_per_s"] > 100
+
+
 @pytest.mark.parametrize("timer_name", ["event", "profiler"])
 @pytest.mark.parametrize("l2", ["cold", "warm"])
 def test_every_convention_gives_a_time_near_the_others(tmp_path, timer_name, l2):

@@ -17,7 +17,7 @@ def config():
 
 
 def _cases(config, device="cuda", **flags):
-    return plan.cases(plan.resolve(config, plan.Flags(**flags), device))
+    return plan.cases(plan.resolve(config, plan.Flags(**flags), [device]))
 
 
 @pytest.mark.parametrize(
@@ -56,11 +56,11 @@ def test_the_default_plan_has_every_implementation_at_every_length(config):
 
 
 def test_the_cpu_preset_is_taken_where_there_is_no_gpu(config):
-    settings = plan.resolve(config, plan.Flags(), "cpu")
+    settings = plan.resolve(config, plan.Flags(), ["cpu"])
     assert settings.preset == "cpu"
     assert settings.limits.call_s == config.presets["cpu"].limits["call_s"]
     assert max(settings.lens) == 16384
-    assert plan.resolve(config, plan.Flags(lens="1k..64k"), "cpu").lens[-1] == 65536
+    assert plan.resolve(config, plan.Flags(lens="1k..64k"), ["cpu"]).lens[-1] == 65536
 
 
 def test_flags_narrow_the_plan(config):
@@ -149,7 +149,7 @@ def test_axis_values_are_numbers_where_they_look_like_one():
 
 
 def test_what_cannot_run_is_known_without_trying(config):
-    settings = plan.resolve(config, plan.Flags(dtypes=["fp32"]), "cuda")
+    settings = plan.resolve(config, plan.Flags(dtypes=["fp32"]), ["cuda"])
     reasons = {
         (case.impl, case.direction): plan.unavailable(settings, case)
         for case in plan.cases(settings)
@@ -157,7 +157,7 @@ def test_what_cannot_run_is_known_without_trying(config):
     assert reasons["triton_chunked", "fwdbwd"] == "triton_chunked has no fwdbwd; it has: fwd"
     assert reasons["sdpa_flash", "fwd"] == "sdpa_flash takes no fp32 on a GPU; it takes: bf16, fp16"
     assert reasons["chunked", "fwd"] is None
-    on_cpu = plan.resolve(config, plan.Flags(), "cpu")
+    on_cpu = plan.resolve(config, plan.Flags(), ["cpu"])
     assert {
         case.impl: plan.unavailable(on_cpu, case) for case in plan.cases(on_cpu)
     }["triton_chunked"] == "needs a GPU"  # fmt: skip
@@ -223,4 +223,4 @@ def test_a_missing_file_and_a_folder(tmp_path):
 def test_a_preset_with_an_impossible_limit(tmp_path):
     text = TINY + "\n[presets.fast.limits]\ncall_s = -2.0\n"
     with pytest.raises(UsageError, match=r"presets\.fast\.limits"):
-        plan.resolve(load_config(_toml(tmp_path, text)), plan.Flags(preset="fast"), "cuda")
+        plan.resolve(load_config(_toml(tmp_path, text)), plan.Flags(preset="fast"), ["cuda"])

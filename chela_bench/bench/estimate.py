@@ -54,9 +54,12 @@ def _probed_seconds(job: Job, tokens: int) -> float | None:
     job.bench.announce("build")
     try:
         with job.tuned(tokens):
-            call = job.call(job.draw(tokens=tokens))
-            call()  # compiles
-            return timing.fastest_ns(call) / 1e9
+            inputs = job.draw(tokens=tokens)
+            with job.bench.spending("compiling"):
+                call = job.call(inputs)
+                call()
+            with job.bench.spending("timing"):
+                return timing.fastest_ns(call) / 1e9
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise Finished("oom", f"out of memory already at T = {tokens}: {error}") from error
     except Exception:  # it may take the length asked for all the same: that decides

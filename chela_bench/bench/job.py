@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from chela_bench.records import Ceilings, Outcome, Telemetry, shape_label
 
 Function = Callable[..., Any]
 Results = Callable[[], Sequence[Tensor]]
+Activity = Literal["compiling", "checking", "timing"]
 
 
 class Finished(Exception):
@@ -46,10 +48,23 @@ class Bench:
     seconds_at: dict[tuple[str, ...], dict[int, float]] = field(default_factory=dict)
     host_ns: dict[tuple[str, ...], int] = field(default_factory=dict)
     tunings: Tunings = field(default_factory=Tunings)
+    spent_s: dict[str, float] = field(default_factory=dict)  # of the case at hand, by activity
 
     @property
     def cuda(self) -> bool:
         return self.device.type == "cuda"
+
+    @contextmanager
+    def spending(self, activity: Activity) -> Iterator[None]:
+        """Adds the block's wall time, device work included, to what the case spent on it."""
+        begin = time.perf_counter()
+        try:
+            yield
+            if self.cuda:
+                torch.cuda.synchronize(self.device)
+        finally:
+            elapsed_s = time.perf_counter() - begin
+            self.spent_s[activity] = self.spent_s.get(activity, 0.0) + elapsed_s
 
 
 @dataclass

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from chela_bench.bench import check
 from chela_bench.bench.inputs import DTYPES, Inputs
-from chela_bench.bench.job import Finished, Function, Job, Results, first
+from chela_bench.bench.job import Activity, Finished, Function, Job, Results, first
 from chela_bench.bench.load import load
 
 _SMALL_BLOCKS = 64  # of 1 MiB, the largest that the caching allocator's small pool serves
@@ -22,7 +22,7 @@ _SMALL_BLOCKS = 64  # of 1 MiB, the largest that the caching allocator's small p
 def judge_first(job: Job, inputs: Inputs, columns: dict[str, Any]) -> None:
     """Before timing: freshly computed, in memory that reads as NaN until it is written."""
     with _poisoned_memory(job):
-        _judge(job, inputs, lambda: job.results(inputs), columns, when="")
+        _judge(job, inputs, lambda: job.results(inputs), columns, "compiling", when="")
 
 
 def judge_again(job: Job, inputs: Inputs, call: Results, columns: dict[str, Any]) -> None:
@@ -37,28 +37,30 @@ def judge_again(job: Job, inputs: Inputs, call: Results, columns: dict[str, Any]
             tensor.copy_(fresh.tensors[name])
     del fresh
     results = call if job.case.direction != "bwd" else lambda: job.results(inputs)
-    _judge(job, inputs, results, columns, when="after timing, on fresh inputs, ")
+    _judge(job, inputs, results, columns, "checking", when="after timing, on fresh inputs, ")
 
 
 def _judge(
-    job: Job, inputs: Inputs, results: Results, columns: dict[str, Any], *, when: str
+    job: Job,
+    inputs: Inputs,
+    results: Results,
+    columns: dict[str, Any],
+    activity: Activity,
+    *,
+    when: str,
 ) -> None:
     """Adds the errors to the columns; raises Finished("wrong") if one is above the budget."""
     case = job.case
     before = {name: tensor.detach().clone() for name, tensor in inputs.tensors.items()}
     job.bench.announce("build")  # the first call at this shape compiles and autotunes
-    actual = [tensor.detach() for tensor in results()]
+    with job.bench.spending(activity):
+        actual = [tensor.detach() for tensor in results()]
     for name, tensor in inputs.tensors.items():
         if not torch.equal(tensor.detach(), before[name]):
             raise Finished("wrong", f"{when}it changes its input {name}")
     job.bench.announce("check")
     exact_inputs = Inputs(before, inputs.kinds, inputs.arguments).to(torch.float64)
     del before
-    names: list[str] = ["o"]
-    kinds: list[check.ErrorKind] = [job.op.output_kind]
-    if case.direction != "fwd":
-        names += [f"d{name}" for name in inputs.tensors]
-        kinds += inputs.kinds.values()
     budget = check.error_budget(
         case.dtype,
         roundings=job.op.roundings[case.direction],
@@ -66,17 +68,9 @@ def _judge(
         operands=job.impl.fp32_operands if case.dtype == "fp32" and job.bench.cuda else None,
     )
     columns["error_budget"] = budget
-    errors: dict[str, float] = {}
     try:
-        exact = _oracle(job, exact_inputs)
-        for name, kind, got, wanted in zip(names, kinds, actual, exact, strict=True):
-            if got.shape != wanted.shape or got.dtype != DTYPES[case.dtype]:
-                raise Finished(
-                    "wrong",
-                    f"{when}{name} should be {list(wanted.shape)} {case.dtype}; "
-                    f"it is {list(got.shape)} {got.dtype}",
-                )
-            errors[name] = check.error_of(got, wanted, kind)
+        with job.bench.spending("checking"):
+            errors = _errors(job, actual, exact_inputs, when=when)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise Finished("skipped", f"{when}the float64 oracle does not fit: {error}") from error
     known: dict[str, float] = columns.setdefault("errors", {})
@@ -89,6 +83,26 @@ def _judge(
     if not errors[worst] <= budget:
         size = f"off by {errors[worst]:.2e}" if math.isfinite(errors[worst]) else "not finite"
         raise Finished("wrong", f"{when}{worst} is {size}; budget {budget:.2e}")
+
+
+def _errors(job: Job, actual: Sequence[Tensor], inputs: Inputs, *, when: str) -> dict[str, float]:
+    """Error of the output and, unless the direction is fwd, of every gradient, by name."""
+    names: list[str] = ["o"]
+    kinds: list[check.ErrorKind] = [job.op.output_kind]
+    if job.case.direction != "fwd":
+        names += [f"d{name}" for name in inputs.tensors]
+        kinds += inputs.kinds.values()
+    errors: dict[str, float] = {}
+    exact = _oracle(job, inputs)
+    for name, kind, got, wanted in zip(names, kinds, actual, exact, strict=True):
+        if got.shape != wanted.shape or got.dtype != DTYPES[job.case.dtype]:
+            raise Finished(
+                "wrong",
+                f"{when}{name} should be {list(wanted.shape)} {job.case.dtype}; "
+                f"it is {list(got.shape)} {got.dtype}",
+            )
+        errors[name] = check.error_of(got, wanted, kind)
+    return errors
 
 
 def _oracle(job: Job, inputs: Inputs) -> Sequence[Tensor]:

@@ -59,8 +59,9 @@ def measure(bench: Bench, case: Case, user_impls: dict[str, Impl]) -> tuple[Poin
             inputs = job.draw()
             judge_first(job, inputs, columns)
             bench.announce("build")
-            call = job.call(inputs)
-            call()
+            with bench.spending("compiling"):
+                call = job.call(inputs)
+                call()
             samples = _time(job, call, columns, nulls)
             judge_again(job, inputs, call, columns)
     except Finished as finished:
@@ -103,18 +104,21 @@ def _modelled_bytes(case: Case, op: Op, impl: Impl) -> Hbm:
 def _time(job: Job, call: Results, columns: dict[str, Any], nulls: dict[str, str]) -> list[float]:
     """Fills in the time columns and returns the samples that the shown time comes from."""
     bench = job.bench
-    first_ns = timing.fastest_ns(call)
+    with bench.spending("timing"):
+        first_ns = timing.fastest_ns(call)
     job.known_seconds[job.tokens] = first_ns / 1e9
     bench.announce("time")
     budget = _budget(bench.session.limits)
     if not bench.cuda:
-        samples = _enough(timing.wall_samples(call, budget))
+        with bench.spending("timing"):
+            samples = _enough(timing.wall_samples(call, budget))
         columns["time_ns"] = summarise(samples)
         columns["wall_ns"], columns["wall_n"] = columns["time_ns"].median, len(samples)
         return samples
-    walls = _enough(
-        timing.wall_samples(call, timing.Budget(min(0.2, budget.samples_s), budget.at_most_s))
-    )
+    with bench.spending("timing"):
+        walls = _enough(
+            timing.wall_samples(call, timing.Budget(min(0.2, budget.samples_s), budget.at_most_s))
+        )
     columns["wall_ns"], columns["wall_n"] = max(1, round(median(walls))), len(walls)
     samples = _kernel_samples(job, call, first_ns, columns, nulls)
     if samples:
@@ -143,10 +147,11 @@ def _kernel_samples(
         return []
     budget = _budget(bench.session.limits)
     try:
-        if bench.timer is not None:
-            samples = timing.event_samples(call, bench.timer, budget)
-        else:
-            samples = timing.profiler_samples(call, bench.evictor, budget, launches=launches)
+        with bench.spending("timing"):
+            if bench.timer is not None:
+                samples = timing.event_samples(call, bench.timer, budget)
+            else:
+                samples = timing.profiler_samples(call, bench.evictor, budget, launches=launches)
     except timing.NoKernelTime as refusal:
         nulls["time_ns"] = f"{refusal}: wall time stands alone"
         return []
@@ -198,10 +203,13 @@ def _add_host_ns(job: Job, columns: dict[str, Any], nulls: dict[str, str]) -> No
         job.bench.announce("build")
         try:
             with job.tuned(TINY_TOKENS):
-                call = job.call(job.draw(tokens=TINY_TOKENS))
-                for _ in range(3):
-                    call()
-                known[job.series] = timing.host_ns(call)
+                inputs = job.draw(tokens=TINY_TOKENS)
+                with job.bench.spending("compiling"):
+                    call = job.call(inputs)
+                    for _ in range(3):
+                        call()
+                with job.bench.spending("timing"):
+                    known[job.series] = timing.host_ns(call)
         except Exception as error:  # it need not take another length; its point stands
             nulls["host_ns"] = f"at T = {TINY_TOKENS}: {type(error).__name__}: {error}"[:200]
             return

@@ -48,6 +48,7 @@ class Flags:
     l2: L2 | None = None
     inputs: Distribution | None = None
     seed: int | None = None
+    mix_gpus: bool = False
 
 
 class Settings(BaseModel):
@@ -55,7 +56,8 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    device: str
+    devices: list[str] = Field(min_length=1)  # a worker each; "cpu", "cuda" or "cuda:N"
+    mix_gpus: bool = False  # GPUs of several models in one run
     preset: str | None
     impls: dict[str, list[str]]  # by op
     user_impls: dict[str, str] = Field(default_factory=dict)  # name -> file:function
@@ -74,24 +76,27 @@ class Settings(BaseModel):
 
     @property
     def device_kind(self) -> str:
-        return self.device.partition(":")[0]
+        return self.devices[0].partition(":")[0]
 
-    def session(self) -> Session:
-        return Session(
-            device=self.device,
-            timer=self.timer,
-            l2=self.l2,
-            seed=self.seed,
-            inputs=self.inputs,
-            limits=self.limits,
-            user_impls=self.user_impls,
-        )
+    def sessions(self) -> list[Session]:
+        return [
+            Session(
+                device=device,
+                timer=self.timer,
+                l2=self.l2,
+                seed=self.seed,
+                inputs=self.inputs,
+                limits=self.limits,
+                user_impls=self.user_impls,
+            )
+            for device in self.devices
+        ]
 
 
-def resolve(config: Config, flags: Flags, device: str) -> Settings:
+def resolve(config: Config, flags: Flags, devices: Sequence[str]) -> Settings:
     """Flags over the preset over [sweep]; preset "cpu" by itself where the device is the CPU."""
     preset_name = flags.preset
-    if preset_name is None and device == "cpu" and "cpu" in config.presets:
+    if preset_name is None and devices[0] == "cpu" and "cpu" in config.presets:
         preset_name = "cpu"
     sweep, limits = config.sweep, config.limits
     if preset_name is not None:
@@ -108,7 +113,8 @@ def resolve(config: Config, flags: Flags, device: str) -> Settings:
     shapes = _choose_shapes(config, ops, flags, sweep.shapes)
     chosen = [op for op in ops if op.name in shapes]
     settings = Settings(
-        device=device,
+        devices=list(devices),
+        mix_gpus=flags.mix_gpus,
         preset=preset_name,
         impls={op.name: impls[op.name] for op in chosen},
         user_impls=user_impls,

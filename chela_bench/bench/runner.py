@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -40,6 +40,10 @@ class WorkerDied(Exception):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+class Stopped(Exception):
+    """`Runner.stop` ended the worker: whatever it was at has no outcome."""
 
 
 class WorkerHung(Exception):
@@ -129,6 +133,10 @@ class WorkerProcess:
             raise kind(refused["message"])
         return answer
 
+    def end(self) -> None:
+        """Kills the worker, from any thread; whoever waits for its answer sees it die."""
+        self._process.kill()
+
     def kill(self) -> None:
         """Ends the worker and its process group, now."""
         with contextlib.suppress(ProcessLookupError):
@@ -163,15 +171,17 @@ class WorkerProcess:
 class Runner:
     """Starts workers as needed and turns cases into points. Use as a context manager."""
 
-    def __init__(self, session: Session, log: Path, *, ceilings: Ceilings | None = None) -> None:
-        """`ceilings` given (a resumed run's) are kept instead of being measured again."""
+    def __init__(self, session: Session, log: Path, *, ceilings: Mapping[str, Ceilings]) -> None:
+        """`ceilings` by device (a resumed run's) are kept instead of being measured again."""
         self._session = session
         self._log = log
+        self._known_ceilings = ceilings
         self._worker: WorkerProcess | None = None
+        self._stopped = False
         self._gpu_lock: IO[str] | None = None
         self._environment: Environment | None = None
+        self._ceilings: Ceilings | None = None
         self.versions: dict[str, str] = {}
-        self.ceilings = ceilings
 
     def __enter__(self) -> Runner:
         """Starts the first worker and takes the device.
@@ -187,16 +197,31 @@ class Runner:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._worker is not None:
-            self._worker.kill()
-            self._worker = None
+        self._discard()
         if self._gpu_lock is not None:
             self._gpu_lock.close()
+
+    def stop(self) -> None:
+        """From another thread: ends the worker; what waits for it raises Stopped."""
+        self._stopped = True
+        worker = self._worker
+        if worker is not None:
+            worker.end()
 
     @property
     def environment(self) -> Environment:
         assert self._environment is not None, "enter the runner first"
         return self._environment
+
+    @property
+    def ceilings(self) -> Ceilings:
+        assert self._ceilings is not None, "enter the runner first"
+        return self._ceilings
+
+    @property
+    def device(self) -> str:
+        """As it stands in points: the GPU's UUID, or "cpu"."""
+        return self.environment.uuid or "cpu"
 
     @property
     def worker_pid(self) -> int | None:
@@ -214,6 +239,8 @@ class Runner:
             point, samples = self._ask_worker(case, on_phase)
         except WorkerDied as death:
             self._discard()
+            if self._stopped:
+                raise Stopped from None
             point, samples = self.failed(case, "crash", death.reason), []
         except WorkerHung as hang:
             self._discard()
@@ -250,6 +277,8 @@ class Runner:
     def _start(self) -> None:
         worker = self._worker = WorkerProcess(self._session, self._log)
         try:
+            if self._stopped:
+                raise Stopped
             session = self._session.model_dump(mode="json")
             hello = worker.ask({"session": session}, START_LIMIT_S)["hello"]
             environment = Environment.model_validate(hello["environment"])
@@ -260,10 +289,13 @@ class Runner:
                 raise EnvironmentProblem(
                     f"the GPU was {self.environment.uuid} and is now {environment.uuid}"
                 )
-            given = None if self.ceilings is None else self.ceilings.model_dump(mode="json")
+            known = self._ceilings or self._known_ceilings.get(self.device)
+            given = None if known is None else known.model_dump(mode="json")
             ready = worker.ask({"begin": given}, START_LIMIT_S)["ready"]
-            self.ceilings = Ceilings.model_validate(ready["ceilings"])
+            self._ceilings = Ceilings.model_validate(ready["ceilings"])
         except WorkerDied as death:
+            if self._stopped:
+                raise Stopped from None
             raise EnvironmentProblem(f"the worker does not start: {death.reason}") from death
         except WorkerHung:
             raise EnvironmentProblem(
@@ -293,8 +325,8 @@ class Runner:
         return point_of(
             case,
             self._session,
-            self.environment.uuid or "cpu",
-            self.ceilings or Ceilings(),
+            self.device,
+            self.ceilings,
             outcome=outcome,
             reason=reason,
         )

@@ -1,10 +1,11 @@
-"""One sweep: a run folder, a runner, cases in shuffled order, points appended as they end."""
+"""One sweep: a run folder, workers, cases in shuffled order, points appended as they end."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,11 +15,12 @@ from uuid import uuid4
 
 from chela_bench.bench import plan, store
 from chela_bench.bench.cases import Case
+from chela_bench.bench.crew import Began, Crew, Entered
 from chela_bench.bench.plan import Settings
-from chela_bench.bench.runner import Runner, shuffled, utc_now
-from chela_bench.errors import RecordError
+from chela_bench.bench.runner import shuffled, utc_now
+from chela_bench.errors import RecordError, UsageError
 from chela_bench.profiles import machine, nvml
-from chela_bench.records import Ceilings, Outcome, Point, Run
+from chela_bench.records import Ceilings, Cost, Device, Outcome, Point, Run, Spent
 
 # What must be equal for a run to go on where it stopped: the rest of Environment may drift.
 _SAME_MACHINE = ("device", "name", "uuid", "driver", "cuda", "cpu", "python")
@@ -59,12 +61,13 @@ def sweep(
     KeyboardInterrupt passes through with everything measured so far on disk. Raises RecordError if
     `resumed` was measured on another machine, with other versions or settings.
     """
+    begin = time.monotonic()
     cases = plan.cases(settings)
     with store.RunFolder(folder_path) as folder:
         try:
-            ceilings = None if resumed is None else resumed.ceilings
-            with Runner(settings.session(), folder.log, ceilings=ceilings) as runner:
-                run = _header(settings, cases, folder_path, runner, resumed)
+            with Crew(settings.sessions(), folder.log, ceilings=_ceilings(resumed)) as crew:
+                _refuse_mixed_models(settings, crew.devices)
+                run = _header(settings, cases, folder_path, crew, resumed)
                 done = {
                     point.key
                     for point in store.load_points(folder_path)
@@ -74,14 +77,16 @@ def sweep(
                 if resumed is not None and left:
                     run = run.model_copy(update={"finished_utc": None})
                 folder.write_run(run)
-                listener.started(run, folder_path, len(left), _warnings(runner))
-                _measure_all(settings, left, runner, folder, listener)
+                listener.started(run, folder_path, len(left), _warnings(crew))
+                spent = _measure_all(settings, left, crew, folder, listener)
         except BaseException:
             if not (folder_path / store.RUN).exists():  # it never came to hold a run
                 folder.discard()
             raise
         if run.finished_utc is None:
-            run = run.model_copy(update={"finished_utc": utc_now()})
+            wall_s = (time.monotonic() - begin) * len(settings.devices)
+            cost = _cost(wall_s, spent)
+            run = run.model_copy(update={"finished_utc": utc_now(), "cost": cost})
             folder.write_run(run)
     return Result(folder_path, run, store.load_points(folder_path))
 
@@ -89,24 +94,70 @@ def sweep(
 def _measure_all(
     settings: Settings,
     cases: list[Case],
-    runner: Runner,
+    crew: Crew,
     folder: store.RunFolder,
     listener: Listener,
-) -> None:
+) -> list[Spent]:
+    """Appends every case's point; returns what each spent on other things than the bench."""
+    spent = []
+    tried = []
     for case in shuffled(cases, settings.seed):
-        listener.case(case)
         reason = plan.unavailable(settings, case)
-        if reason is not None:
-            point, samples = runner.failed(case, "skipped", reason), list[float]()
-        else:
-            point, samples = runner.measure(case, listener.phase)
-        folder.append(point, samples)
+        if reason is None:
+            tried.append(case)
+            continue
+        listener.case(case)
+        point = crew.runners[0].failed(case, "skipped", reason)
+        folder.append(point, [])
         listener.finished(point)
+    for event in crew.measure(tried):
+        if isinstance(event, Began):
+            listener.case(event.case)
+        elif isinstance(event, Entered):
+            listener.phase(event.phase)
+        else:
+            folder.append(event.point, event.samples_ns)
+            listener.finished(event.point)
+            if event.point.spent is not None:
+                spent.append(event.point.spent)
+    return spent
+
+
+def _cost(wall_s: float, spent: list[Spent]) -> Cost:
+    return Cost(
+        wall_s=round(wall_s, 3),
+        compiling_s=round(sum(each.compiling_s for each in spent), 3),
+        checking_s=round(sum(each.checking_s for each in spent), 3),
+        timing_s=round(sum(each.timing_s for each in spent), 3),
+    )
+
+
+def _ceilings(resumed: Run | None) -> dict[str, Ceilings]:
+    """Ceilings that are known, by device as points name it."""
+    if resumed is None:
+        return {}
+    first = Device(environment=resumed.environment, ceilings=resumed.ceilings)
+    return {
+        device.environment.uuid or "cpu": device.ceilings
+        for device in (first, *resumed.other_devices)
+    }
+
+
+def _refuse_mixed_models(settings: Settings, devices: list[Device]) -> None:
+    models = {device.environment.name: name
+              for name, device in zip(settings.devices, devices, strict=True)}  # fmt: skip
+    if len(models) > 1 and not settings.mix_gpus:
+        named = ", ".join(f"{name} is {model}" for model, name in models.items())
+        raise UsageError(
+            f"GPUs of one model wanted, since times of others do not compare; {named}; "
+            "choose with --gpus, or allow it with --mix-gpus"
+        )
 
 
 def _header(
-    settings: Settings, cases: list[Case], folder: Path, runner: Runner, resumed: Run | None
+    settings: Settings, cases: list[Case], folder: Path, crew: Crew, resumed: Run | None
 ) -> Run:
+    first, *others = crew.devices
     sha, dirty = git_state()
     run = Run(
         run_id=folder.name,
@@ -119,16 +170,20 @@ def _header(
         inputs=settings.inputs,
         settings=settings.model_dump(mode="json"),
         planned_points=len(cases),
-        versions=runner.versions,
-        environment=runner.environment,
-        ceilings=runner.ceilings or Ceilings(),
+        versions=crew.runners[0].versions,
+        environment=first.environment,
+        ceilings=first.ceilings,
+        other_devices=others,
     )
     if resumed is None:
         return run
     for name in _SAME_MACHINE:
-        _refuse_difference(
-            folder, name, getattr(resumed.environment, name), getattr(run.environment, name)
+        then, now = (
+            [getattr(e, name) for e in (r.environment, *(d.environment for d in r.other_devices))]
+            for r in (resumed, run)
         )
+        for before, after in zip(then, now, strict=True):  # settings say how many
+            _refuse_difference(folder, name, before, after)
     _refuse_differences(folder, "versions.", resumed.versions, run.versions)
     _refuse_difference(folder, "source_sha256", resumed.source_sha256, run.source_sha256)
     return resumed
@@ -154,15 +209,16 @@ def _refuse_difference(folder: Path, name: str, then: object, now: object) -> No
         )
 
 
-def _warnings(runner: Runner) -> list[str]:
-    uuid = runner.environment.uuid
-    if uuid is None:
-        return []
-    own = {runner.worker_pid} if runner.worker_pid is not None else set[int]()
-    others = nvml.other_processes(uuid, own)
-    if not others:
-        return []
-    return [f"other processes on the card disturb the times: {', '.join(others)}"]
+def _warnings(crew: Crew) -> list[str]:
+    found = []
+    for runner in crew.runners:
+        own = {runner.worker_pid} if runner.worker_pid is not None else set[int]()
+        uuid = runner.environment.uuid
+        others = [] if uuid is None else nvml.other_processes(uuid, own)
+        if others:
+            card = f"{runner.environment.name} ({uuid})"
+            found.append(f"other processes on {card} disturb the times: {', '.join(others)}")
+    return found
 
 
 def _printable(word: str) -> str:

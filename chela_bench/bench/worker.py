@@ -24,7 +24,7 @@ from typing import Any
 
 from chela_bench.bench.cases import Case, Session
 from chela_bench.errors import ArgumentError, ChelaBenchError, EnvironmentProblem
-from chela_bench.records import Ceilings, Outcome, Telemetry
+from chela_bench.records import Ceilings, Outcome, Spent, Telemetry
 
 _PR_SET_PDEATHSIG = 1
 _ALLOCATOR_SAYS = ("can't allocate memory", "Storage size calculation overflowed")
@@ -128,6 +128,7 @@ class Worker:
         from chela_bench.bench.measure import measure
 
         bench = self.bench
+        bench.spent_s = {}
         samples: list[float] = []
         before = process_state()
         try:
@@ -142,6 +143,8 @@ class Worker:
                 outcome=outcome,
                 reason=reason,
             )
+        spent = Spent(**{f"{name}_s": round(s, 6) for name, s in bench.spent_s.items()})
+        point = point.model_copy(update={"spent": spent})
         spoilt = process_state() != before or (bench.cuda and device_is_broken())
         self.answer(
             {"point": point.model_dump(mode="json"), "samples_ns": samples, "spoilt": spoilt}

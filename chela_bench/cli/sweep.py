@@ -20,9 +20,10 @@ from chela_bench.bench.sweep import sweep as run_sweep
 from chela_bench.cli.derived import write_report, write_tables
 from chela_bench.cli.progress import SweepProgress
 from chela_bench.errors import EnvironmentProblem, RecordError, UsageError
-from chela_bench.profiles.machine import choose_device
+from chela_bench.profiles.machine import choose_device, choose_gpus
 from chela_bench.records import DIRECTIONS, DTYPES, L2, OUTCOMES, Point, Run, Timer, document
 from chela_bench.reports.terminal import sweep_table
+from chela_bench.reports.text import own_cost
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -57,6 +58,8 @@ def _many(flag: str, about: str) -> Callable[[_F], _F]:
 @click.option("--axis", "axes", multiple=True, help="Sweep a setting: BLOCK_T=32,64. Repeatable.")
 @click.option("--preset", help="A preset of bench.toml; 'cpu' by itself where there is no GPU.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--gpus", help="Several GPUs of this machine: 0,1 or all. Instead of --device.")
+@click.option("--mix-gpus", is_flag=True, help="Allow --gpus of several models.")
 @click.option("--timer", type=click.Choice(get_args(Timer)), help="Events or profiler spans.")
 @click.option("--l2", type=click.Choice(get_args(L2)), help="Evict the L2 cache, or leave it.")
 @click.option("--inputs", type=click.Choice(get_args(Distribution)), help="Timed inputs.")
@@ -101,13 +104,18 @@ def sweep(ctx: click.Context, /, **given: Any) -> None:
     if retry and folder is None:
         raise UsageError("--retry goes with --resume RUN_FOLDER")
     resumed = None if folder is None else store.load_header(folder)
-    silent = flags == plan.Flags() and given["config"] is None and given["device"] == "auto"
+    devices_given = given["device"] != "auto" or given["gpus"] is not None
+    if given["device"] != "auto" and given["gpus"] is not None:
+        raise UsageError("--device names one device and --gpus several: give one of them")
+    silent = flags == plan.Flags() and given["config"] is None and not devices_given
     if resumed is not None and silent:
         settings = _settings_of(folder, resumed)
         plan.check_user_files(settings)
     else:
         config = load_config(find_config(given["config"]))
-        settings = plan.resolve(config, flags, choose_device(given["device"]))
+        gpus = given["gpus"]
+        devices = [choose_device(given["device"])] if gpus is None else choose_gpus(gpus)
+        settings = plan.resolve(config, flags, devices)
         if folder is not None and resumed is not None:
             refuse_other_settings(folder, resumed.settings, settings)
     if given["dry_run"]:
@@ -147,6 +155,9 @@ def _conclude(result: Result, *, as_json: bool) -> None:
         click.echo(document(result.run, result.points))
     else:
         Console().print(sweep_table(result.run, result.points))
+    cost = own_cost(result.run)
+    if cost is not None:
+        click.echo(f"the bench's own cost: {cost}", err=as_json)
     figures = sum(path.suffix == ".png" for path in paths)
     click.echo(f"records: {result.folder}\nreport:  {report} ({figures} figures)", err=as_json)
 
@@ -205,4 +216,5 @@ def _flags(given: dict[str, Any]) -> plan.Flags:
         l2=given["l2"],
         inputs=given["inputs"],
         seed=given["seed"],
+        mix_gpus=given["mix_gpus"],
     )

@@ -67,6 +67,26 @@ def choose_device(wanted: str) -> str:
     return wanted
 
 
+def choose_gpus(text: str) -> list[str]:
+    """`0,1` or `all` becomes ["cuda:0", "cuda:1"]: as torch counts, CUDA_VISIBLE_DEVICES heeded."""
+    reason = no_gpu_reason()
+    if reason:
+        raise EnvironmentProblem(f"--gpus {text} needs a GPU, but {reason}; use --device cpu")
+    if text.strip() == "all":
+        return [f"cuda:{index}" for index in range(_visible_gpus())]
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch("[0-9]{1,3}", part) for part in parts):
+        raise UsageError(f"--gpus takes all, or numbers as in 0,1; got {text!r}")
+    return [f"cuda:{index}" for index in dict.fromkeys(map(int, parts))]
+
+
+def _visible_gpus() -> int:
+    """How many of the driver's GPUs CUDA_VISIBLE_DEVICES leaves."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    there = nvml.gpu_count()
+    return there if visible is None else min(there, len(visible.split(",")))
+
+
 def environment(device: str) -> Environment:
     """The Environment record of a resolved device. Starts CUDA if the device is a GPU."""
     common: dict[str, Any] = {
