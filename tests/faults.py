@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import threading
 import time
 
 import numpy as np
@@ -119,3 +121,33 @@ def reads_out_of_bounds(q, k, v):
 def synchronises(q, k, v):
     torch.cuda.synchronize()
     return right(q, k, v)
+
+
+def prints(q, k, v):
+    print('{"point": "an answer that is none"}')
+    print("on standard error", file=sys.stderr)
+    os.write(1, b"past Python's buffer\n")
+    return right(q, k, v)
+
+
+def changes_the_default_dtype(q, k, v):
+    torch.set_default_dtype(torch.float64)
+    return right(q, k, v)
+
+
+def starts_threads(q, k, v):
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+    return right(q, k, v)
+
+
+_KEPT: list[torch.Tensor] = []
+
+
+def leaks_memory(q, k, v):
+    if not _KEPT:
+        _KEPT.append(torch.ones(5 << 28, dtype=torch.uint8, device=q.device))
+    return right(q, k, v)
+
+
+def exits(q, k, v):
+    os._exit(0)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ schema = 1
 
 [limits]
 call_s = 0.5
-sample_s = 0.3
+sample_s = 0.1
 build_s = 20.0
 phase_s = 20.0
 
@@ -92,3 +93,33 @@ def swept(*arguments: object, config: Path) -> tuple[subprocess.CompletedProcess
 def run_folder(config: Path) -> Path:
     [folder] = [path for path in (config.parent / "runs").iterdir() if path.is_dir()]
     return folder
+
+
+def wait_for_points(config: Path, count: int) -> Path:
+    """The run folder, once it holds `count` points."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for path in (config.parent / "runs").glob("*/points.jsonl"):
+            if path.read_bytes().count(b"\n") >= count:
+                return path.parent
+        time.sleep(0.05)
+    raise AssertionError("the sweep measured nothing within a minute")
+
+
+def workers_of(parent: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if words[-2:] == [str(parent).encode(), b""] and b"chela_bench.bench.worker" in words[-4]:
+            found.append(int(path.parent.name))
+    return found
+
+
+def gone(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return True

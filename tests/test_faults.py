@@ -11,7 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.running import FAULTS, chela_bench, command, environment, run_folder, swept, tiny_config
+from tests.running import (
+    FAULTS,
+    chela_bench,
+    command,
+    environment,
+    gone,
+    run_folder,
+    swept,
+    tiny_config,
+    wait_for_points,
+    workers_of,
+)
 
 WRONG = {  # function -> a word of its reason
     "off_by_two_percent": "off by 2.00e-02",
@@ -126,36 +137,6 @@ def _sweep_in_background(config: Path, *arguments: object) -> subprocess.Popen[s
     )
 
 
-def _wait_for_points(config: Path, count: int) -> Path:
-    """The run folder, once it holds `count` points."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        for path in (config.parent / "runs").glob("*/points.jsonl"):
-            if path.read_bytes().count(b"\n") >= count:
-                return path.parent
-        time.sleep(0.05)
-    raise AssertionError("the sweep measured nothing within a minute")
-
-
-def _workers_of(parent: int) -> list[int]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if words[-2:] == [str(parent).encode(), b""] and b"chela_bench.bench.worker" in words[-4]:
-            found.append(int(path.parent.name))
-    return found
-
-
-def _gone(pid: int) -> bool:
-    try:
-        return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
-        return True
-
-
 PLAN = ("--op", "linear_attention", "--impl", "chunked,quadratic,recurrent,naive_cumsum",
         "--lens", "16,32,64,128")  # fmt: skip
 
@@ -165,14 +146,14 @@ def killed(tmp_path_factory):
     """`kill -9` of the sweep in mid-run, then --resume."""
     config = tiny_config(tmp_path_factory.mktemp("killed"), sample_s=0.2)
     process = _sweep_in_background(config, *PLAN)
-    folder = _wait_for_points(config, 3)
-    workers = _workers_of(process.pid)
+    folder = wait_for_points(config, 3)
+    workers = workers_of(process.pid)
     process.kill()
     process.communicate()
     deadline = time.monotonic() + 10
-    while not all(map(_gone, workers)) and time.monotonic() < deadline:
+    while not all(map(gone, workers)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    orphans = [pid for pid in workers if not _gone(pid)]
+    orphans = [pid for pid in workers if not gone(pid)]
     before = (folder / "points.jsonl").read_bytes()
     with (folder / "points.jsonl").open("ab") as handle:  # a torn last line, as a crash leaves
         handle.write(before.splitlines()[0][:40])
@@ -234,15 +215,15 @@ def test_retry_measures_again_and_counts_once(killed):
 def test_ctrl_c_saves_what_was_measured(tmp_path):
     config = tiny_config(tmp_path, sample_s=0.3)
     process = _sweep_in_background(config, *PLAN)
-    folder = _wait_for_points(config, 2)
-    workers = _workers_of(process.pid)
+    folder = wait_for_points(config, 2)
+    workers = workers_of(process.pid)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
     assert f"--resume {folder}" in stderr
     assert "records:" in stdout
-    assert all(map(_gone, workers))
+    assert all(map(gone, workers))
     assert (folder / "report" / "summary.md").exists()
     assert json.loads((folder / "run.json").read_text())["finished_utc"] is None
 
@@ -250,7 +231,7 @@ def test_ctrl_c_saves_what_was_measured(tmp_path):
 def test_two_sweeps_into_one_folder_are_refused(tmp_path):
     config = tiny_config(tmp_path, sample_s=0.5)
     process = _sweep_in_background(config, *PLAN)
-    folder = _wait_for_points(config, 1)
+    folder = wait_for_points(config, 1)
     done = chela_bench("sweep", "--resume", folder)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
@@ -261,8 +242,8 @@ def test_two_sweeps_into_one_folder_are_refused(tmp_path):
 def test_a_killed_worker_is_replaced(tmp_path):
     config = tiny_config(tmp_path, sample_s=0.5)
     process = _sweep_in_background(config, *PLAN)
-    folder = _wait_for_points(config, 1)
-    [worker] = _workers_of(process.pid)
+    folder = wait_for_points(config, 1)
+    [worker] = workers_of(process.pid)
     os.kill(worker, signal.SIGKILL)
     process.communicate(timeout=120)
     points = [json.loads(line) for line in (folder / "points.jsonl").read_text().splitlines()]

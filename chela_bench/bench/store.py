@@ -28,6 +28,7 @@ from chela_bench.errors import EnvironmentProblem, RecordError
 from chela_bench.records import SCHEMA_VERSION, Point, Run
 
 RUN, POINTS, SAMPLES, LOG = "run.json", "points.jsonl", "samples.jsonl", "worker.log"
+LOCK = ".lock"
 
 
 class RunFolder:
@@ -35,9 +36,10 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._fresh = not path.exists()
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = lock_file(path / ".lock", f"{path} is being written by another sweep")
+            self._lock = lock_file(path / LOCK, f"{path} is being written by another sweep")
         except OSError as error:
             raise EnvironmentProblem(
                 f"cannot write the run folder {path}: {error.strerror}; give another --out"
@@ -49,6 +51,9 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """A folder that was made here and never came to hold a run is removed."""
+        if self._fresh and self._in_place():
+            shutil.rmtree(self.path, ignore_errors=True)
         for handle in (self._points, self._samples, self._lock):
             if handle is not None:
                 with contextlib.suppress(OSError):  # what could not be written was said before
@@ -60,11 +65,14 @@ class RunFolder:
 
     def write_run(self, run: Run) -> None:
         with self._writing():
+            self._refuse_if_removed()
             write_atomically(self.path / RUN, run.model_dump_json(indent=2).encode() + b"\n")
+            self._fresh = False
 
     def append(self, point: Point, samples_ns: list[float]) -> None:
         """Samples first: a point that is on record always has its samples."""
         with self._writing():
+            self._refuse_if_removed()
             if self._points is None or self._samples is None:
                 self._samples = _open_for_appending(self.path / SAMPLES)
                 self._points = _open_for_appending(self.path / POINTS)
@@ -72,6 +80,13 @@ class RunFolder:
                 line = json.dumps({"key": point.key, "samples_ns": [round(s) for s in samples_ns]})
                 _append(self._samples, line)
             _append(self._points, point.model_dump_json())
+
+    def _in_place(self) -> bool:
+        """Whether the path still leads to the folder that this one locked."""
+        try:
+            return os.path.samestat(os.fstat(self._lock.fileno()), (self.path / LOCK).stat())
+        except FileNotFoundError:
+            return False
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -83,10 +98,13 @@ class RunFolder:
                 f"go on with --resume {self.path}"
             ) from error
 
-    def discard(self) -> None:
-        """Removes a folder that never came to hold a run."""
-        self.__exit__()
-        shutil.rmtree(self.path, ignore_errors=True)
+    def _refuse_if_removed(self) -> None:
+        """A file that is deleted while it is open takes everything written to it along."""
+        if not self._in_place():
+            raise EnvironmentProblem(
+                f"{self.path} was removed or replaced while it was being written, and what was "
+                "measured went with it; start a new run"
+            )
 
 
 def load_run(folder: Path) -> tuple[Run, list[Point]]:

@@ -64,25 +64,16 @@ def sweep(
     begin = time.monotonic()
     cases = plan.cases(settings)
     with store.RunFolder(folder_path) as folder:
-        try:
-            with Crew(settings.sessions(), folder.log, ceilings=_ceilings(resumed)) as crew:
-                _refuse_mixed_models(settings, crew.devices)
-                run = _header(settings, cases, folder_path, crew, resumed)
-                done = {
-                    point.key
-                    for point in store.load_points(folder_path)
-                    if point.outcome not in retry
-                }
-                left = [case for case in cases if case.key not in done]
-                if resumed is not None and left:
-                    run = run.model_copy(update={"finished_utc": None})
-                folder.write_run(run)
-                listener.started(run, folder_path, len(left), _warnings(crew))
-                spent = _measure_all(settings, left, crew, folder, listener)
-        except BaseException:
-            if not (folder_path / store.RUN).exists():  # it never came to hold a run
-                folder.discard()
-            raise
+        with Crew(settings.sessions(), folder.log, ceilings=_ceilings(resumed)) as crew:
+            _refuse_mixed_models(settings, crew.devices)
+            run = _header(settings, cases, folder_path, crew, resumed)
+            done = {p.key for p in store.load_points(folder_path) if p.outcome not in retry}
+            left = [case for case in cases if case.key not in done]
+            if resumed is not None and left:
+                run = run.model_copy(update={"finished_utc": None})
+            folder.write_run(run)
+            listener.started(run, folder_path, len(left), _warnings(crew))
+            spent = _measure_all(settings, left, crew, folder, listener)
         if run.finished_utc is None:
             wall_s = (time.monotonic() - begin) * len(settings.devices)
             cost = _cost(wall_s, spent)

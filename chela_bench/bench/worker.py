@@ -19,6 +19,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from chela_bench.bench.cases import Case, Session
 from chela_bench.errors import ArgumentError, ChelaBenchError, EnvironmentProblem
 from chela_bench.records import Ceilings, Outcome, Spent, Telemetry
 
+LEAK_BYTES = 1 << 30  # libraries keep some: workspaces, compiled code, the heap's own slack
 _PR_SET_PDEATHSIG = 1
 _ALLOCATOR_SAYS = ("can't allocate memory", "Storage size calculation overflowed")
 
@@ -130,7 +132,7 @@ class Worker:
         bench = self.bench
         bench.spent_s = {}
         samples: list[float] = []
-        before = process_state()
+        before, held = process_state(), held_bytes(cuda=bench.cuda)
         try:
             point, samples = measure(bench, case, self.user_impls)
         except (Exception, SystemExit) as error:  # what an implementation raises is an outcome
@@ -145,7 +147,11 @@ class Worker:
             )
         spent = Spent(**{f"{name}_s": round(s, 6) for name, s in bench.spent_s.items()})
         point = point.model_copy(update={"spent": spent})
-        spoilt = process_state() != before or (bench.cuda and device_is_broken())
+        spoilt = (
+            process_state() != before
+            or (bench.cuda and device_is_broken())
+            or held_bytes(cuda=bench.cuda) - held > LEAK_BYTES
+        )
         self.answer(
             {"point": point.model_dump(mode="json"), "samples_ns": samples, "spoilt": spoilt}
         )
@@ -191,7 +197,21 @@ def process_state() -> tuple[object, ...]:
         torch.backends.cudnn.allow_tf32,
         torch.backends.cudnn.benchmark,
         Path.cwd(),
+        threading.active_count(),  # one that stays takes time from everyone after it
     )
+
+
+def held_bytes(*, cuda: bool) -> int:
+    """Memory that a case finds taken: the allocator's on a GPU, else the process's own."""
+    if cuda:
+        import torch
+
+        return torch.cuda.memory_allocated()
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:  # not Linux
+        return 0
+    return pages * resource.getpagesize()
 
 
 def device_is_broken() -> bool:

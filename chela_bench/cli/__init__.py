@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import os
@@ -17,6 +18,9 @@ COMMANDS = {  # name -> module:attribute, and the line that --help shows without
     "report": ("chela_bench.cli.report:report", "Tables and figures from run folders."),
     "list": ("chela_bench.cli.list:list_", "Ops, implementations and shapes, and what can run."),
 }
+
+
+_OUTPUT_IS_GONE = (errno.ENOSPC, errno.EPIPE, errno.EIO)  # EIO: the terminal was closed
 
 
 class _LazyGroup(click.Group):
@@ -42,7 +46,7 @@ def cli() -> None:
 
     \b
     Exit codes: 0 ok, 1 a point crashed or timed out, 2 usage, 3 a wrong result,
-    6 the machine lacks something, 130 interrupted.
+    6 the machine lacks something, 129, 130 or 143 interrupted.
     """
 
 
@@ -57,9 +61,10 @@ def main() -> None:
     except click.Abort:
         sys.exit(130)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EPIPE) or error.filename is not None:
+        if error.errno not in _OUTPUT_IS_GONE or error.filename is not None:
             raise
-        click.echo(f"chela-bench: cannot write to standard output: {error.strerror}", err=True)
+        with contextlib.suppress(OSError):
+            click.echo(f"chela-bench: cannot write to standard output: {error.strerror}", err=True)
         os._exit(6)  # Python would try to flush it again
     except ChelaBenchError as error:
         click.echo(f"chela-bench: {error}", err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from types import TracebackType
 
@@ -21,7 +22,7 @@ from chela_bench.reports.text import duration, plain
 
 
 class SweepProgress:
-    """A bench.sweep.Listener on standard error."""
+    """A bench.sweep.Listener on standard error. A terminal that is gone does not end a sweep."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
@@ -40,7 +41,8 @@ class SweepProgress:
         self._total = 0
 
     def __enter__(self) -> SweepProgress:
-        self._bar.start()
+        with contextlib.suppress(OSError):
+            self._bar.start()
         return self
 
     def __exit__(
@@ -49,7 +51,8 @@ class SweepProgress:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._bar.stop()
+        with contextlib.suppress(OSError):
+            self._bar.stop()
 
     def started(self, run: Run, folder: Path, left: int, warnings: list[str]) -> None:
         environment = run.environment
@@ -78,4 +81,5 @@ class SweepProgress:
         self._say(f"[{self._done}/{self._total}] {point.key}: {result}")
 
     def _say(self, line: str) -> None:
-        self._console.print(plain(line), markup=False, highlight=False, soft_wrap=True)
+        with contextlib.suppress(OSError):
+            self._console.print(plain(line), markup=False, highlight=False, soft_wrap=True)

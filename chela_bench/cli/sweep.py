@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from chela_bench.bench.sweep import Result, new_folder, refuse_other_settings
 from chela_bench.bench.sweep import sweep as run_sweep
 from chela_bench.cli.derived import write_report, write_tables
 from chela_bench.cli.progress import SweepProgress
+from chela_bench.cli.signals import Interrupted, interrupted_by_signals
 from chela_bench.errors import EnvironmentProblem, RecordError, UsageError
 from chela_bench.profiles.machine import choose_device, choose_gpus
 from chela_bench.records import DIRECTIONS, DTYPES, L2, OUTCOMES, Point, Run, Timer, document
@@ -125,16 +127,15 @@ def sweep(ctx: click.Context, /, **given: Any) -> None:
         return
     target = folder or new_folder(given["out"])
     try:
-        with SweepProgress() as progress:
+        with interrupted_by_signals(), SweepProgress() as progress:
             result = run_sweep(settings, target, progress, resumed=resumed, retry=retry)
-    except (KeyboardInterrupt, EnvironmentProblem) as stop:
-        if (target / store.RUN).exists():  # what was measured is worth its tables
-            click.echo(f"interrupted; go on with: chela-bench sweep --resume {target}", err=True)
-            run, points = store.load_run(target)
-            _conclude(Result(target, run, points), as_json=given["as_json"])
-        if isinstance(stop, EnvironmentProblem):
-            raise
-        ctx.exit(130)
+    except EnvironmentProblem:
+        with contextlib.suppress(EnvironmentProblem):  # a full disk takes no tables either
+            _conclude_interrupted(target, as_json=given["as_json"])
+        raise
+    except KeyboardInterrupt as stop:
+        _conclude_interrupted(target, as_json=given["as_json"])
+        ctx.exit(stop.exit_code if isinstance(stop, Interrupted) else 130)
     _conclude(result, as_json=given["as_json"])
     ctx.exit(exit_code(result.points))
 
@@ -147,10 +148,21 @@ def exit_code(points: list[Point]) -> int:
     return 1 if outcomes & {"crash", "timeout"} else 0
 
 
-def _conclude(result: Result, *, as_json: bool) -> None:
+def _conclude_interrupted(target: Path, *, as_json: bool) -> None:
+    """What was measured is worth its tables."""
+    if (target / store.RUN).exists():
+        run, points = store.load_run(target)
+        note = f"interrupted; go on with: chela-bench sweep --resume {target}"
+        _conclude(Result(target, run, points), as_json=as_json, note=note)
+
+
+def _conclude(result: Result, *, as_json: bool, note: str | None = None) -> None:
+    """Files first: the terminal may be gone."""
     write_tables(result.folder, result.run, result.points)
     report = result.folder / "report"
     paths = write_report(report, result.run, result.points)
+    if note is not None:
+        click.echo(note, err=True)
     if as_json:
         click.echo(document(result.run, result.points))
     else:
