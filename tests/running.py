@@ -123,3 +123,22 @@ def gone(pid: int) -> bool:
         return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
     except FileNotFoundError:
         return True
+
+
+class Silent:
+    """A Listener that keeps what it hears."""
+
+    def __init__(self):
+        self.heard, self.run = [], None
+
+    def started(self, run, folder, left, warnings):
+        self.run = run
+
+    def case(self, case):
+        self.heard.append(("case", case.key))
+
+    def phase(self, phase):
+        pass
+
+    def finished(self, point):
+        self.heard.append(("finished", point.key))

@@ -17,26 +17,7 @@ from chela_bench.profiles import machine, nvml
 from chela_bench.records import Device
 from chela_bench.reports.text import device_name
 from tests.factories import make_run
-from tests.running import FAULTS, tiny_config
-
-
-class Silent:
-    """A Listener that keeps what it hears."""
-
-    def __init__(self):
-        self.heard, self.run = [], None
-
-    def started(self, run, folder, left, warnings):
-        self.run = run
-
-    def case(self, case):
-        self.heard.append(("case", case.key))
-
-    def phase(self, phase):
-        pass
-
-    def finished(self, point):
-        self.heard.append(("finished", point.key))
+from tests.running import FAULTS, Silent, tiny_config
 
 
 def _settings(folder, devices=("cpu", "cpu"), **flags):

@@ -27,6 +27,7 @@ from tests.factories import make_point, make_run
 from tests.running import (
     FAULTS,
     ROOT,
+    Silent,
     command,
     environment,
     gone,
@@ -36,7 +37,6 @@ from tests.running import (
     wait_for_points,
     workers_of,
 )
-from tests.test_crew import Silent
 
 PLAN = ("--impl", "chunked,quadratic", "--lens", "16,32,64,128")
 
