@@ -31,8 +31,6 @@ from tests.running import (
     command,
     environment,
     gone,
-    run_folder,
-    swept,
     tiny_config,
     wait_for_points,
     workers_of,
@@ -239,56 +237,48 @@ def test_two_processes_cannot_append_to_one_folder(tmp_path):
     assert allowed.stdout == ""
 
 
+CARELESS = {  # implementations that are right and leave something behind -> a new worker needed
+    "right": False,
+    "prints": False,
+    "changes_the_default_dtype": True,
+    "starts_threads": True,
+    "leaks_memory": True,
+}
+
+
 @pytest.fixture(scope="module")
 def careless(tmp_path_factory):
-    """Implementations that are right and leave something behind, one after another, then which
-    worker measured a harmless one."""
+    """Each one's point and whether its worker was replaced, by name; what they printed."""
     folder = tmp_path_factory.mktemp("careless")
-    config = tiny_config(folder, sample_s=0.1)
-    names = ["prints", "changes_the_default_dtype", "starts_threads", "leaks_memory", "exits"]
-    flags = [part for name in names for part in ("--impl", f"{FAULTS}:{name}")]
-    done, document = swept(
-        "--op", "linear_attention", *flags, "--impl", f"{FAULTS}:right", config=config
+    targets = tuple(f"{FAULTS}:{name}" for name in (*CARELESS, "exits"))
+    settings = plan.resolve(
+        load_config(tiny_config(folder)),
+        plan.Flags(ops=("linear_attention",), impls=targets, lens="16"),
+        ["cpu"],
     )
-    points = {point["impl"].partition(":")[2]: point for point in document["points"]}
-    return done, points, run_folder(config)
+    found = {}
+    [session] = settings.sessions()
+    with runner.Runner(session, folder / "worker.log", ceilings={}) as one:
+        for case in plan.cases(settings):
+            point, _ = one.measure(case)
+            found[case.impl.partition(":")[2]] = point, one.worker_pid is None
+    return found, (folder / "worker.log").read_text()
 
 
-@pytest.mark.parametrize(
-    "name", ["prints", "changes_the_default_dtype", "starts_threads", "leaks_memory", "right"]
-)
-def test_what_is_careless_but_right_is_measured(careless, name):
-    _, points, _ = careless
-    assert points[name]["outcome"] == "ok", points[name]["reason"]
+@pytest.mark.parametrize("name", CARELESS)
+def test_a_worker_with_leftovers_is_replaced_and_the_point_counts(careless, name):
+    point, replaced = careless[0][name]
+    assert point.outcome == "ok", point.reason
+    assert replaced == CARELESS[name]
 
 
 def test_os_exit_is_a_crash(careless):
-    _, points, _ = careless
-    assert points["exits"]["outcome"] == "crash"
-    assert points["exits"]["reason"].startswith("worker ended with exit code 0")
+    point, _ = careless[0]["exits"]
+    assert point.outcome == "crash"
+    assert point.reason.startswith("worker ended with exit code 0")
 
 
-def test_what_is_printed_goes_to_the_workers_log(careless):
-    done, _, folder = careless
-    assert "an answer that is none" not in done.stdout + done.stderr
-    log = (folder / "worker.log").read_text()
+def test_what_is_printed_goes_to_the_workers_log(careless, capfd):
     for words in ("an answer that is none", "on standard error", "past Python's buffer"):
-        assert words in log
-
-
-@pytest.mark.parametrize(
-    ("name", "replaced"),
-    [("right", False), ("prints", False), ("changes_the_default_dtype", True),
-     ("starts_threads", True), ("leaks_memory", True)],
-)  # fmt: skip
-def test_a_worker_with_leftovers_is_replaced(tmp_path, name, replaced):
-    settings = plan.resolve(
-        load_config(tiny_config(tmp_path, sample_s=0.1)),
-        plan.Flags(ops=("linear_attention",), impls=(f"{FAULTS}:{name}",), lens="16"),
-        ["cpu"],
-    )
-    [case], [session] = plan.cases(settings), settings.sessions()
-    with runner.Runner(session, tmp_path / "worker.log", ceilings={}) as one:
-        point, _ = one.measure(case)
-        assert point.outcome == "ok", point.reason
-        assert (one.worker_pid is None) == replaced
+        assert words in careless[1]
+    assert capfd.readouterr().out == ""
