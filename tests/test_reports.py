@@ -669,7 +669,7 @@ def test_the_users_settings_neither_matter_nor_change() -> None:
 def test_reports_need_no_torch_and_no_pyplot() -> None:
     code = (
         "import sys, chela_bench.reports.figures, chela_bench.reports.terminal, "
-        "chela_bench.reports.markdown, chela_bench.reports.tables;"
+        "chela_bench.reports.markdown, chela_bench.reports.tables, chela_bench.reports.html;"
         "sys.exit(bool({'torch', 'triton', 'matplotlib.pyplot'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -678,6 +678,7 @@ def test_reports_need_no_torch_and_no_pyplot() -> None:
 def test_text_needs_no_pandas_and_no_matplotlib() -> None:
     code = (
         "import sys, chela_bench.reports.terminal, chela_bench.reports.markdown;"
+        "import chela_bench.reports.html;"
         "sys.exit(bool({'pandas', 'matplotlib', 'numpy'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
