@@ -164,7 +164,7 @@ def test_the_document_and_the_folder_say_the_same(everything):
     assert (folder / "results.csv").exists()
     assert (folder / "samples.parquet").exists()
     names = {path.name for path in (folder / "report").iterdir()}
-    assert "summary.md" in names
+    assert {"index.html", "summary.md"} < names
     assert sum(name.endswith("-time.png") for name in names) >= 4
 
 
@@ -213,6 +213,7 @@ def test_progress_is_plain_lines_on_stderr_when_piped(tmp_path):
     assert "\x1b" not in done.stderr
     assert re.search(r"\[1/1\] linear_attention/chunked/fwd/fp32/\S+: [0-9.]+ [mu]?s", done.stderr)
     assert "records: " in done.stdout
+    assert re.search(r"report:  \S+/report/index.html \(\d+ figures\)", done.stdout)
     assert "[1/1]" not in done.stdout
 
 

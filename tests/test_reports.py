@@ -22,7 +22,7 @@ from chela_bench.reports.figures import figures, memory_figure, render, time_fig
 from chela_bench.reports.fit import fitted_slope
 from chela_bench.reports.groups import failures, groups
 from chela_bench.reports.markdown import summary
-from chela_bench.reports.style import styles
+from chela_bench.reports.style import INK, styles
 from chela_bench.reports.tables import points_frame
 from chela_bench.reports.terminal import sweep_table
 from chela_bench.reports.text import duration, length, lengths, memory, plain, three_digits
@@ -495,12 +495,15 @@ def test_a_name_is_drawn_whatever_it_begins_with(monkeypatch: pytest.MonkeyPatch
 
 
 def test_figure_names_are_slugs() -> None:
-    points = [*h100_sweep(), make_failure("crash", "x", op="../a b")]
-    assert set(figures(make_run(), points)) == {
-        "linear_attention-fwd-bf16-B1-H16-K128-V128-time",
-        "linear_attention-fwd-bf16-B1-H16-K128-V128-memory",
+    same = [make_failure("crash", "x", op=op) for op in ("../a b", "a b")]
+    assert list(figures(make_run(), [*h100_sweep(), *same])) == [
         "a_b-fwd-bf16-B1-H16-K128-V128-time",
-    }
+        "a_b-fwd-bf16-B1-H16-K128-V128_-time",
+        "linear_attention-fwd-bf16-B1-H16-K128-V128-time",
+        "linear_attention-fwd-bf16-B1-H16-K128-V128-floor",
+        "linear_attention-fwd-bf16-B1-H16-K128-V128-hbm",
+        "linear_attention-fwd-bf16-B1-H16-K128-V128-memory",
+    ]
 
 
 def test_time_figure_names_lines_slopes_floor_and_failures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -556,6 +559,75 @@ def test_no_memory_beyond_the_inputs_is_said(monkeypatch: pytest.MonkeyPatch) ->
     assert "chunked: 0 B" in words(figure, monkeypatch)
 
 
+def figure_of(kind: str, points: list[Point]) -> Figure:
+    (figure,) = (f for name, f in figures(make_run(), points).items() if name.endswith(kind))
+    return figure
+
+
+def drawn_values(figure: Figure) -> dict[str, dict[float, float]]:
+    """Lines by colour: values by length."""
+    return {
+        to_hex(line.get_color()): dict(zip(*line.get_data(), strict=True))
+        for line in figure.axes[0].lines
+        if len(line.get_xdata()) > 1 and line.get_linestyle() != "None"
+    }
+
+
+def test_floor_figure_shows_multiples_and_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [*h100_sweep(), make_failure("crash", "no", 1024, impl="direct")]
+    figure = figure_of("-floor", points)
+    lines = drawn_values(figure)
+    assert lines[styles(["fla_chunk"])["fla_chunk"].colour.lower()] == {
+        p.shape["T"]: p.x_floor for p in points if p.impl == "fla_chunk"
+    }
+    assert lines[INK] == dict.fromkeys(LENGTHS, 1.0)
+    assert len(lines) == 8  # six with a kernel time, softmax, the floor
+    text = words(figure, monkeypatch)
+    assert "HBM floor at 3020 GB/s" in text
+    assert "no kernel time: recurrent" in text
+    assert "each function over its own floor" in text
+    assert {"quadratic: oom", "direct: crash"} <= set(text.splitlines())
+    assert {"1x", "10x", "100x"} <= set(text.splitlines())
+
+
+def test_hbm_figure_shows_the_model_and_the_compulsory_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    points = h100_sweep()
+    figure = figure_of("-hbm", points)
+    lines = drawn_values(figure)
+    assert lines[styles(["chunked"])["chunked"].colour.lower()] == {
+        p.shape["T"]: p.hbm.model_bytes for p in points if p.impl == "chunked"
+    }
+    assert lines[INK] == {p.shape["T"]: p.compulsory_bytes for p in points if p.impl == "chunked"}
+    text = words(figure, monkeypatch)
+    assert "HBM bytes per call, modelled" in text
+    assert "compulsory bytes" in text
+    assert re.search(r"neither measured nor modelled:\srecurrent,", text)
+    assert "quadratic: oom" in text
+
+
+def test_hbm_figure_prefers_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = Hbm(read_bytes=2**24, write_bytes=2**23, model_bytes=2**20, source="ncu")
+    modelled = Hbm(model_bytes=2**20, source="model")
+    points = [make_point(T, hbm=measured) for T in LENGTHS]
+    figure = figure_of("-hbm", points)
+    assert "HBM bytes per call, measured (ncu)" in words(figure, monkeypatch)
+    assert set(*(line.values() for line in drawn_values(figure).values())) == {2**24 + 2**23}
+    figure = figure_of("-hbm", [*points, *(make_point(T, hbm=modelled) for T in LENGTHS[3:])])
+    text = words(figure, monkeypatch)
+    assert "HBM bytes per call, modelled or measured (ncu)" in text
+    assert {"chunked (model)", "chunked (ncu)"} <= set(text.splitlines())
+    faces = [to_hex(line.get_markerfacecolor()) for line in figure.axes[0].lines[:2]]
+    assert sorted(face == "#ffffff" for face in faces) == [False, True]
+
+
+def test_no_figure_without_its_value() -> None:
+    assert [name.rpartition("-")[2] for name in figures(make_run(), [make_point()])] == ["time"]
+    wall = make_point(time_ns=None, wall_ns=1000, floor_ns=10)
+    assert [name.rpartition("-")[2] for name in figures(make_run(), [wall])] == ["time"]
+
+
 def test_styles_tell_sixteen_implementations_apart_and_stay() -> None:
     names = [point.impl for point in contenders(16)]
     chosen = styles([*names, "fla_chunk"])
@@ -572,7 +644,7 @@ def test_one_implementation_looks_the_same_in_every_figure() -> None:
         for figure in made
     ]
     ours = styles(["triton_chunked"])["triton_chunked"]
-    assert len(looks) == 4
+    assert len(looks) == 8
     assert all((ours.colour + ours.marker).lower() in look for look in looks)
 
 
@@ -588,7 +660,7 @@ def test_rendering_is_stable(format: str) -> None:
 
 def test_the_users_settings_neither_matter_nor_change() -> None:
     plain_settings = render(next(iter(figures(*SWEEPS["cpu"]).values())), "svg")
-    with matplotlib.rc_context({"font.size": 30, "axes.grid": False, "svg.fonttype": "none"}):
+    with matplotlib.rc_context({"font.size": 30, "axes.grid": False, "svg.fonttype": "path"}):
         before = dict(matplotlib.rcParams)
         assert render(next(iter(figures(*SWEEPS["cpu"]).values())), "svg") == plain_settings
         assert dict(matplotlib.rcParams) == before
@@ -597,15 +669,16 @@ def test_the_users_settings_neither_matter_nor_change() -> None:
 def test_reports_need_no_torch_and_no_pyplot() -> None:
     code = (
         "import sys, chela_bench.reports.figures, chela_bench.reports.terminal, "
-        "chela_bench.reports.markdown, chela_bench.reports.tables;"
+        "chela_bench.reports.markdown, chela_bench.reports.tables, chela_bench.reports.html;"
         "sys.exit(bool({'torch', 'triton', 'matplotlib.pyplot'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_terminal_needs_no_pandas_and_no_matplotlib() -> None:
+def test_text_needs_no_pandas_and_no_matplotlib() -> None:
     code = (
         "import sys, chela_bench.reports.terminal, chela_bench.reports.markdown;"
+        "import chela_bench.reports.html;"
         "sys.exit(bool({'pandas', 'matplotlib', 'numpy'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

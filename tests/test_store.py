@@ -121,7 +121,7 @@ def test_derived_tables_hold_every_sample_and_point(folder):
     assert len(pd.read_csv(folder / "results.csv")) == 3
     write_report(folder / "report", run, points)
     names = {path.name for path in (folder / "report").iterdir()}
-    assert {"summary.md", "results.csv"} < names
+    assert {"index.html", "summary.md", "results.csv"} < names
     assert any(name.endswith(".png") for name in names)
 
 

@@ -11,9 +11,11 @@ from chela_bench.bench.store import load_samples, write_atomically
 from chela_bench.errors import EnvironmentProblem, RecordError
 from chela_bench.records import Point, Run
 from chela_bench.reports.figures import figures, render
+from chela_bench.reports.html import page
 from chela_bench.reports.markdown import summary
 from chela_bench.reports.tables import points_frame
 
+PAGE = "index.html"
 FORMATS: tuple[Literal["png", "svg"], ...] = ("png", "svg")
 
 
@@ -36,12 +38,18 @@ def write_tables(folder: Path, run: Run, points: list[Point]) -> None:
 
 
 def write_report(out: Path, run: Run, points: list[Point]) -> list[Path]:
-    """summary.md, results.csv and every figure as PNG and SVG in `out`; returns the paths."""
-    files = {"summary.md": summary(run, points).encode()}
-    files["results.csv"] = points_frame(run, points).to_csv(index=False).encode()
-    for name, figure in figures(run, points).items():
-        for kind in FORMATS:
-            files[f"{name}.{kind}"] = render(figure, kind)
+    """index.html, summary.md, results.csv and every figure as PNG and SVG; returns the paths."""
+    drawn = {
+        name: {kind: render(figure, kind) for kind in FORMATS}
+        for name, figure in figures(run, points).items()
+    }
+    svgs = {name: kinds["svg"] for name, kinds in drawn.items()}
+    files = {
+        PAGE: page(run, points, svgs).encode(),
+        "summary.md": summary(run, points).encode(),
+        "results.csv": points_frame(run, points).to_csv(index=False).encode(),
+        **{f"{name}.{kind}": data for name, kinds in drawn.items() for kind, data in kinds.items()},
+    }
     _write(out, files)
     return [out / name for name in files]
 

@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 
 from chela_bench.bench.store import load_run
-from chela_bench.cli.derived import write_report, write_tables
+from chela_bench.cli.derived import PAGE, write_report, write_tables
 from chela_bench.errors import UsageError
 from chela_bench.records import document
 from chela_bench.reports.terminal import sweep_table
@@ -24,7 +24,7 @@ from chela_bench.reports.terminal import sweep_table
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document a run on stdout.")
 def report(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
-    """Tables (Markdown, CSV) and figures (PNG, SVG) from run folders.
+    """One HTML page, tables (Markdown, CSV) and figures (PNG, SVG) from run folders.
 
     \b
     Example:  chela-bench report runs/20260101T120000Z-abc123 -o report
@@ -44,4 +44,4 @@ def report(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
             click.echo(document(run, points))
         else:
             Console().print(sweep_table(run, points))
-            click.echo(f"report: {target} ({len(paths)} files)")
+            click.echo(f"report: {target / PAGE} ({len(paths)} files)")

@@ -18,7 +18,7 @@ from chela_bench.bench.cases import Case, Distribution
 from chela_bench.bench.config import find_config, load_config
 from chela_bench.bench.sweep import Result, new_folder, refuse_other_settings
 from chela_bench.bench.sweep import sweep as run_sweep
-from chela_bench.cli.derived import write_report, write_tables
+from chela_bench.cli.derived import PAGE, write_report, write_tables
 from chela_bench.cli.progress import SweepProgress
 from chela_bench.cli.signals import Interrupted, interrupted_by_signals
 from chela_bench.errors import EnvironmentProblem, RecordError, UsageError
@@ -92,7 +92,7 @@ def sweep(ctx: click.Context, /, **given: Any) -> None:
     """Measure implementations over sequence lengths, each checked against its oracle.
 
     Without flags: every op and implementation of bench.toml's [sweep]. Results go to stdout and
-    into a run folder with tables and figures, progress to stderr.
+    into a run folder with tables, figures and a page of both, progress to stderr.
 
     \b
     Examples:
@@ -171,7 +171,9 @@ def _conclude(result: Result, *, as_json: bool, note: str | None = None) -> None
     if cost is not None:
         click.echo(f"the bench's own cost: {cost}", err=as_json)
     figures = sum(path.suffix == ".png" for path in paths)
-    click.echo(f"records: {result.folder}\nreport:  {report} ({figures} figures)", err=as_json)
+    click.echo(
+        f"records: {result.folder}\nreport:  {report / PAGE} ({figures} figures)", err=as_json
+    )
 
 
 def _settings_of(folder: Path | None, run: Run) -> plan.Settings:

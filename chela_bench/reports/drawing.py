@@ -199,9 +199,9 @@ def _scale(axes: Axes, picture: Picture) -> None:
 
 
 def _short(quantity: str) -> str:
-    """`100 ms` for `100 ms`, `1 ms` for `1.00 ms`: tick values are round."""
-    number, unit = quantity.split(" ")
-    return f"{float(number):g} {unit.replace('us', 'µs')}"
+    """`1 ms` for `1.00 ms`, `1x` for `1.00x`: tick values are round."""
+    number = quantity.rstrip("abcdefghijklmnopqrstuvwxyzBGIKMT ")
+    return f"{float(number):g}{quantity[len(number) :].replace('us', 'µs')}"
 
 
 def _ticks(tokens: Sequence[int]) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from chela_bench.records import DIRECTIONS, DTYPES, ConfigValue, Outcome, Point
@@ -97,6 +97,11 @@ class Group:
         floors = [p.floor_ns for p in self._by_length[tokens] if p.floor_ns is not None]
         return min(floors, default=None)
 
+    def compulsory_bytes(self, tokens: int) -> int | None:
+        """Every input read once, every output written once: as the floor, the function's own."""
+        sizes = [p.compulsory_bytes for p in self._by_length[tokens]]
+        return min((size for size in sizes if size is not None), default=None)
+
     def fastest(self, tokens: int) -> Point | None:
         """The fastest correct one at this length, by kernel time where any has one."""
         ok = [point for point in self._by_length[tokens] if point.outcome == "ok"]
@@ -157,6 +162,28 @@ def groups(points: Iterable[Point]) -> list[Group]:
     for point in sorted(latest.values(), key=_group_order):
         together[_group_order(point)].append(point)
     return [_group(members) for members in together.values()]
+
+
+def named_groups(points: Iterable[Point]) -> dict[str, Group]:
+    """Groups by a name of their own: the slug, with an underscore more where two share one."""
+    named: dict[str, Group] = {}
+    for group in groups(points):
+        slug = group.slug
+        while slug in named:
+            slug += "_"
+        named[slug] = group
+    return named
+
+
+def drawn_beside(group: Group, among: Iterable[Group]) -> Group | None:
+    """The group of another function that this one's figures show too."""
+    wanted = replace(group, op=OTHER_FUNCTIONS.get(group.op, ""))
+    return next((other for other in among if other.is_like(wanted)), None)
+
+
+def drawn_with(group: Group, among: Iterable[Group]) -> Group | None:
+    """The group whose figures show this one, as another function."""
+    return next((each for each in among if drawn_beside(each, [group]) is not None), None)
 
 
 def _group(members: list[Point]) -> Group:

@@ -80,7 +80,8 @@ def tint(colour: str, amount: float) -> str:
 def settings() -> dict[Any, Any]:
     """For `matplotlib.rc_context`: its own defaults, not the user's, and ours on top."""
     ours = {
-        "font.family": "DejaVu Sans",
+        "font.family": "sans-serif",
+        "font.sans-serif": ["DejaVu Sans", "Verdana"],  # the second for a reader without the first
         "font.size": 9.5,
         "axes.edgecolor": QUIET,
         "axes.labelcolor": INK,
@@ -100,7 +101,7 @@ def settings() -> dict[Any, Any]:
         "legend.frameon": False,
         "legend.fontsize": 9.5,
         "svg.hashsalt": "chela-bench",
-        "svg.fonttype": "path",
+        "svg.fonttype": "none",  # text stays text: a third of the bytes that drawn letters take
     }
     defaults: dict[Any, Any] = {
         name: value

@@ -119,6 +119,30 @@ def machine(run: Run, points: Iterable[Point]) -> list[str]:
     return [part for part in parts if part]
 
 
+def facts(run: Run, points: Sequence[Point]) -> dict[str, str]:
+    """Where the figures come from: machine, versions, ceilings, method, inputs, times, source."""
+    environment, ceilings = run.environment, run.ceilings
+    tools = {"python": environment.python, "driver": environment.driver, "CUDA": environment.cuda}
+    versions = {**run.versions, **{name: v for name, v in tools.items() if v}}
+    rates = [f"{dtype} {rate:.0f} TFLOP/s" for dtype, rate in ceilings.matmul_tflop_per_s.items()]
+    dirty = " with uncommitted changes" if run.git_dirty else ""
+    found = {
+        "Machine": device_name(run),
+        "System": f"{environment.os}, {environment.cpu_threads} CPU threads",
+        "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "Copy bandwidth": ceilings.copy_gb_per_s and f"{ceilings.copy_gb_per_s:.0f} GB/s",
+        "Matmul rate": ", ".join(rates),
+        "Power limit": environment.power_limit_mw and f"{environment.power_limit_mw / 1000:.0f} W",
+        "Timing": method(points),
+        "Inputs": f"{run.inputs}, seed {run.seed}",
+        "Started": run.started_utc,
+        "Finished": run.finished_utc or "not finished: interrupted, or still running",
+        "Source": run.git_sha and f"{run.git_sha[:12]}{dirty}",
+        "Package": run.source_sha256 and f"sha256 {run.source_sha256[:12]}",
+    }
+    return {name: plain(str(fact)) for name, fact in found.items() if fact}
+
+
 def tally(run: Run, points: Sequence[Point]) -> str:
     """`49 points: 40 ok, 4 oom, 5 skipped`, and how many were planned if some are missing."""
     if not points:
