@@ -14,8 +14,8 @@ from chela_bench.bench.config import load_config
 from chela_bench.bench.crew import Crew, Ended
 from chela_bench.errors import EnvironmentProblem, UsageError
 from chela_bench.profiles import machine, nvml
-from chela_bench.records import Device
-from chela_bench.reports.text import device_name
+from chela_bench.records import Cost, Device
+from chela_bench.reports.text import device_name, facts
 from tests.factories import make_run
 from tests.running import FAULTS, Silent, tiny_config
 
@@ -146,3 +146,10 @@ def test_gpus_need_gpus(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(EnvironmentProblem, match=r"--gpus 0,1 needs a GPU, but .*--device cpu"):
         machine.choose_gpus("0,1")
+
+
+def test_reports_say_what_the_bench_itself_cost():
+    cost = Cost(wall_s=312.0, compiling_s=56.0, checking_s=20.06, timing_s=180.0)
+    said = facts(make_run(cost=cost), [])["Bench's own cost"]
+    assert said == "18 % of 312 s; the rest: 56.0 s compiling, 20.1 s checking, 180 s timing"
+    assert "Bench's own cost" not in facts(make_run(), [])

@@ -137,6 +137,7 @@ def facts(run: Run, points: Sequence[Point]) -> dict[str, str]:
         "Inputs": f"{run.inputs}, seed {run.seed}",
         "Started": run.started_utc,
         "Finished": run.finished_utc or "not finished: interrupted, or still running",
+        "Bench's own cost": own_cost(run),
         "Source": run.git_sha and f"{run.git_sha[:12]}{dirty}",
         "Package": run.source_sha256 and f"sha256 {run.source_sha256[:12]}",
     }
