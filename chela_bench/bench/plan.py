@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from chela_bench.bench.cases import Case, Distribution, Limits, Session
 from chela_bench.bench.config import Config
@@ -98,10 +98,7 @@ def resolve(config: Config, flags: Flags, device: str) -> Settings:
             raise _unknown("preset", preset_name, config.presets)
         preset = config.presets[preset_name]
         sweep = sweep.model_copy(update=preset.sweep.model_dump(exclude_none=True))
-        try:
-            limits = Limits.model_validate({**limits.model_dump(), **preset.limits})
-        except ValidationError as error:
-            raise UsageError(f"presets.{preset_name}.limits: {error.errors()[0]['msg']}") from None
+        limits = config.limits_with(preset)
     ops = [get_op(name) for name in _unique(flags.ops or sweep.ops)]
     ops, impls, user_impls = _choose_impls(ops, flags)
     shapes = _choose_shapes(config, ops, flags, sweep.shapes)
