@@ -7,7 +7,8 @@ import pytest
 from chela_bench.bench import plan
 from chela_bench.bench.config import load_config
 from chela_bench.bench.lengths import parse_lengths
-from chela_bench.errors import UsageError
+from chela_bench.cli.sweep import _Names as Names
+from chela_bench.errors import RecordError, UsageError
 from tests.running import ROOT
 
 
@@ -161,3 +162,64 @@ def test_what_cannot_run_is_known_without_trying(config):
     assert {
         case.impl: plan.unavailable(on_cpu, case) for case in plan.cases(on_cpu)
     }["triton_chunked"] == "needs a GPU"  # fmt: skip
+
+
+def _user_file(folder, name="mine.py"):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.write_text("def f(q, k, v): return v\n")
+    return path
+
+
+def _with_files(config, *paths, functions="f"):
+    impls = [f"{path}:{function}" for path in paths for function in functions]
+    return plan.resolve(config, plan.Flags(ops=["linear_attention"], impls=impls), "cuda")
+
+
+def test_users_functions_are_told_apart_by_as_many_folders_as_it_takes(config, tmp_path):
+    paths = [_user_file(tmp_path / folder) for folder in ("a/x", "b/x", "c")]
+    settings = _with_files(config, *paths, paths[0], _user_file(tmp_path, "other.py"))
+    assert settings.user_impls == {
+        "a/x/mine.py:f": f"{paths[0]}:f",
+        "b/x/mine.py:f": f"{paths[1]}:f",
+        "c/mine.py:f": f"{paths[2]}:f",
+        "other.py:f": f"{tmp_path / 'other.py'}:f",
+    }
+    assert settings.impls == {"linear_attention": list(settings.user_impls)}
+    assert list(_with_files(config, paths[0], functions="fg").user_impls) == [
+        "mine.py:f",
+        "mine.py:g",
+    ]
+
+
+def test_a_users_file_must_be_what_it_was_when_the_run_began(config, tmp_path):
+    path = _user_file(tmp_path)
+    settings = _with_files(config, path)
+    plan.check_user_files(settings)
+    path.write_text("def f(q, k, v): return q\n")
+    with pytest.raises(RecordError, match=r"mine\.py:f has changed since the run began"):
+        plan.check_user_files(settings)
+    path.unlink()
+    with pytest.raises(UsageError, match=r"cannot read .*mine\.py: No such file"):
+        plan.check_user_files(settings)
+
+
+@pytest.mark.parametrize("direction", ["bwd", "fwdbwd"])
+def test_gradients_of_a_few_tokens_are_skipped_with_the_reason(config, direction):
+    settings = plan.resolve(
+        config, plan.Flags(impls=["chunked"], lens="15,16", directions=[direction, "fwd"]), "cpu"
+    )
+    reasons = {
+        (case.direction, case.shape["T"]): plan.unavailable(settings, case)
+        for case in plan.cases(settings)
+    }
+    few = reasons.pop((direction, 15))
+    assert few == "T < 16: gradients of so few tokens cancel, no budget holds"
+    assert set(reasons.values()) == {None}
+
+
+def test_a_path_with_a_comma_is_one_path(tmp_path):
+    path = _user_file(tmp_path / "a,b")
+    names = Names()
+    assert names.convert(f"{path}:f", None, None) == [f"{path}:f"]
+    assert names.convert("a.py:f, b.py:g", None, None) == ["a.py:f", "b.py:g"]
