@@ -176,6 +176,7 @@ def process_state() -> tuple[object, ...]:
     """What an implementation may change for everyone after it: then the worker is replaced."""
     import torch
 
+    folder = Path().stat()  # its name is gone if somebody removed it
     return (
         torch.get_default_dtype(),
         torch.get_default_device(),
@@ -186,7 +187,7 @@ def process_state() -> tuple[object, ...]:
         torch.backends.cuda.matmul.allow_tf32,
         torch.backends.cudnn.allow_tf32,
         torch.backends.cudnn.benchmark,
-        Path.cwd(),
+        (folder.st_dev, folder.st_ino),
     )
 
 
