@@ -13,73 +13,12 @@ from chela_bench.bench import runner as runner_module
 from chela_bench.bench.cases import Case, Limits, Session
 from chela_bench.bench.runner import Runner
 from chela_bench.errors import EnvironmentProblem
-
-STUB = """
-import json, os, signal, sys, time
-
-def answer(message):
-    os.write(int(sys.argv[1]), (json.dumps(message) + "\\n").encode())
-
-def garbage():
-    os.write(int(sys.argv[1]), b"Hello, world\\n")
-
-def number():
-    answer(7)
-
-def deep():
-    os.write(int(sys.argv[1]), b"[" * 100_000 + b"\\n")
-
-def nothing():
-    answer({"point": None, "samples_ns": [], "spoilt": False})
-
-def half_a_point():
-    answer({"point": {"op": "x"}, "samples_ns": [], "spoilt": False})
-
-def floods():
-    while True:
-        os.write(int(sys.argv[1]), b"x" * 4096)
-
-def forks():
-    if os.fork() == 0:
-        time.sleep(60)
-    os._exit(9)
-
-def silent():
-    os._exit(9)
-
-def prints():
-    print("words of another")
-
-def closes_its_pipe():
-    os.close(int(sys.argv[1]))
-    time.sleep(60)
-
-def hangs():
-    answer({"phase": "check"})
-    time.sleep(60)
-
-def real_time_signal():
-    os.kill(os.getpid(), signal.SIGRTMIN + 3)
-
-for line in sys.stdin:
-    command = json.loads(line)
-    if "session" in command:
-        machine = {"device": "cpu", "name": "stub", "cpu": "stub", "cpu_threads": 1,
-                   "os": "none", "python": "3"}
-        answer({"hello": {"environment": machine, "versions": {}}})
-    elif "begin" in command:
-        answer({"ready": {"ceilings": {}}})
-    else:
-        case = command["case"]
-        globals().get(case["impl"], lambda: None)()
-        point = {**case, "device": "cpu", "outcome": "ok", "wall_ns": os.getpid()}
-        answer({"point": point, "samples_ns": [1.0], "spoilt": case["impl"] == "spoils"})
-"""
+from tests.running import STUB_WORKER
 
 
 @pytest.fixture
 def runner(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner_module, "_WORKER", STUB)
+    monkeypatch.setattr(runner_module, "_WORKER", STUB_WORKER.read_text())
     session = Session(
         device="cpu", timer="event", l2="cold", seed=0, inputs="randn",
         limits=Limits(call_s=0.01, sample_s=0.01, build_s=2.0, phase_s=1.0),
