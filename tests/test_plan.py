@@ -7,6 +7,7 @@ import pytest
 from chela_bench.bench import plan
 from chela_bench.bench.config import load_config
 from chela_bench.bench.lengths import parse_lengths
+from chela_bench.bench.load import refuse_changed_files
 from chela_bench.cli.sweep import _Names as Names
 from chela_bench.errors import RecordError, UsageError
 from tests.running import ROOT
@@ -192,16 +193,23 @@ def test_users_functions_are_told_apart_by_as_many_folders_as_it_takes(config, t
     ]
 
 
+def test_a_users_file_in_a_folder_that_is_no_unicode_is_refused(config, tmp_path):
+    """Its path would stand in the records, which are UTF-8."""
+    path = _user_file(tmp_path / "caf\udce9")
+    with pytest.raises(UsageError, match="not valid UTF-8; give it another name"):
+        _with_files(config, path)
+
+
 def test_a_users_file_must_be_what_it_was_when_the_run_began(config, tmp_path):
     path = _user_file(tmp_path)
     settings = _with_files(config, path)
-    plan.check_user_files(settings)
+    refuse_changed_files(settings.user_impls, settings.user_files_sha256)
     path.write_text("def f(q, k, v): return q\n")
     with pytest.raises(RecordError, match=r"mine\.py:f has changed since the run began"):
-        plan.check_user_files(settings)
+        refuse_changed_files(settings.user_impls, settings.user_files_sha256)
     path.unlink()
     with pytest.raises(UsageError, match=r"cannot read .*mine\.py: No such file"):
-        plan.check_user_files(settings)
+        refuse_changed_files(settings.user_impls, settings.user_files_sha256)
 
 
 @pytest.mark.parametrize("direction", ["bwd", "fwdbwd"])

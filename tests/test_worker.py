@@ -11,7 +11,9 @@ import torch
 
 from chela_bench.bench import worker as worker_module
 from chela_bench.bench.cases import Case, Limits, Session
+from chela_bench.bench.load import sha256_of_files
 from chela_bench.bench.worker import Worker, outcome_of
+from chela_bench.errors import RecordError
 from tests.running import FAULTS
 
 LIMITS = Limits(call_s=1.0, sample_s=0.02, build_s=10.0, phase_s=10.0)
@@ -25,9 +27,10 @@ def measured(monkeypatch):
 
     def measure(name, direction="fwd"):
         answers = []
+        targets = {name: f"{FAULTS}:{name}"}
         session = Session(
             device="cpu", timer="event", l2="cold", seed=0, inputs="randn", limits=LIMITS,
-            user_impls={name: f"{FAULTS}:{name}"},
+            user_impls=targets, user_files_sha256=sha256_of_files(targets),
         )  # fmt: skip
         worker = Worker(session, answers.append)
         worker.hello()
@@ -85,6 +88,22 @@ def test_what_an_implementation_does_is_an_outcome(measured, name, outcome, reas
 )
 def test_what_an_implementation_leaves_changed_costs_it_the_process(measured, name, direction):
     assert measured(name, direction)["spoilt"]
+
+
+def test_a_users_file_that_changed_since_the_run_began_is_not_measured(tmp_path):
+    """A worker that replaces another loads the file anew."""
+    file = tmp_path / "mine.py"
+    file.write_text("def f(q, k, v): return v\n")
+    targets = {"mine.py:f": f"{file}:f"}
+    session = Session(
+        device="cpu", timer="event", l2="cold", seed=0, inputs="randn", limits=LIMITS,
+        user_impls=targets, user_files_sha256=sha256_of_files(targets),
+    )  # fmt: skip
+    file.write_text("def f(q, k, v): return q\n")
+    worker = Worker(session, lambda message: None)
+    worker.hello()
+    with pytest.raises(RecordError, match=r"mine\.py:f has changed since the run began"):
+        worker.begin(None)
 
 
 class OutOfResources(Exception):

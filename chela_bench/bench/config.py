@@ -17,7 +17,8 @@ from chela_bench.errors import ConfigError, UsageError
 from chela_bench.records import L2, Direction, DType, Timer
 
 FILE = "bench.toml"
-Size = Annotated[int, Field(ge=1, le=1 << 30, strict=True)]
+LARGEST = 1 << 30  # of any dimension
+Size = Annotated[int, Field(ge=1, le=LARGEST, strict=True)]
 Seed = Annotated[int, Field(ge=-(1 << 62), le=1 << 62, strict=True)]
 Some = Field(min_length=1)
 ShapeSizes = dict[str, Size]

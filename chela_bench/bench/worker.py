@@ -86,7 +86,7 @@ class Worker:
 
         from chela_bench.bench import timing
         from chela_bench.bench.job import Bench
-        from chela_bench.bench.load import load
+        from chela_bench.bench.load import load, refuse_changed_files
         from chela_bench.bench.ops import user_impl
         from chela_bench.profiles import nvml
         from chela_bench.profiles.ceilings import measure_ceilings
@@ -97,6 +97,7 @@ class Worker:
         l2_bytes = self.environment.l2_bytes or 0
         cuda, cold = device.type == "cuda", self.session.l2 == "cold"
         events = cuda and self.session.timer == "event"
+        refuse_changed_files(self.session.user_impls, self.session.user_files_sha256)
         for name, target in self.session.user_impls.items():
             load(target)
             self.user_impls[name] = user_impl(name, target)
