@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import os
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import click
 
 from chela_bench import __version__
-from chela_bench.errors import ChelaBenchError
+from chela_bench.errors import ChelaBenchError, EnvironmentProblem
 
 COMMANDS = {  # name -> module:attribute, and the line that --help shows without importing it
     "sweep": ("chela_bench.cli.sweep:sweep", "Measure implementations over sequence lengths."),
     "report": ("chela_bench.cli.report:report", "Tables and figures from run folders."),
     "list": ("chela_bench.cli.list:list_", "Ops, implementations and shapes, and what can run."),
 }
+
+
+@contextlib.contextmanager
+def _output_lost() -> Iterator[None]:
+    """A full disk or closed pipe behind standard output is the machine's problem, in one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EPIPE) or error.filename is not None:
+            raise
+        raise EnvironmentProblem(f"cannot write to standard output: {error.strerror}") from error
 
 
 class _LazyGroup(click.Group):
@@ -29,6 +43,14 @@ class _LazyGroup(click.Group):
         module, _, attribute = COMMANDS[cmd_name][0].partition(":")
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
+
+    def make_context(self, *given: Any, **more: Any) -> click.Context:
+        with _output_lost():
+            return super().make_context(*given, **more)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _output_lost():
+            return super().invoke(ctx)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -56,11 +78,6 @@ def main() -> None:
         sys.exit(error.exit_code)
     except click.Abort:
         sys.exit(130)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EPIPE) or error.filename is not None:
-            raise
-        click.echo(f"chela-bench: cannot write to standard output: {error.strerror}", err=True)
-        os._exit(6)  # Python would try to flush it again
     except ChelaBenchError as error:
         click.echo(f"chela-bench: {error}", err=True)
         sys.exit(error.exit_code)

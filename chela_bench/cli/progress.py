@@ -1,11 +1,12 @@
-"""How a sweep looks while it runs: a live bar on a terminal, plain lines when piped."""
+"""What people see: tables, and a sweep while it runs, as a live bar or plain lines when piped."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from types import TracebackType
 
-from rich.console import Console
+import click
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -18,6 +19,14 @@ from rich.progress import (
 from chela_bench.bench.cases import Case
 from chela_bench.records import Point, Run
 from chela_bench.reports.text import duration, plain
+
+
+def show(renderable: RenderableType) -> None:
+    """On standard output, through click: rich by itself ends the process where a pipe is closed."""
+    console = Console()
+    with console.capture() as captured:
+        console.print(renderable)
+    click.echo(captured.get(), nl=False)
 
 
 class SweepProgress:
@@ -38,6 +47,7 @@ class SweepProgress:
         self._label = ""
         self._done = 0
         self._total = 0
+        self.begun = False
 
     def __enter__(self) -> SweepProgress:
         self._bar.start()
@@ -52,6 +62,7 @@ class SweepProgress:
         self._bar.stop()
 
     def started(self, run: Run, folder: Path, left: int, warnings: list[str]) -> None:
+        self.begun = True
         environment = run.environment
         preset = run.settings.get("preset")
         how = f", preset {preset}" if preset else ""

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import click
 from pydantic import ValidationError
-from rich.console import Console
 
 from chela_bench.bench import plan, store
 from chela_bench.bench.cases import Case, Distribution
 from chela_bench.bench.config import find_config, load_config
+from chela_bench.bench.load import is_file, refuse_changed_files
 from chela_bench.bench.sweep import Result, new_folder, refuse_other_settings
 from chela_bench.bench.sweep import sweep as run_sweep
 from chela_bench.cli.derived import write_report, write_tables
-from chela_bench.cli.progress import SweepProgress
-from chela_bench.errors import EnvironmentProblem, RecordError, UsageError
+from chela_bench.cli.progress import SweepProgress, show
+from chela_bench.errors import ChelaBenchError, RecordError, UsageError
 from chela_bench.profiles.machine import choose_device
 from chela_bench.records import DIRECTIONS, DTYPES, L2, OUTCOMES, Point, Run, Timer, document
 from chela_bench.reports.terminal import sweep_table
+from chela_bench.reports.text import plain
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -35,7 +35,7 @@ class _Names(click.ParamType):  # type: ignore[type-arg]
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         if not isinstance(value, str):
             return value
-        one_file = ".py:" in value and Path(value.rpartition(":")[0]).is_file()
+        one_file = ".py:" in value and is_file(Path(value.rpartition(":")[0]))
         names = [value] if one_file else [part.strip() for part in value.split(",")]
         if not all(names):
             self.fail(f"empty name in {value!r}", param, ctx)
@@ -104,7 +104,7 @@ def sweep(ctx: click.Context, /, **given: Any) -> None:
     silent = flags == plan.Flags() and given["config"] is None and given["device"] == "auto"
     if resumed is not None and silent:
         settings = _settings_of(folder, resumed)
-        plan.check_user_files(settings)
+        refuse_changed_files(settings.user_impls, settings.user_files_sha256)
     else:
         config = load_config(find_config(given["config"]))
         settings = plan.resolve(config, flags, choose_device(given["device"]))
@@ -116,15 +116,16 @@ def sweep(ctx: click.Context, /, **given: Any) -> None:
         _print_plan(settings, plan.cases(settings), done, as_json=given["as_json"])
         return
     target = folder or new_folder(given["out"])
+    progress = SweepProgress()
     try:
-        with SweepProgress() as progress:
+        with progress:
             result = run_sweep(settings, target, progress, resumed=resumed, retry=retry)
-    except (KeyboardInterrupt, EnvironmentProblem) as stop:
-        if (target / store.RUN).exists():  # what was measured is worth its tables
+    except (KeyboardInterrupt, ChelaBenchError) as stop:
+        if progress.begun:  # what was measured is worth its tables
             click.echo(f"interrupted; go on with: chela-bench sweep --resume {target}", err=True)
             run, points = store.load_run(target)
             _conclude(Result(target, run, points), as_json=given["as_json"])
-        if isinstance(stop, EnvironmentProblem):
+        if isinstance(stop, ChelaBenchError):
             raise
         ctx.exit(130)
     _conclude(result, as_json=given["as_json"])
@@ -146,7 +147,7 @@ def _conclude(result: Result, *, as_json: bool) -> None:
     if as_json:
         click.echo(document(result.run, result.points))
     else:
-        Console().print(sweep_table(result.run, result.points))
+        show(sweep_table(result.run, result.points))
     figures = sum(path.suffix == ".png" for path in paths)
     click.echo(f"records: {result.folder}\nreport:  {report} ({figures} figures)", err=as_json)
 
@@ -156,10 +157,9 @@ def _settings_of(folder: Path | None, run: Run) -> plan.Settings:
         return plan.Settings.model_validate(run.settings)
     except ValidationError as error:
         problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        raise RecordError(
-            f"{folder} cannot be resumed: settings.{where}: {problem['msg']}"
-        ) from None
+        where = ".".join(["settings", *map(str, problem["loc"])])
+        message = problem["msg"].removeprefix("Value error, ")
+        raise RecordError(f"{folder} cannot be resumed: {where}: {message}") from None
 
 
 def _print_plan(
@@ -174,9 +174,9 @@ def _print_plan(
         click.echo(json.dumps(plan_document, indent=2))
         return
     for key, reason in reasons.items():
-        click.echo(f"{key}  {reason}" if reason else key)
+        click.echo("  ".join(plain(part) for part in (key, reason) if part))
     runnable = sum(reason is None for reason in reasons.values())
-    click.echo(f"{len(cases)} points, {runnable} to be tried", err=not sys.stdout.isatty())
+    click.echo(f"{len(cases)} points, {runnable} to be tried", err=True)
 
 
 def _flags(given: dict[str, Any]) -> plan.Flags:
