@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 
 import numpy as np
 import torch
 
+from chela_bench.errors import ArgumentError
 from chela_bench.reference.linear_attention import chunked
 
 
@@ -59,6 +61,67 @@ _FIRST: dict[torch.Size, torch.Tensor] = {}
 def remembers(q, k, v):
     """Right when checked, then returns the same numbers whatever it is given."""
     return _FIRST.setdefault(q.shape, right(q, k, v))
+
+
+def changes_its_input(q, k, v):
+    out = right(q, k, v)
+    v.mul_(2)
+    return out
+
+
+def returns_a_tuple(q, k, v):
+    return right(q, k, v), None
+
+
+def returns_a_list(q, k, v):
+    return [right(q, k, v)]
+
+
+def returns_nothing(q, k, v):
+    right(q, k, v)
+
+
+def returns_an_empty_tuple(q, k, v):
+    return ()
+
+
+def reads_its_input(q, k, v):
+    return right(q, k, v) + len(sys.stdin.read())
+
+
+def refuses(q, k, v):
+    raise ArgumentError("K of at most 8 wanted; got 16")
+
+
+def exits(q, k, v):
+    sys.exit(4)
+
+
+def sets_the_default_dtype(q, k, v):
+    torch.set_default_dtype(torch.float64)
+    return right(q, k, v)
+
+
+def sets_the_threads(q, k, v):
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    return right(q, k, v)
+
+
+def changes_the_folder(q, k, v):
+    os.chdir("/")
+    return right(q, k, v)
+
+
+def removes_its_folder(q, k, v):
+    folder = tempfile.mkdtemp()
+    os.chdir(folder)
+    os.rmdir(folder)  # noqa: PTH106
+    return right(q, k, v)
+
+
+def switches_gradients_off(q, k, v):
+    torch.set_grad_enabled(False)
+    return right(q, k, v)
 
 
 def raises(q, k, v):
@@ -130,11 +193,6 @@ def prints(q, k, v):
     return right(q, k, v)
 
 
-def changes_the_default_dtype(q, k, v):
-    torch.set_default_dtype(torch.float64)
-    return right(q, k, v)
-
-
 def starts_threads(q, k, v):
     threading.Thread(target=threading.Event().wait, daemon=True).start()
     return right(q, k, v)
@@ -149,5 +207,5 @@ def leaks_memory(q, k, v):
     return right(q, k, v)
 
 
-def exits(q, k, v):
+def exits_at_once(q, k, v):
     os._exit(0)

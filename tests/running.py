@@ -12,6 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 FAULTS = Path(__file__).resolve().parent / "faults.py"
+STUB_WORKER = Path(__file__).resolve().parent / "stub_worker.py"
 
 TINY = """
 schema = 1

@@ -45,6 +45,7 @@ def test_every_command_has_help_with_an_example(name):
         (["sweep", "--config", "nope.toml"], "no such file: nope.toml"),
         (["sweep", "--resume", "nope"], "nope is no run folder"),
         (["sweep", "--retry", "oom"], "--retry goes with --resume"),
+        (["sweep", "--seed", str(1 << 63)], "is not in the range"),
         (["sweep", "--device", "tpu"], "--device takes auto, cpu, cuda or cuda:N; got 'tpu'"),
         (["sweep", "--timer", "sundial"], "'event', 'profiler'"),
         (["report", "nope"], "nope is no run folder"),

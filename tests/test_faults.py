@@ -47,7 +47,7 @@ TIMEOUT = {"hangs": "no answer for 4 s in phase 'build'"}
 def misbehaved(tmp_path_factory):
     """All of them in one sweep, beside one that is right: what one does must not touch another."""
     config = tiny_config(tmp_path_factory.mktemp("faults"), build_s=4.0)
-    names = ["right", *WRONG, *CRASH, *OOM, *TIMEOUT]
+    names = ["right", "reads_its_input", *WRONG, *CRASH, *OOM, *TIMEOUT]
     flags = [part for name in names for part in ("--impl", f"{FAULTS}:{name}")]
     done, document = swept("--op", "linear_attention", *flags, config=config)
     points = {point["impl"].partition(":")[2]: point for point in document["points"]}
@@ -77,6 +77,10 @@ def test_misbehaviour_is_an_outcome_without_a_time(misbehaved, name, outcome, re
     assert point["tokens_per_s"] is None and point["x_floor"] is None
 
 
+def test_an_implementation_that_reads_its_input_gets_nothing(misbehaved):
+    assert misbehaved[1]["reads_its_input"]["outcome"] == "ok"
+
+
 def test_the_sweep_goes_on_and_exits_with_3(misbehaved):
     done, points, config = misbehaved
     assert points["right"]["outcome"] == "ok"
@@ -84,7 +88,8 @@ def test_the_sweep_goes_on_and_exits_with_3(misbehaved):
     assert done.returncode == 3
     folder = run_folder(config)
     lines = (folder / "samples.jsonl").read_text().splitlines()
-    assert [json.loads(line)["key"].split("/")[1] for line in lines] == ["faults.py:right"]
+    names = {json.loads(line)["key"].split("/")[1] for line in lines}
+    assert names == {"faults.py:right", "faults.py:reads_its_input"}
     summary = (folder / "report" / "summary.md").read_text()
     assert "SIGSEGV" in summary and "SIGKILL" in summary
 

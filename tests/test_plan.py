@@ -1,4 +1,4 @@
-"""Flags and bench.toml: what becomes a case, and what every mistake is answered with."""
+"""Flags become cases: what is planned, and what every mistake is answered with."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import pytest
 from chela_bench.bench import plan
 from chela_bench.bench.config import load_config
 from chela_bench.bench.lengths import parse_lengths
-from chela_bench.errors import ConfigError, UsageError
-from tests.running import ROOT, TINY
+from chela_bench.bench.load import refuse_changed_files
+from chela_bench.cli.sweep import _Names as Names
+from chela_bench.errors import RecordError, UsageError
+from tests.running import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -163,64 +165,69 @@ def test_what_cannot_run_is_known_without_trying(config):
     }["triton_chunked"] == "needs a GPU"  # fmt: skip
 
 
-def _toml(tmp_path, text, name="bench.toml"):
-    path = tmp_path / name
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+def _user_file(folder, name="mine.py"):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.write_text("def f(q, k, v): return v\n")
     return path
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("lens = ", "lenz = ", "sweep.lenz: unknown key; allowed here: ops, shapes, lens, dtypes"),
-        ("lens = ", "lenz = ", "sweep.lens: missing"),
-        ("seed = 3", 'seed = "three"', "sweep.seed: input should be a valid integer"),
-        (
-            'dtypes = ["fp32"]',
-            'dtypes = ["fp23"]',
-            "sweep.dtypes.0: input should be 'fp32', 'bf16'",
-        ),
-        ('dtypes = ["fp32"]', 'dtypes = "fp32"', "sweep.dtypes: input should be a valid list"),
-        ("call_s = 0.5", "call_s = -1", "limits.call_s: input should be greater than 0; got -1"),
-        ("call_s = 0.5", "call_s = nan", "limits.call_s: input should be a finite number"),
-        ("call_s", "cal_s", "limits.cal_s: unknown key; allowed here: call_s, sample_s, build_s"),
-        ("[limits]", "[limit]", "limit: unknown key; allowed here: schema, limits, sweep, shapes"),
-        ("schema = 1", "schema = 2", "schema: input should be 1; got 2"),
-        ("K = 16, V = 16", "K = 16, V = 1.5", "shapes.linear_attention.tiny.V: input should be a"),
-        ("K = 16, V = 16", "K = 16", "shapes.linear_attention.tiny lacks V; it takes B, H, K, V"),
-        ("K = 16, V = 16", "K = 16, V = 16, D = 4", "has D; it takes B, H, K, V"),
-        ("K = 16, V = 16", "K = 0, V = 16", "input should be greater than or equal to 1; got 0"),
-        ("[shapes.linear_attention]", "[shapes.linear]", "shapes.linear: no such op"),
-        ("seed = 3", "seed = 3\nseed = 4", "is not TOML"),
-        ("seed = 3", "seed = ", "is not TOML"),
-    ],
-)
-def test_a_mistake_in_bench_toml_names_file_key_and_what_is_allowed(tmp_path, old, new, message):
-    assert old in TINY
-    path = _toml(tmp_path, TINY.replace(old, new, 1))
-    with pytest.raises(ConfigError) as error:
-        load_config(path)
-    assert message in str(error.value)
-    assert str(path) in str(error.value)
+def _with_files(config, *paths, functions="f"):
+    impls = [f"{path}:{function}" for path in paths for function in functions]
+    return plan.resolve(config, plan.Flags(ops=["linear_attention"], impls=impls), ["cuda"])
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"", "is empty"), (b"\x00\xff\xfe\x80", "is not TOML"), (b"# nothing\n", "is empty")],
-)
-def test_a_file_that_is_no_configuration(tmp_path, content, message):
-    with pytest.raises(ConfigError, match=message):
-        load_config(_toml(tmp_path, content))
+def test_users_functions_are_told_apart_by_as_many_folders_as_it_takes(config, tmp_path):
+    paths = [_user_file(tmp_path / folder) for folder in ("a/x", "b/x", "c")]
+    settings = _with_files(config, *paths, paths[0], _user_file(tmp_path, "other.py"))
+    assert settings.user_impls == {
+        "a/x/mine.py:f": f"{paths[0]}:f",
+        "b/x/mine.py:f": f"{paths[1]}:f",
+        "c/mine.py:f": f"{paths[2]}:f",
+        "other.py:f": f"{tmp_path / 'other.py'}:f",
+    }
+    assert settings.impls == {"linear_attention": list(settings.user_impls)}
+    assert list(_with_files(config, paths[0], functions="fg").user_impls) == [
+        "mine.py:f",
+        "mine.py:g",
+    ]
 
 
-def test_a_missing_file_and_a_folder(tmp_path):
-    with pytest.raises(ConfigError, match="no such file"):
-        load_config(tmp_path / "none.toml")
-    with pytest.raises(ConfigError, match="Is a directory"):
-        load_config(tmp_path)
+def test_a_users_file_in_a_folder_that_is_no_unicode_is_refused(config, tmp_path):
+    """Its path would stand in the records, which are UTF-8."""
+    path = _user_file(tmp_path / "caf\udce9")
+    with pytest.raises(UsageError, match="not valid UTF-8; give it another name"):
+        _with_files(config, path)
 
 
-def test_a_preset_with_an_impossible_limit(tmp_path):
-    text = TINY + "\n[presets.fast.limits]\ncall_s = -2.0\n"
-    with pytest.raises(UsageError, match=r"presets\.fast\.limits"):
-        plan.resolve(load_config(_toml(tmp_path, text)), plan.Flags(preset="fast"), ["cuda"])
+def test_a_users_file_must_be_what_it_was_when_the_run_began(config, tmp_path):
+    path = _user_file(tmp_path)
+    settings = _with_files(config, path)
+    refuse_changed_files(settings.user_impls, settings.user_files_sha256)
+    path.write_text("def f(q, k, v): return q\n")
+    with pytest.raises(RecordError, match=r"mine\.py:f has changed since the run began"):
+        refuse_changed_files(settings.user_impls, settings.user_files_sha256)
+    path.unlink()
+    with pytest.raises(UsageError, match=r"cannot read .*mine\.py: No such file"):
+        refuse_changed_files(settings.user_impls, settings.user_files_sha256)
+
+
+@pytest.mark.parametrize("direction", ["bwd", "fwdbwd"])
+def test_gradients_of_a_few_tokens_are_skipped_with_the_reason(config, direction):
+    settings = plan.resolve(
+        config, plan.Flags(impls=["chunked"], lens="15,16", directions=[direction, "fwd"]), ["cpu"]
+    )
+    reasons = {
+        (case.direction, case.shape["T"]): plan.unavailable(settings, case)
+        for case in plan.cases(settings)
+    }
+    few = reasons.pop((direction, 15))
+    assert few == "T < 16: gradients of so few tokens cancel, no budget holds"
+    assert set(reasons.values()) == {None}
+
+
+def test_a_path_with_a_comma_is_one_path(tmp_path):
+    path = _user_file(tmp_path / "a,b")
+    names = Names()
+    assert names.convert(f"{path}:f", None, None) == [f"{path}:f"]
+    assert names.convert("a.py:f, b.py:g", None, None) == ["a.py:f", "b.py:g"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -145,3 +146,86 @@ def test_a_file_where_the_folder_should_be(tmp_path):
         store.RunFolder(tmp_path / "runs" / "x")
     with pytest.raises(EnvironmentProblem, match="cannot write the report"):
         write_report(Path(tmp_path / "runs" / "x"), make_run(), [])
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"key": "a", "samples_ns": ["long"]}', "samples_ns.0: Input should be a valid integer"),
+        ('{"key": "a"}', "samples_ns: Field required"),
+        ("[1, 2]", "record: Input should be an object"),
+        ("null", "record: Input should be an object"),
+    ],
+)
+def test_a_line_of_samples_that_is_none_is_named(folder, line, problem):
+    path = folder / store.SAMPLES
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(RecordError) as error:
+        store.load_samples(folder)
+    assert str(error.value).startswith(f"{path}, line 4: {problem}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"schema_version": 2}, "schema_version 2; this chela-bench reads 1"),
+        ({"shape": {"B": 1}}, "a shape has at least B and T; this one has B"),
+        ({"shape": {"T": 1}}, "a shape has at least B and T; this one has T"),
+        ({"shape": {"B": 1, "T": 0}}, "greater than or equal to 1"),
+    ],
+)
+def test_a_point_of_another_kind_is_named_with_its_line(folder, points, changes, problem):
+    path = folder / store.POINTS
+    damaged = json.dumps({**points[0].model_dump(mode="json"), **changes})
+    path.write_text(path.read_text() + damaged + "\n")
+    with pytest.raises(RecordError, match=r"points\.jsonl, line 4: .*" + problem):
+        store.load_points(folder)
+
+
+def test_a_reason_that_is_no_unicode_can_be_written(folder):
+    point = make_failure("crash", "bytes \udcff of \ud800 a name")
+    assert point.reason == "bytes ? of ? a name"
+    with store.RunFolder(folder) as writer:
+        writer.append(point, [])
+    assert point in store.load_points(folder)
+
+
+def test_a_full_disk_is_answered_with_the_way_to_go_on(folder, points, monkeypatch):
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    with store.RunFolder(folder) as writer:
+        monkeypatch.setattr(os, "fsync", full)
+        for write in (
+            lambda: writer.append(points[0], [1.0]),
+            lambda: writer.write_run(make_run()),
+        ):
+            with pytest.raises(EnvironmentProblem) as error:
+                write()
+            assert str(error.value) == (
+                f"cannot write to {folder}: No space left on device; what was measured before is "
+                f"kept, go on with --resume {folder}"
+            )
+
+
+def test_a_folder_that_disappears_is_answered_likewise(folder, points):
+    with store.RunFolder(folder) as writer:
+        shutil.rmtree(folder)
+        with pytest.raises(EnvironmentProblem, match=f"{folder} was removed or replaced"):
+            writer.append(points[0], [1.0])
+
+
+@pytest.mark.parametrize("name", [store.RUN, store.POINTS, store.SAMPLES])
+def test_a_file_that_cannot_be_read_is_named(folder, name):
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    with pytest.raises(RecordError, match=f"cannot read {folder / name}: Is a directory"):
+        _ = store.load_run(folder), store.load_samples(folder)
+
+
+def test_lost_samples_are_named(folder, points):
+    path = folder / store.SAMPLES
+    path.write_text(path.read_text().splitlines(keepends=True)[1])
+    with pytest.raises(RecordError) as error:
+        write_tables(folder, *store.load_run(folder))
+    assert str(error.value) == f"{folder} holds no samples for {points[0].key} (2 such points)"

@@ -240,7 +240,7 @@ def test_two_processes_cannot_append_to_one_folder(tmp_path):
 CARELESS = {  # implementations that are right and leave something behind -> a new worker needed
     "right": False,
     "prints": False,
-    "changes_the_default_dtype": True,
+    "sets_the_default_dtype": True,
     "starts_threads": True,
     "leaks_memory": True,
 }
@@ -250,7 +250,7 @@ CARELESS = {  # implementations that are right and leave something behind -> a n
 def careless(tmp_path_factory):
     """Each one's point and whether its worker was replaced, by name; what they printed."""
     folder = tmp_path_factory.mktemp("careless")
-    targets = tuple(f"{FAULTS}:{name}" for name in (*CARELESS, "exits"))
+    targets = tuple(f"{FAULTS}:{name}" for name in (*CARELESS, "exits_at_once"))
     settings = plan.resolve(
         load_config(tiny_config(folder)),
         plan.Flags(ops=("linear_attention",), impls=targets, lens="16"),
@@ -273,7 +273,7 @@ def test_a_worker_with_leftovers_is_replaced_and_the_point_counts(careless, name
 
 
 def test_os_exit_is_a_crash(careless):
-    point, _ = careless[0]["exits"]
+    point, _ = careless[0]["exits_at_once"]
     assert point.outcome == "crash"
     assert point.reason.startswith("worker ended with exit code 0")
 

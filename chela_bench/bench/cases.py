@@ -61,4 +61,5 @@ class Session(BaseModel):
     inputs: Distribution
     limits: Limits
     user_impls: dict[str, str] = Field(default_factory=dict)  # name -> /path/to/file.py:function
+    user_files_sha256: dict[str, str] = Field(default_factory=dict)
     memory_limit_bytes: int | None = None  # CPU: allocations beyond it fail, as on a full device

@@ -8,15 +8,17 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
-from chela_bench.bench.cases import Distribution, Limits
+from chela_bench.bench.cases import Distribution, Limits, Seconds
 from chela_bench.bench.lengths import parse_lengths
 from chela_bench.bench.registry import all_ops
 from chela_bench.errors import ConfigError, UsageError
 from chela_bench.records import L2, Direction, DType, Timer
 
 FILE = "bench.toml"
-Size = Annotated[int, Field(ge=1, le=1 << 30, strict=True)]
+LARGEST = 1 << 30  # of any dimension
+Size = Annotated[int, Field(ge=1, le=LARGEST, strict=True)]
 Seed = Annotated[int, Field(ge=-(1 << 62), le=1 << 62, strict=True)]
 Some = Field(min_length=1)
 ShapeSizes = dict[str, Size]
@@ -63,7 +65,7 @@ class SweepChanges(_Table):
 
 class Preset(_Table):
     sweep: SweepChanges = SweepChanges()
-    limits: dict[Literal["call_s", "sample_s", "build_s", "phase_s"], float] = Field(
+    limits: dict[Literal["call_s", "sample_s", "build_s", "phase_s"], Seconds] = Field(
         default_factory=dict
     )
 
@@ -76,6 +78,9 @@ class Config(_Table):
     sweep: Sweep
     shapes: dict[str, dict[str, ShapeSizes]]
     presets: dict[str, Preset] = Field(default_factory=dict)
+
+    def limits_with(self, preset: Preset) -> Limits:
+        return Limits.model_validate({**self.limits.model_dump(), **preset.limits})
 
 
 def find_config(given: Path | None) -> Path:
@@ -105,6 +110,13 @@ def load_config(path: Path) -> Config:
     except ValidationError as error:
         raise ConfigError("\n".join(f"{path}: {line}" for line in _explain(error))) from None
     _check_names(path, config)
+    for name, preset in config.presets.items():
+        try:
+            config.limits_with(preset)
+        except ValidationError as error:
+            raise ConfigError(
+                f"{path}: presets.{name}.limits: {_message(error.errors()[0])}"
+            ) from None
     brought = {op.name: op.shapes for op in all_ops() if op.shapes}
     shapes = {
         name: {**brought.get(name, {}), **config.shapes.get(name, {})}
@@ -164,9 +176,15 @@ def _explain(error: ValidationError) -> list[str]:
             lines.append(f"{key}: missing")
         else:
             came = repr(problem["input"])
-            expected = problem["msg"][0].lower() + problem["msg"][1:]
-            lines.append(f"{key}: {expected}; got {came if len(came) < 80 else came[:77] + '...'}")
+            lines.append(
+                f"{key}: {_message(problem)}; got {came if len(came) < 80 else came[:77] + '...'}"
+            )
     return lines
+
+
+def _message(problem: ErrorDetails) -> str:
+    text = problem["msg"].removeprefix("Value error, ")
+    return text[0].lower() + text[1:]
 
 
 def _keys_at(model: type[BaseModel], location: list[Any]) -> list[str]:

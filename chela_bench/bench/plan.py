@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,14 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from chela_bench.bench.cases import Case, Distribution, Limits, Session
-from chela_bench.bench.config import Config
+from chela_bench.bench.config import LARGEST, Config, Size
 from chela_bench.bench.lengths import parse_lengths
+from chela_bench.bench.load import is_file, sha256_of_files
 from chela_bench.bench.ops import Impl, Op, user_impl
 from chela_bench.bench.registry import get_op
-from chela_bench.errors import RecordError, UsageError
+from chela_bench.errors import UsageError
 from chela_bench.records import (
     DIRECTIONS,
     DTYPES,
@@ -62,8 +62,8 @@ class Settings(BaseModel):
     impls: dict[str, list[str]]  # by op
     user_impls: dict[str, str] = Field(default_factory=dict)  # name -> file:function
     user_files_sha256: dict[str, str] = Field(default_factory=dict)
-    shapes: dict[str, dict[str, dict[str, int]]]  # by op and name; T only in single points
-    lens: list[int]
+    shapes: dict[str, dict[str, dict[str, Size]]]  # by op and name; T only in single points
+    lens: list[Size]
     lens_replace_T: bool  # noqa: N815  T is the dimension's name
     dtypes: list[DType]
     directions: list[Direction]
@@ -73,6 +73,14 @@ class Settings(BaseModel):
     inputs: Distribution
     seed: int
     limits: Limits
+
+    @model_validator(mode="after")
+    def _every_op_is_whole(self) -> Settings:
+        for name, shapes in self.shapes.items():
+            dims = {dim for dim in get_op(name).dims if dim != "T"}
+            if name not in self.impls or not all(dims <= set(sizes) for sizes in shapes.values()):
+                raise ValueError(f"{name} lacks implementations, or a dimension of a shape")
+        return self
 
     @property
     def device_kind(self) -> str:
@@ -88,6 +96,7 @@ class Settings(BaseModel):
                 inputs=self.inputs,
                 limits=self.limits,
                 user_impls=self.user_impls,
+                user_files_sha256=self.user_files_sha256,
             )
             for device in self.devices
         ]
@@ -104,10 +113,7 @@ def resolve(config: Config, flags: Flags, devices: Sequence[str]) -> Settings:
             raise _unknown("preset", preset_name, config.presets)
         preset = config.presets[preset_name]
         sweep = sweep.model_copy(update=preset.sweep.model_dump(exclude_none=True))
-        try:
-            limits = Limits.model_validate({**limits.model_dump(), **preset.limits})
-        except ValidationError as error:
-            raise UsageError(f"presets.{preset_name}.limits: {error.errors()[0]['msg']}") from None
+        limits = config.limits_with(preset)
     ops = [get_op(name) for name in _unique(flags.ops or sweep.ops)]
     ops, impls, user_impls = _choose_impls(ops, flags)
     shapes = _choose_shapes(config, ops, flags, sweep.shapes)
@@ -118,7 +124,7 @@ def resolve(config: Config, flags: Flags, devices: Sequence[str]) -> Settings:
         preset=preset_name,
         impls={op.name: impls[op.name] for op in chosen},
         user_impls=user_impls,
-        user_files_sha256=_sha256_of_files(user_impls),
+        user_files_sha256=sha256_of_files(user_impls),
         shapes=shapes,
         lens=parse_lengths(sweep.lens if flags.lens is None else flags.lens),
         lens_replace_T=flags.lens is not None,
@@ -161,24 +167,6 @@ def cases(settings: Settings) -> list[Case]:
     return list(found.values())
 
 
-def check_user_files(settings: Settings) -> None:
-    """Raises RecordError if a user's file is gone or changed since the settings were made."""
-    for name, digest in _sha256_of_files(settings.user_impls).items():
-        if digest != settings.user_files_sha256.get(name):
-            raise RecordError(f"{name} has changed since the run began; start a new run instead")
-
-
-def _sha256_of_files(user_impls: Mapping[str, str]) -> dict[str, str]:
-    digests = {}
-    for name, target in user_impls.items():
-        path = Path(target.rpartition(":")[0])
-        try:
-            digests[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-        except OSError as error:
-            raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    return digests
-
-
 def find_impl(settings: Settings, op: Op, name: str) -> Impl:
     if name in settings.user_impls:
         return user_impl(name, settings.user_impls[name])
@@ -198,7 +186,7 @@ def unavailable(settings: Settings, case: Case) -> str | None:
 
 def parse_axis(text: str) -> tuple[str, list[ConfigValue]]:
     """`BLOCK_T=32,64,128`; values are whole numbers where they look like one, else words."""
-    name, equals, values = text.partition("=")
+    name, equals, values = _utf8("--axis", text).partition("=")
     parts = [part.strip() for part in values.split(",")]
     if not equals or not name.strip().isidentifier() or not all(parts):
         raise UsageError(f"--axis takes NAME=VALUE,VALUE,..., as in BLOCK_T=32,64; got {text!r}")
@@ -210,9 +198,12 @@ def parse_sizes(text: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, equals, size = (piece.strip() for piece in part.partition("="))
-        if not equals or not name or not _WHOLE.fullmatch(size) or int(size) < 1:
-            raise UsageError(f"--set takes DIM=SIZE,DIM=SIZE, as in H=16,K=128; got {text!r}")
-        sizes[name] = int(size)
+        whole = int(size) if _WHOLE.fullmatch(size) else 0
+        if not equals or not name or not 1 <= whole <= LARGEST:
+            raise UsageError(
+                f"--set takes DIM=SIZE,DIM=SIZE, as in H=16,K=128, sizes up to 2^30; got {text!r}"
+            )
+        sizes[name] = whole
     return sizes
 
 
@@ -264,9 +255,18 @@ def _user_target(text: str) -> str:
     path = Path(file if colon else text)
     if not colon or not function.isidentifier():
         raise UsageError(f"--impl {text!r}: name the function too, as in {path}:function")
-    if not path.is_file():
+    if not is_file(path):
         raise UsageError(f"--impl {text!r}: no such file {path}")
-    return f"{path.resolve()}:{function}"
+    return _utf8("--impl", f"{path.resolve()}:{function}")
+
+
+def _utf8(flag: str, text: str) -> str:
+    """Records are UTF-8: other bytes, which the shell passes on, cannot stand in them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{flag} {text!r}: not valid UTF-8; give it another name") from None
+    return text
 
 
 def _choose_shapes(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import selectors
 import signal
@@ -28,6 +29,7 @@ from chela_bench.records import Ceilings, Environment, Outcome, Point
 
 START_LIMIT_S = 180.0  # importing torch, starting CUDA, measuring the ceilings
 _FOREIGN_ANSWER = "something else wrote into the worker's answers"
+_LAST_BREATH_S = 10.0  # for a worker whose pipe is closed to end
 _LOOK_S = 0.5  # how often a silent worker is looked at: one that forked leaves its pipe open
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 _WORKER = (  # not `-m`: that would put the current folder, with whatever lies in it, first
@@ -79,7 +81,7 @@ class WorkerProcess:
         os.close(write_fd)
         self._answers = read_fd
         self._buffer = b""
-        self._log_start = log.stat().st_size
+        self._log_start = _size(log)
         self._selector = selectors.DefaultSelector()
         self._selector.register(read_fd, selectors.EVENT_READ)
 
@@ -91,17 +93,19 @@ class WorkerProcess:
     def ended(self) -> bool:
         return self._process.poll() is not None
 
-    def ask(self, command: dict[str, Any], limit_s: float) -> dict[str, Any]:
-        """Sends a command and returns the first answer; raises what a refusal says."""
+    def ask(self, command: dict[str, Any], wanted: str, limit_s: float) -> Any:
+        """Sends a command and returns the answer called `wanted`; raises what a refusal says."""
         self.send(command)
         answer = self.receive(time.monotonic() + limit_s)
         if answer is None:
             raise WorkerHung("start", limit_s)
-        return answer
+        if wanted not in answer:
+            raise WorkerDied(_FOREIGN_ANSWER)
+        return answer[wanted]
 
     def send(self, command: dict[str, Any]) -> None:
         assert self._process.stdin is not None
-        self._log_start = self._log.stat().st_size  # what it prints from here on is of this command
+        self._log_start = _size(self._log)  # what it prints from here on is of this command
         try:
             self._process.stdin.write((json.dumps(command) + "\n").encode())
             self._process.stdin.flush()
@@ -110,23 +114,25 @@ class WorkerProcess:
 
     def receive(self, deadline: float) -> dict[str, Any] | None:
         """The next answer, or None at the deadline (time.monotonic())."""
+        left_s = math.inf
         while b"\n" not in self._buffer:
+            if left_s <= 0:
+                return None
             left_s = deadline - time.monotonic()
-            if not self._selector.select(max(0.0, min(left_s, _LOOK_S))):
-                if left_s <= 0:
-                    return None
-                if self.ended:
+            if self._selector.select(max(0.0, min(left_s, _LOOK_S))):
+                chunk = os.read(self._answers, 1 << 16)
+                if not chunk:
                     raise WorkerDied(self._obituary())
-                continue
-            chunk = os.read(self._answers, 1 << 16)
-            if not chunk:
+                self._buffer += chunk
+            elif self.ended:
                 raise WorkerDied(self._obituary())
-            self._buffer += chunk
         line, self._buffer = self._buffer.split(b"\n", 1)
         try:
-            answer: dict[str, Any] = json.loads(line)
-        except ValueError:
-            raise WorkerDied(_FOREIGN_ANSWER) from None
+            answer: object = json.loads(line)
+        except (ValueError, RecursionError):
+            answer = None
+        if not isinstance(answer, dict):
+            raise WorkerDied(_FOREIGN_ANSWER)
         if "refused" in answer:
             refused = answer["refused"]
             kind = EnvironmentProblem if refused["exit_code"] == 6 else UsageError
@@ -153,7 +159,7 @@ class WorkerProcess:
     def _obituary(self) -> str:
         """How the process ended, and the last line it printed."""
         try:
-            code = self._process.wait(timeout=10)
+            code = self._process.wait(timeout=_LAST_BREATH_S)
         except subprocess.TimeoutExpired:  # it closed its pipe and lives on
             self.kill()
             code = self._process.returncode
@@ -268,19 +274,22 @@ class Runner:
             try:
                 point = Point.model_validate(answer["point"])
                 samples, spoilt = answer["samples_ns"], answer["spoilt"]
-            except (KeyError, ValueError):
+            except (KeyError, ValueError):  # pydantic's ValidationError is one
                 raise WorkerDied(_FOREIGN_ANSWER) from None
             if spoilt:  # a CUDA error, or torch's state changed: the next case needs a new process
                 self._discard()
             return point, samples
 
     def _start(self) -> None:
-        worker = self._worker = WorkerProcess(self._session, self._log)
+        try:
+            worker = self._worker = WorkerProcess(self._session, self._log)
+        except OSError as error:
+            raise EnvironmentProblem(f"cannot start a worker: {error}") from error
         try:
             if self._stopped:
                 raise Stopped
             session = self._session.model_dump(mode="json")
-            hello = worker.ask({"session": session}, START_LIMIT_S)["hello"]
+            hello = worker.ask({"session": session}, "hello", START_LIMIT_S)
             environment = Environment.model_validate(hello["environment"])
             if self._environment is None:
                 self._environment, self.versions = environment, hello["versions"]
@@ -291,7 +300,7 @@ class Runner:
                 )
             known = self._ceilings or self._known_ceilings.get(self.device)
             given = None if known is None else known.model_dump(mode="json")
-            ready = worker.ask({"begin": given}, START_LIMIT_S)["ready"]
+            ready = worker.ask({"begin": given}, "ready", START_LIMIT_S)
             self._ceilings = Ceilings.model_validate(ready["ceilings"])
         except WorkerDied as death:
             if self._stopped:
@@ -359,6 +368,13 @@ def lock_file(path: Path, taken: str) -> IO[str]:
 
 def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; 0 if somebody removed it."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_size
+    return 0
 
 
 def _last_line(path: Path, start: int, tail_bytes: int = 4096) -> str:

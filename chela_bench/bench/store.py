@@ -36,8 +36,8 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._fresh = not path.exists()
         try:
+            self._fresh = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
             self._lock = lock_file(path / LOCK, f"{path} is being written by another sweep")
         except OSError as error:

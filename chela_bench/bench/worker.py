@@ -89,7 +89,7 @@ class Worker:
 
         from chela_bench.bench import timing
         from chela_bench.bench.job import Bench
-        from chela_bench.bench.load import load
+        from chela_bench.bench.load import load, refuse_changed_files
         from chela_bench.bench.ops import user_impl
         from chela_bench.profiles import nvml
         from chela_bench.profiles.ceilings import measure_ceilings
@@ -100,6 +100,7 @@ class Worker:
         l2_bytes = self.environment.l2_bytes or 0
         cuda, cold = device.type == "cuda", self.session.l2 == "cold"
         events = cuda and self.session.timer == "event"
+        refuse_changed_files(self.session.user_impls, self.session.user_files_sha256)
         for name, target in self.session.user_impls.items():
             load(target)
             self.user_impls[name] = user_impl(name, target)
@@ -186,6 +187,7 @@ def process_state() -> tuple[object, ...]:
     """What an implementation may change for everyone after it: then the worker is replaced."""
     import torch
 
+    folder = Path().stat()  # its name is gone if somebody removed it
     return (
         torch.get_default_dtype(),
         torch.get_default_device(),
@@ -196,7 +198,7 @@ def process_state() -> tuple[object, ...]:
         torch.backends.cuda.matmul.allow_tf32,
         torch.backends.cudnn.allow_tf32,
         torch.backends.cudnn.benchmark,
-        Path.cwd(),
+        (folder.st_dev, folder.st_ino),
         threading.active_count(),  # one that stays takes time from everyone after it
     )
 

@@ -7,11 +7,13 @@ import errno
 import importlib
 import os
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import click
 
 from chela_bench import __version__
-from chela_bench.errors import ChelaBenchError
+from chela_bench.errors import ChelaBenchError, EnvironmentProblem
 
 COMMANDS = {  # name -> module:attribute, and the line that --help shows without importing it
     "sweep": ("chela_bench.cli.sweep:sweep", "Measure implementations over sequence lengths."),
@@ -21,6 +23,17 @@ COMMANDS = {  # name -> module:attribute, and the line that --help shows without
 
 
 _OUTPUT_IS_GONE = (errno.ENOSPC, errno.EPIPE, errno.EIO)  # EIO: the terminal was closed
+
+
+@contextlib.contextmanager
+def _output_lost() -> Iterator[None]:
+    """A full disk or closed pipe behind standard output is the machine's problem, in one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _OUTPUT_IS_GONE or error.filename is not None:
+            raise
+        raise EnvironmentProblem(f"cannot write to standard output: {error.strerror}") from error
 
 
 class _LazyGroup(click.Group):
@@ -33,6 +46,14 @@ class _LazyGroup(click.Group):
         module, _, attribute = COMMANDS[cmd_name][0].partition(":")
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
+
+    def make_context(self, *given: Any, **more: Any) -> click.Context:
+        with _output_lost():
+            return super().make_context(*given, **more)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _output_lost():
+            return super().invoke(ctx)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -60,12 +81,6 @@ def main() -> None:
         sys.exit(error.exit_code)
     except click.Abort:
         sys.exit(130)
-    except OSError as error:
-        if error.errno not in _OUTPUT_IS_GONE or error.filename is not None:
-            raise
-        with contextlib.suppress(OSError):
-            click.echo(f"chela-bench: cannot write to standard output: {error.strerror}", err=True)
-        os._exit(6)  # Python would try to flush it again
     except ChelaBenchError as error:
         click.echo(f"chela-bench: {error}", err=True)
         sys.exit(error.exit_code)

@@ -1,4 +1,4 @@
-"""How a sweep looks while it runs: a live bar on a terminal, plain lines when piped."""
+"""What people see: tables, and a sweep while it runs, as a live bar or plain lines when piped."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import contextlib
 from pathlib import Path
 from types import TracebackType
 
-from rich.console import Console
+import click
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -19,6 +20,14 @@ from rich.progress import (
 from chela_bench.bench.cases import Case
 from chela_bench.records import Point, Run
 from chela_bench.reports.text import duration, plain
+
+
+def show(renderable: RenderableType) -> None:
+    """On standard output, through click: rich by itself ends the process where a pipe is closed."""
+    console = Console()
+    with console.capture() as captured:
+        console.print(renderable)
+    click.echo(captured.get(), nl=False)
 
 
 class SweepProgress:
@@ -39,6 +48,7 @@ class SweepProgress:
         self._label = ""
         self._done = 0
         self._total = 0
+        self.begun = False
 
     def __enter__(self) -> SweepProgress:
         with contextlib.suppress(OSError):
@@ -55,6 +65,7 @@ class SweepProgress:
             self._bar.stop()
 
     def started(self, run: Run, folder: Path, left: int, warnings: list[str]) -> None:
+        self.begun = True
         environment = run.environment
         preset = run.settings.get("preset")
         how = f", preset {preset}" if preset else ""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from chela_bench.bench.store import load_run
 from chela_bench.cli.derived import PAGE, write_report, write_tables
+from chela_bench.cli.progress import show
 from chela_bench.errors import UsageError
 from chela_bench.records import document
 from chela_bench.reports.terminal import sweep_table
@@ -43,5 +43,5 @@ def report(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
         if as_json:
             click.echo(document(run, points))
         else:
-            Console().print(sweep_table(run, points))
+            show(sweep_table(run, points))
             click.echo(f"report: {target / PAGE} ({len(paths)} files)")

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import click
 from pydantic import ValidationError
-from rich.console import Console
 
 from chela_bench.bench import plan, store
 from chela_bench.bench.cases import Case, Distribution
 from chela_bench.bench.config import find_config, load_config
+from chela_bench.bench.load import is_file, refuse_changed_files
 from chela_bench.bench.sweep import Result, new_folder, refuse_other_settings
 from chela_bench.bench.sweep import sweep as run_sweep
 from chela_bench.cli.derived import PAGE, write_report, write_tables
-from chela_bench.cli.progress import SweepProgress
+from chela_bench.cli.progress import SweepProgress, show
 from chela_bench.cli.signals import Interrupted, interrupted_by_signals
-from chela_bench.errors import EnvironmentProblem, RecordError, UsageError
+from chela_bench.errors import ChelaBenchError, RecordError, UsageError
 from chela_bench.profiles.machine import choose_device, choose_gpus
 from chela_bench.records import DIRECTIONS, DTYPES, L2, OUTCOMES, Point, Run, Timer, document
 from chela_bench.reports.terminal import sweep_table
-from chela_bench.reports.text import own_cost
+from chela_bench.reports.text import own_cost, plain
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -38,7 +37,7 @@ class _Names(click.ParamType):  # type: ignore[type-arg]
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         if not isinstance(value, str):
             return value
-        one_file = ".py:" in value and Path(value.rpartition(":")[0]).is_file()
+        one_file = ".py:" in value and is_file(Path(value.rpartition(":")[0]))
         names = [value] if one_file else [part.strip() for part in value.split(",")]
         if not all(names):
             self.fail(f"empty name in {value!r}", param, ctx)
@@ -112,7 +111,7 @@ def sweep(ctx: click.Context, /, **given: Any) -> None:
     silent = flags == plan.Flags() and given["config"] is None and not devices_given
     if resumed is not None and silent:
         settings = _settings_of(folder, resumed)
-        plan.check_user_files(settings)
+        refuse_changed_files(settings.user_impls, settings.user_files_sha256)
     else:
         config = load_config(find_config(given["config"]))
         gpus = given["gpus"]
@@ -126,15 +125,18 @@ def sweep(ctx: click.Context, /, **given: Any) -> None:
         _print_plan(settings, plan.cases(settings), done, as_json=given["as_json"])
         return
     target = folder or new_folder(given["out"])
+    progress = SweepProgress()
     try:
-        with interrupted_by_signals(), SweepProgress() as progress:
+        with interrupted_by_signals(), progress:
             result = run_sweep(settings, target, progress, resumed=resumed, retry=retry)
-    except EnvironmentProblem:
-        with contextlib.suppress(EnvironmentProblem):  # a full disk takes no tables either
-            _conclude_interrupted(target, as_json=given["as_json"])
+    except ChelaBenchError:
+        if progress.begun:
+            with contextlib.suppress(ChelaBenchError):  # a full disk takes no tables either
+                _conclude_interrupted(target, as_json=given["as_json"])
         raise
     except KeyboardInterrupt as stop:
-        _conclude_interrupted(target, as_json=given["as_json"])
+        if progress.begun:
+            _conclude_interrupted(target, as_json=given["as_json"])
         ctx.exit(stop.exit_code if isinstance(stop, Interrupted) else 130)
     _conclude(result, as_json=given["as_json"])
     ctx.exit(exit_code(result.points))
@@ -150,10 +152,9 @@ def exit_code(points: list[Point]) -> int:
 
 def _conclude_interrupted(target: Path, *, as_json: bool) -> None:
     """What was measured is worth its tables."""
-    if (target / store.RUN).exists():
-        run, points = store.load_run(target)
-        note = f"interrupted; go on with: chela-bench sweep --resume {target}"
-        _conclude(Result(target, run, points), as_json=as_json, note=note)
+    run, points = store.load_run(target)
+    note = f"interrupted; go on with: chela-bench sweep --resume {target}"
+    _conclude(Result(target, run, points), as_json=as_json, note=note)
 
 
 def _conclude(result: Result, *, as_json: bool, note: str | None = None) -> None:
@@ -166,7 +167,7 @@ def _conclude(result: Result, *, as_json: bool, note: str | None = None) -> None
     if as_json:
         click.echo(document(result.run, result.points))
     else:
-        Console().print(sweep_table(result.run, result.points))
+        show(sweep_table(result.run, result.points))
     cost = own_cost(result.run)
     if cost is not None:
         click.echo(f"the bench's own cost: {cost}", err=as_json)
@@ -181,10 +182,9 @@ def _settings_of(folder: Path | None, run: Run) -> plan.Settings:
         return plan.Settings.model_validate(run.settings)
     except ValidationError as error:
         problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        raise RecordError(
-            f"{folder} cannot be resumed: settings.{where}: {problem['msg']}"
-        ) from None
+        where = ".".join(["settings", *map(str, problem["loc"])])
+        message = problem["msg"].removeprefix("Value error, ")
+        raise RecordError(f"{folder} cannot be resumed: {where}: {message}") from None
 
 
 def _print_plan(
@@ -199,9 +199,9 @@ def _print_plan(
         click.echo(json.dumps(plan_document, indent=2))
         return
     for key, reason in reasons.items():
-        click.echo(f"{key}  {reason}" if reason else key)
+        click.echo("  ".join(plain(part) for part in (key, reason) if part))
     runnable = sum(reason is None for reason in reasons.values())
-    click.echo(f"{len(cases)} points, {runnable} to be tried", err=not sys.stdout.isatty())
+    click.echo(f"{len(cases)} points, {runnable} to be tried", err=True)
 
 
 def _flags(given: dict[str, Any]) -> plan.Flags:
