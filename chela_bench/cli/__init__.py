@@ -16,6 +16,7 @@ COMMANDS = {  # name -> module:attribute, and the line that --help shows without
     "sweep": ("chela_bench.cli.sweep:sweep", "Measure implementations over sequence lengths."),
     "report": ("chela_bench.cli.report:report", "Tables and figures from run folders."),
     "list": ("chela_bench.cli.list:list_", "Ops, implementations and shapes, and what can run."),
+    "doctor": ("chela_bench.cli.doctor:doctor", "What stands in the way here, and the remedies."),
 }
 
 
