@@ -14,6 +14,7 @@ on reading and cut off before appending. A key measured twice (`--retry`) counts
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -28,6 +29,7 @@ from chela_bench.errors import EnvironmentProblem, RecordError
 from chela_bench.records import SCHEMA_VERSION, Point, Run
 
 RUN, POINTS, SAMPLES, LOG = "run.json", "points.jsonl", "samples.jsonl", "worker.log"
+LOCK = ".lock"
 
 
 class RunFolder:
@@ -37,7 +39,7 @@ class RunFolder:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = lock_file(path / ".lock", f"{path} is being written by another sweep")
+            self._lock = lock_file(path / LOCK, f"{path} is being written by another sweep")
         except OSError as error:
             raise EnvironmentProblem(
                 f"cannot write the run folder {path}: {error.strerror}; give another --out"
@@ -87,6 +89,18 @@ class RunFolder:
         """Removes a folder that never came to hold a run."""
         self.__exit__()
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def being_written(folder: Path) -> bool:
+    """Whether a sweep holds the folder now."""
+    try:
+        with (folder / LOCK).open() as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock, or not ours to open
+        return False
+    return False
 
 
 def load_run(folder: Path) -> tuple[Run, list[Point]]:

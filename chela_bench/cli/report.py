@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from chela_bench.bench.store import load_run
 from chela_bench.cli.derived import write_report, write_tables
+from chela_bench.cli.output import print_run
 from chela_bench.errors import UsageError
-from chela_bench.records import document
-from chela_bench.reports.terminal import sweep_table
 
 
 @click.command()
@@ -40,8 +38,6 @@ def report(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
         else:
             target = out if len(runs) == 1 else out / name
         paths = write_report(target, run, points)
-        if as_json:
-            click.echo(document(run, points))
-        else:
-            Console().print(sweep_table(run, points))
+        print_run(run, points, as_json=as_json)
+        if not as_json:
             click.echo(f"report: {target} ({len(paths)} files)")

@@ -10,7 +10,6 @@ from typing import Any, TypeVar, get_args
 
 import click
 from pydantic import ValidationError
-from rich.console import Console
 
 from chela_bench.bench import plan, store
 from chela_bench.bench.cases import Case, Distribution
@@ -18,11 +17,11 @@ from chela_bench.bench.config import find_config, load_config
 from chela_bench.bench.sweep import Result, new_folder, refuse_other_settings
 from chela_bench.bench.sweep import sweep as run_sweep
 from chela_bench.cli.derived import write_report, write_tables
+from chela_bench.cli.output import print_run
 from chela_bench.cli.progress import SweepProgress
 from chela_bench.errors import EnvironmentProblem, RecordError, UsageError
 from chela_bench.profiles.machine import choose_device
-from chela_bench.records import DIRECTIONS, DTYPES, L2, OUTCOMES, Point, Run, Timer, document
-from chela_bench.reports.terminal import sweep_table
+from chela_bench.records import DIRECTIONS, DTYPES, L2, OUTCOMES, Point, Run, Timer
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -143,10 +142,7 @@ def _conclude(result: Result, *, as_json: bool) -> None:
     write_tables(result.folder, result.run, result.points)
     report = result.folder / "report"
     paths = write_report(report, result.run, result.points)
-    if as_json:
-        click.echo(document(result.run, result.points))
-    else:
-        Console().print(sweep_table(result.run, result.points))
+    print_run(result.run, result.points, as_json=as_json)
     figures = sum(path.suffix == ".png" for path in paths)
     click.echo(f"records: {result.folder}\nreport:  {report} ({figures} figures)", err=as_json)
 
