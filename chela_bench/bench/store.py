@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from chela_bench.bench.runner import lock_file
 from chela_bench.errors import EnvironmentProblem, RecordError
@@ -150,16 +150,22 @@ def load_samples(folder: Path) -> dict[str, list[int]]:
     samples: dict[str, list[int]] = {}
     for number, line in enumerate(_whole_lines(path), start=1):
         try:
-            row = _SampleLine.model_validate_json(line)
+            row = SampleLine.model_validate_json(line)
         except ValidationError as error:
             raise RecordError(f"{path}, line {number}: {_first_problem(error)}") from None
         samples[row.key] = row.samples_ns
     return samples
 
 
-class _SampleLine(BaseModel):
+class SampleLine(BaseModel):
+    """The time samples of a point: kernel time, or wall time where kernel time is null."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     key: str
+    """The point's key."""
     samples_ns: list[int]
+    """Nanoseconds per call, in the order taken."""
 
 
 def write_atomically(path: Path, data: bytes) -> None:
