@@ -10,7 +10,7 @@ endif
 EXTRAS := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo dev,peers || echo dev)
 ARGS ?=
 
-.PHONY: .venv sweep test check test-gpu clean
+.PHONY: .venv sweep test check docs test-gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this.
@@ -26,6 +26,9 @@ check: $(ENVIRONMENT)  ## Format, lint and strict types.
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
+
+docs: $(ENVIRONMENT)  ## The pages that the code itself knows: records, bench.toml, command line.
+	PYTHONPATH=. $(PYTHON) docs/generate.py
 
 test-gpu: $(ENVIRONMENT)  ## The tests that need a GPU.
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu $(ARGS)

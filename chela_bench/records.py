@@ -33,101 +33,162 @@ ConfigValue = int | str | bool
 
 class _Record(BaseModel):
     # extra="ignore": derived columns are written for scripts and recomputed on reading.
-    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="ignore", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Quantiles(_Record):
-    """Spread of a point's time samples, nanoseconds per call; n samples."""
+    """Spread of a point's time samples, nanoseconds per call."""
 
     median: Nanoseconds
+    """Half of the samples are at most this."""
     q1: Nanoseconds
+    """First quartile."""
     q3: Nanoseconds
+    """Third quartile."""
     min: Nanoseconds
+    """Fastest sample."""
     n: Annotated[int, Field(ge=1)]
+    """Number of samples."""
 
 
 class Hbm(_Record):
-    """Bytes through device memory in one call, and where the figure comes from.
-
-    read_bytes and write_bytes are measured (source "ncu" or "gpm"); model_bytes is the
-    implementation's own formula (source "model" when nothing was measured).
-    """
+    """Bytes through device memory in one call, and where the figure comes from."""
 
     read_bytes: Count | None = None
+    """Bytes read, measured. Null: not measured."""
     write_bytes: Count | None = None
+    """Bytes written, measured. Null: not measured."""
     model_bytes: Count | None = None
+    """Bytes read and written by the implementation's own formula. Null: it has none for this
+    direction, or the point did not get that far."""
     source: Literal["ncu", "gpm", "model"] | None = None
+    """ncu: performance counters; gpm: NVML, coarse; model: the formula alone. Null: no figure."""
 
 
 class Static(_Record):
-    """What the compiler says of a kernel: dynamic shared memory, registers, spills, residency."""
+    """What the compiler says of a kernel. Null: it was not asked."""
 
     smem_bytes: Count | None = None
+    """Dynamic shared memory of a block, bytes."""
     regs: Count | None = None
+    """Registers a thread."""
     spill_store_bytes: Count | None = None
+    """Spilled to local memory, bytes a thread."""
     spill_load_bytes: Count | None = None
+    """Read back from local memory, bytes a thread."""
     ctas_per_sm: Count | None = None
+    """Blocks resident on an SM at once."""
 
 
 class Telemetry(_Record):
-    """NVML's reading right after the timing loop, while the device was still busy with it."""
+    """NVML's reading right after the timing loop, while the device was still busy with it.
+
+    Null: failed, on a CPU, or not told by this card.
+    """
 
     sm_clock_mhz: Count | None = None
+    """SM clock, MHz."""
     mem_clock_mhz: Count | None = None
+    """Memory clock, MHz."""
     power_mw: Count | None = None
+    """Board power, milliwatts."""
     temperature_c: Count | None = None
+    """GPU temperature, degrees Celsius."""
 
 
 class Spent(_Record):
-    """Wall seconds of a point that went into the implementation and its judge, not into the bench.
-
-    Compiling holds the first call at a shape, autotuning included; checking the oracle, the calls
-    it judges and their comparison; timing the loops of samples with the evictions and holds that
-    belong to a sample.
-    """
+    """Wall time of a point that went into the implementation and its judge, not into the bench."""
 
     compiling_s: float = 0.0
+    """First calls at a shape, autotuning included, seconds."""
     checking_s: float = 0.0
+    """The calls that are judged, the oracle, and their comparison, seconds."""
     timing_s: float = 0.0
+    """The loops of samples, with the evictions and holds that belong to a sample, seconds."""
 
 
 class Point(_Record):
     """One implementation at one shape, direction, dtype and configuration."""
 
     schema_version: int = SCHEMA_VERSION
+    """Version of this schema; others are refused."""
     op: str
+    """The function, as `chela-bench list` names it."""
     impl: str
+    """The implementation of it; `file.py:function` for a user's own."""
     direction: Direction
+    """fwd: forward; bwd: backward alone; fwdbwd: both in one call; decode: one token's step."""
     dtype: DType
+    """Of inputs and outputs."""
     shape: dict[str, Annotated[int, Field(ge=1)]]
+    """Sizes by dimension: B batch, T tokens, H heads, K key, V value, D width. B and T always."""
     config: dict[str, ConfigValue] = Field(default_factory=dict)
-    device: str  # "cpu" or the GPU's UUID
+    """Settings by name: block sizes and the op's options. Empty: the defaults."""
+    device: str
+    """`cpu`, or the GPU's UUID."""
     timer: Timer = "event"
-    l2: L2 | None = None  # None on CPU
+    """event: between two CUDA events; profiler: the sum of kernel spans. A CPU has the wall clock
+    whatever stands here."""
+    l2: L2 | None = None
+    """cold: the L2 cache is evicted before each sample; warm: left as it is. Null: on a CPU."""
     outcome: Outcome
+    """ok, or what kept it from a time: wrong (result off, or a time that is impossible), oom (out
+    of memory), out_of_resources (shared memory, registers), compile_error, timeout, crash,
+    skipped (not tried)."""
     reason: str | None = None
-    time_ns: Quantiles | None = None  # kernel time on CUDA, wall time on CPU
-    wall_ns: Nanoseconds | None = None  # one call from launch to synchronised end, median
-    wall_n: Count | None = None  # of so many
-    host_ns: Nanoseconds | None = None  # host time of a call, measured at a tiny shape
-    launches: Count | None = None  # kernels launched in one call
+    """One line, why it failed. Null: the outcome is ok."""
+    time_ns: Quantiles | None = None
+    """Time of a call: kernel time on a GPU, wall time on a CPU. Null: failed, or no kernel time
+    could be taken; then wall_ns stands alone."""
+    wall_ns: Nanoseconds | None = None
+    """One call from launch to synchronised end, nanoseconds, median. Null: failed."""
+    wall_n: Count | None = None
+    """Number of samples behind wall_ns. Null: failed."""
+    host_ns: Nanoseconds | None = None
+    """Host time of a call at T = 64, nanoseconds: its launch cost. Null: failed, on a CPU, or it
+    does not take that length."""
+    launches: Count | None = None
+    """Kernels launched in one call. Null: failed before they were counted, on a CPU, or too many to
+    count."""
     floor_ns: Nanoseconds | None = None
-    compulsory_bytes: Count | None = None  # every input read once, every output written once
-    flops: Count | None = None  # least of any algorithm for this function
-    peak_bytes: Count | None = None  # beyond the live inputs
+    """Least time on this card, nanoseconds: compulsory_bytes over copy bandwidth, or flops over
+    matmul rate if that is longer. Null: on a CPU, or the ceilings were not measured."""
+    compulsory_bytes: Count | None = None
+    """Every input read once and every output written once, bytes. Null: decode."""
+    flops: Count | None = None
+    """Least floating-point operations of any algorithm for the function. Null: decode."""
+    peak_bytes: Count | None = None
+    """Peak memory of a call beyond its live inputs, bytes. Null: failed before it was read, or on
+    a CPU."""
     hbm: Hbm = Hbm()
+    """Bytes through device memory."""
     oracle: str | None = None
-    error_rel: float | None = None  # largest over the tensors in `errors`
+    """What the result was compared with. Null: not tried, or it died first."""
+    error_rel: float | None = None
+    """Largest relative error over the tensors in errors. Null: not compared, or not finite."""
     error_budget: float | None = None
-    errors: dict[str, float] = Field(default_factory=dict)  # per output and gradient
+    """Error that is allowed; from the dtype's rounding. Null: not compared."""
+    errors: dict[str, float] = Field(default_factory=dict)
+    """Relative error by tensor, output and gradients; those that are finite."""
     static: Static = Static()
+    """What the compiler says of the kernel."""
     telemetry: Telemetry = Telemetry()
-    throttle: list[str] | None = None  # NVML's throttle reasons during timing; [] is none
+    """Clocks, power and temperature."""
+    throttle: list[str] | None = None
+    """NVML's throttle reasons during timing; empty: none. Null: failed, on a CPU, or not told by
+    this card."""
     energy_j: float | None = None
-    null_reasons: dict[str, str] = Field(default_factory=dict)  # column -> why, in an ok point
+    """Energy of a call, joules. Null: not asked for."""
+    null_reasons: dict[str, str] = Field(default_factory=dict)
+    """Column -> why it is null, in an ok point. A null without a reason was not asked for."""
     started_utc: str | None = None
-    spent_s: float | None = None  # the bench's wall time for this point, checks and compiling too
-    spent: Spent | None = None  # what of it was not the bench's own
+    """Start of the point, ISO 8601. Null: not tried."""
+    spent_s: float | None = None
+    """The bench's wall time for this point, checks and compiling too, seconds. Null: not tried."""
+    spent: Spent | None = None
+    """What of spent_s was not the bench's own. Null: not tried, or the worker died."""
 
     @field_validator("reason")
     @classmethod
@@ -172,6 +233,7 @@ class Point(_Record):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def tokens_per_s(self) -> float | None:
+        """B * T over time."""
         seconds = self.seconds
         return None if seconds is None else self.shape["B"] * self.shape["T"] / seconds
 
@@ -210,59 +272,86 @@ class Point(_Record):
 
 
 class Environment(_Record):
-    """The machine. `device` is "cuda" or "cpu"; GPU fields are null on a CPU run."""
+    """The machine. On a CPU run the GPU's fields are null, as is what a card does not tell."""
 
     device: Literal["cuda", "cpu"]
+    """What was measured on."""
     name: str
+    """The GPU's name, or the CPU's."""
     uuid: str | None = None
+    """The GPU's, as nvidia-smi -L shows it."""
     compute_capability: str | None = None
+    """`9.0` on an H100."""
     sm_count: Count | None = None
+    """Streaming multiprocessors."""
     memory_bytes: Count | None = None
+    """Device memory, bytes."""
     l2_bytes: Count | None = None
+    """L2 cache, bytes."""
     smem_per_block_bytes: Count | None = None
+    """Most shared memory that a block can ask for, bytes."""
     smem_per_sm_bytes: Count | None = None
+    """Shared memory of an SM, bytes."""
     driver: str | None = None
+    """NVIDIA driver."""
     cuda: str | None = None
+    """CUDA version that torch was built for."""
     ecc: bool | None = None
+    """Whether ECC is on."""
     mig: bool | None = None
+    """Whether MIG is on."""
     power_limit_mw: Count | None = None
+    """Power limit in force, milliwatts."""
     max_sm_clock_mhz: Count | None = None
+    """Highest SM clock, MHz."""
     max_mem_clock_mhz: Count | None = None
+    """Highest memory clock, MHz."""
     cpu: str
+    """The CPU's name."""
     cpu_threads: Count
+    """Threads that the operating system shows."""
     os: str
+    """Operating system and kernel."""
     python: str
+    """Python version."""
 
 
 class Ceilings(_Record):
-    """Measured on this card in this run. Copy bandwidth counts bytes read plus bytes written."""
+    """What the card can do, measured on it in this run."""
 
     copy_gb_per_s: float | None = None
-    matmul_tflop_per_s: dict[DType, float] = Field(default_factory=dict)  # fp32: tf32 dots
+    """Copy bandwidth, 10^9 bytes a second, read plus written. Null: on a CPU."""
+    matmul_tflop_per_s: dict[DType, float] = Field(default_factory=dict)
+    """Rate of large matrix products by dtype, 10^12 FLOPs a second; fp32: of tf32 products. Empty:
+    on a CPU."""
 
 
 class Device(_Record):
     """A GPU of a sweep on several."""
 
     environment: Environment
+    """As a run's own."""
     ceilings: Ceilings = Ceilings()
+    """As a run's own."""
 
 
 class Cost(_Record):
-    """What the last session of a run took, seconds summed over its workers, and whose it was.
-
-    own_s is what was neither compiling, checking nor timing: starting workers, measuring ceilings,
-    drawing inputs, counting launches, reading NVML, passing and writing results.
-    """
+    """What the last session of a run took, and whose it was."""
 
     wall_s: float
+    """Wall time, seconds summed over the workers."""
     compiling_s: float
+    """First calls at a shape, autotuning included, of all points, seconds."""
     checking_s: float
+    """Checking of all points, seconds."""
     timing_s: float
+    """Timing of all points, seconds."""
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def own_s(self) -> float:
+        """What was none of these, seconds: starting workers, measuring ceilings, drawing inputs,
+        counting launches, reading NVML, passing and writing results."""
         return max(0.0, self.wall_s - self.compiling_s - self.checking_s - self.timing_s)
 
     @computed_field  # type: ignore[prop-decorator]
@@ -276,22 +365,40 @@ class Run(_Record):
     """What surrounds the points: when, how, on what, with which versions."""
 
     schema_version: int = SCHEMA_VERSION
+    """Version of this schema; others are refused."""
     run_id: str
+    """The run folder's name."""
     started_utc: str
-    finished_utc: str | None = None  # null: interrupted or still going
+    """ISO 8601."""
+    finished_utc: str | None = None
+    """ISO 8601. Null: interrupted, or still going."""
     argv: list[str]
-    source_sha256: str | None = None  # of the package's files: which code measured
+    """The command line."""
+    source_sha256: str | None = None
+    """Of the package's Python files: which code measured. Null: an older record."""
     git_sha: str | None = None
+    """Commit of the package's checkout. Null: not a checkout."""
     git_dirty: bool | None = None
+    """Whether tracked files differed from the commit. Null: not a checkout."""
     seed: int
-    inputs: str  # distribution of the timed inputs
-    settings: dict[str, object]  # the resolved plan settings; `--resume` compares them
+    """Of the inputs and of the order of points."""
+    inputs: str
+    """Distribution of the timed inputs: randn, or mean1 (k, v, and x of convolution and layer, with
+    mean 1)."""
+    settings: dict[str, object]
+    """The resolved plan; `--resume` goes on only with equal settings."""
     planned_points: Count
+    """Points that the settings make."""
     versions: dict[str, str]
+    """Versions of what a figure depends on, by package."""
     environment: Environment
+    """The machine."""
     ceilings: Ceilings = Ceilings()
-    other_devices: list[Device] = Field(default_factory=list)  # beside the first one above
+    """What the card can do."""
+    other_devices: list[Device] = Field(default_factory=list)
+    """The further GPUs of a sweep on several; `environment` and `ceilings` are the first one's."""
     cost: Cost | None = None
+    """What the run's last session took, and whose it was. Null: interrupted, or still going."""
 
 
 def point_key(

@@ -25,7 +25,7 @@ def test_start_up_is_quick(arguments, limit_s):
     assert min(times) < limit_s
 
 
-@pytest.mark.parametrize("name", ["sweep", "report", "list"])
+@pytest.mark.parametrize("name", ["sweep", "report", "runs", "show", "list", "doctor"])
 def test_every_command_has_help_with_an_example(name):
     done = chela_bench(name, "--help")
     assert done.returncode == 0
@@ -50,6 +50,9 @@ def test_every_command_has_help_with_an_example(name):
         (["sweep", "--timer", "sundial"], "'event', 'profiler'"),
         (["report", "nope"], "nope is no run folder"),
         (["report"], "Missing argument"),
+        (["show", "nope"], "nope is no run folder"),
+        (["runs", "nope"], "no folder nope"),
+        (["runs", "docs/results/h100-forward"], "chela-bench show docs/results/h100-forward"),
         (["nope"], "No such command 'nope'"),
     ],
 )

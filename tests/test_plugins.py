@@ -89,3 +89,13 @@ def test_a_broken_plug_in_is_one_sentence_with_the_way_out(tmp_path, module, ent
     assert problem in done.stderr
     assert "pip uninstall broken" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_doctor_names_a_broken_plug_in_and_the_remedy(tmp_path):
+    _distribution(tmp_path, "broken", "import no_such_thing", "linear_attention = broken:X")
+    done = chela_bench("doctor", "--json", "--out", tmp_path / "runs", PYTHONPATH=_site(tmp_path))
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert done.returncode == 6
+    assert "plug-in broken" in checks["plug-ins"]["found"]
+    assert checks["plug-ins"]["remedy"] == "mend it, or: pip uninstall broken"
+    assert checks["bench.toml"]["state"] == "ok"

@@ -15,12 +15,16 @@ Distribution = Literal["randn", "mean1"]
 class Limits(BaseModel):
     """Where the bench gives up, in seconds. They end a point, never the sweep."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    call_s: Seconds = 1.0  # one call estimated above this is skipped untried
-    sample_s: Seconds = 1.0  # timed samples of one point
-    build_s: Seconds = 300.0  # first call at a shape: compiling and autotuning
-    phase_s: Seconds = 60.0  # any other phase of one point
+    call_s: Seconds = 1.0
+    """One call estimated above this is skipped untried."""
+    sample_s: Seconds = 1.0
+    """Timed samples of one point."""
+    build_s: Seconds = 300.0
+    """First call at a shape: compiling and autotuning."""
+    phase_s: Seconds = 60.0
+    """Any other phase of one point; at least 4 call_s + sample_s."""
 
     @model_validator(mode="after")
     def _sampling_fits_a_phase(self) -> Limits:

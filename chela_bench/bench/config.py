@@ -32,25 +32,34 @@ def _whole_number(value: object) -> object:
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Sweep(_Table):
-    """[sweep]: what is measured when no flag says otherwise."""
+    """What is measured when no flag says otherwise."""
 
     ops: list[str] = Some
+    """Ops to measure, with all their implementations."""
     shapes: list[str] = Some
+    """Names of shapes; each op takes those that it has."""
     lens: str
+    """Lengths T in tokens: `1k..64k` doubles, `1k,3k,8k` lists; k = 1024, m = 1024^2."""
     dtypes: list[DType] = Some
+    """Of inputs and outputs."""
     directions: list[Direction] = Some
+    """fwd: forward; bwd: backward alone; fwdbwd: both in one call; decode: one token's step."""
     timer: Timer
+    """event: between two CUDA events; profiler: the sum of kernel spans."""
     l2: L2
+    """cold: the L2 cache is evicted before each sample; warm: left as it is."""
     inputs: Distribution
+    """randn: standard normal; mean1: k, v, and the x of convolution and layer, with mean 1."""
     seed: Seed
+    """Of the inputs and of the order of points."""
 
 
 class SweepChanges(_Table):
-    """[presets.NAME.sweep]: any keys of [sweep]."""
+    """What a preset changes of [sweep]."""
 
     ops: Annotated[list[str], Some] | None = None
     shapes: Annotated[list[str], Some] | None = None
@@ -64,20 +73,29 @@ class SweepChanges(_Table):
 
 
 class Preset(_Table):
+    """What `--preset NAME` changes."""
+
     sweep: SweepChanges = SweepChanges()
+    """Any keys of [sweep]."""
     limits: dict[Literal["call_s", "sample_s", "build_s", "phase_s"], Seconds] = Field(
         default_factory=dict
     )
+    """Any keys of [limits]."""
 
 
 class Config(_Table):
     """The whole file."""
 
     schema_: Annotated[Literal[1], BeforeValidator(_whole_number)] = Field(alias="schema")
+    """Version of this schema."""
     limits: Limits = Limits()
+    """Where the bench gives up."""
     sweep: Sweep
+    """What is measured when no flag says otherwise."""
     shapes: dict[str, dict[str, ShapeSizes]]
+    """By op and name: the size of every dimension but T; with a T, a single point."""
     presets: dict[str, Preset] = Field(default_factory=dict)
+    """By name; `cpu` is taken by itself where there is no GPU."""
 
     def limits_with(self, preset: Preset) -> Limits:
         return Limits.model_validate({**self.limits.model_dump(), **preset.limits})

@@ -14,6 +14,7 @@ on reading and cut off before appending. A key measured twice (`--retry`) counts
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from chela_bench.bench.runner import lock_file
 from chela_bench.errors import EnvironmentProblem, RecordError
@@ -107,6 +108,18 @@ class RunFolder:
             )
 
 
+def being_written(folder: Path) -> bool:
+    """Whether a sweep holds the folder now."""
+    try:
+        with (folder / LOCK).open() as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock, or not ours to open
+        return False
+    return False
+
+
 def load_run(folder: Path) -> tuple[Run, list[Point]]:
     """The run and its points, one per key. Raises RecordError naming file and line."""
     return load_header(folder), load_points(folder)
@@ -154,16 +167,22 @@ def load_samples(folder: Path) -> dict[str, list[int]]:
     samples: dict[str, list[int]] = {}
     for number, line in enumerate(_whole_lines(path), start=1):
         try:
-            row = _SampleLine.model_validate_json(line)
+            row = SampleLine.model_validate_json(line)
         except ValidationError as error:
             raise RecordError(f"{path}, line {number}: {_first_problem(error)}") from None
         samples[row.key] = row.samples_ns
     return samples
 
 
-class _SampleLine(BaseModel):
+class SampleLine(BaseModel):
+    """The time samples of a point: kernel time, or wall time where kernel time is null."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     key: str
+    """The point's key."""
     samples_ns: list[int]
+    """Nanoseconds per call, in the order taken."""
 
 
 def write_atomically(path: Path, data: bytes) -> None:

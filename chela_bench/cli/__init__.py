@@ -18,7 +18,10 @@ from chela_bench.errors import ChelaBenchError, EnvironmentProblem
 COMMANDS = {  # name -> module:attribute, and the line that --help shows without importing it
     "sweep": ("chela_bench.cli.sweep:sweep", "Measure implementations over sequence lengths."),
     "report": ("chela_bench.cli.report:report", "Tables and figures from run folders."),
+    "runs": ("chela_bench.cli.runs:runs", "Run folders, newest first."),
+    "show": ("chela_bench.cli.show:show", "The tables of a run, writing nothing."),
     "list": ("chela_bench.cli.list:list_", "Ops, implementations and shapes, and what can run."),
+    "doctor": ("chela_bench.cli.doctor:doctor", "What stands in the way here, and the remedies."),
 }
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import click
 
 from chela_bench.bench.config import find_config, load_config
 from chela_bench.bench.registry import all_ops
+from chela_bench.cli.lines import say
 from chela_bench.profiles.machine import choose_device
 from chela_bench.records import shape_label
 
@@ -52,32 +51,17 @@ def list_(config: Path | None, device: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"device": kind, "config": str(path), "ops": rows}, indent=2))
         return
-    _say(f"device {kind}, shapes from {path}")
+    say(f"device {kind}, shapes from {path}")
     for row in rows:
-        _say("")
-        _say(f"{row['op']}: {row['summary']}")
+        say("")
+        say(f"{row['op']}: {row['summary']}")
         for name, values in row["options"].items():
-            _say(f"option {name}: {', '.join(values)}", indent=2)
+            say(f"option {name}: {', '.join(values)}", indent=2)
         width = max(len(impl["name"]) for impl in row["implementations"])
         for impl in row["implementations"]:
             state = "unavailable: " + impl["reason"] if impl["reason"] else "ok"
             axes = f"; axes {', '.join(impl['axes'])}" if impl["axes"] else ""
-            _say(f"{impl['name']:<{width}}  {state}", indent=2)
-            _say(f"{impl['summary']} ({', '.join(impl['directions'])}{axes})", indent=width + 4)
+            say(f"{impl['name']:<{width}}  {state}", indent=2)
+            say(f"{impl['summary']} ({', '.join(impl['directions'])}{axes})", indent=width + 4)
         labels = [f"{name} ({shape_label(sizes)})" for name, sizes in row["shapes"].items()]
-        _say(f"shapes: {', '.join(labels) or 'none'}", indent=2)
-
-
-def _say(text: str, *, indent: int = 0) -> None:
-    """Wrapped to the terminal's width; names and sizes are not broken."""
-    width = max(shutil.get_terminal_size().columns, indent + 20)
-    click.echo(
-        textwrap.fill(
-            text,
-            width,
-            initial_indent=" " * indent,
-            subsequent_indent=" " * (indent + 2),
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-    )
+        say(f"shapes: {', '.join(labels) or 'none'}", indent=2)

@@ -1,4 +1,4 @@
-"""What people see: tables, and a sweep while it runs, as a live bar or plain lines when piped."""
+"""How a sweep looks while it runs: a live bar on a terminal, plain lines when piped."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import contextlib
 from pathlib import Path
 from types import TracebackType
 
-import click
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -20,14 +19,6 @@ from rich.progress import (
 from chela_bench.bench.cases import Case
 from chela_bench.records import Point, Run
 from chela_bench.reports.text import duration, plain
-
-
-def show(renderable: RenderableType) -> None:
-    """On standard output, through click: rich by itself ends the process where a pipe is closed."""
-    console = Console()
-    with console.capture() as captured:
-        console.print(renderable)
-    click.echo(captured.get(), nl=False)
 
 
 class SweepProgress:

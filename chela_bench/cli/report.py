@@ -8,10 +8,8 @@ import click
 
 from chela_bench.bench.store import load_run
 from chela_bench.cli.derived import PAGE, write_report, write_tables
-from chela_bench.cli.progress import show
+from chela_bench.cli.output import print_run
 from chela_bench.errors import UsageError
-from chela_bench.records import document
-from chela_bench.reports.terminal import sweep_table
 
 
 @click.command()
@@ -40,8 +38,6 @@ def report(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
         else:
             target = out if len(runs) == 1 else out / name
         paths = write_report(target, run, points)
-        if as_json:
-            click.echo(document(run, points))
-        else:
-            show(sweep_table(run, points))
+        print_run(run, points, as_json=as_json)
+        if not as_json:
             click.echo(f"report: {target / PAGE} ({len(paths)} files)")

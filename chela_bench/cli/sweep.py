@@ -18,12 +18,12 @@ from chela_bench.bench.load import is_file, refuse_changed_files
 from chela_bench.bench.sweep import Result, new_folder, refuse_other_settings
 from chela_bench.bench.sweep import sweep as run_sweep
 from chela_bench.cli.derived import PAGE, write_report, write_tables
-from chela_bench.cli.progress import SweepProgress, show
+from chela_bench.cli.output import print_run
+from chela_bench.cli.progress import SweepProgress
 from chela_bench.cli.signals import Interrupted, interrupted_by_signals
 from chela_bench.errors import ChelaBenchError, RecordError, UsageError
 from chela_bench.profiles.machine import choose_device, choose_gpus
-from chela_bench.records import DIRECTIONS, DTYPES, L2, OUTCOMES, Point, Run, Timer, document
-from chela_bench.reports.terminal import sweep_table
+from chela_bench.records import DIRECTIONS, DTYPES, L2, OUTCOMES, Point, Run, Timer
 from chela_bench.reports.text import own_cost, plain
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -164,10 +164,7 @@ def _conclude(result: Result, *, as_json: bool, note: str | None = None) -> None
     paths = write_report(report, result.run, result.points)
     if note is not None:
         click.echo(note, err=True)
-    if as_json:
-        click.echo(document(result.run, result.points))
-    else:
-        show(sweep_table(result.run, result.points))
+    print_run(result.run, result.points, as_json=as_json)
     cost = own_cost(result.run)
     if cost is not None:
         click.echo(f"the bench's own cost: {cost}", err=as_json)

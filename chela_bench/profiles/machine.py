@@ -35,7 +35,10 @@ def torch_cuda_version() -> str | None:
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
-    version = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
+    try:
+        version = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
+    except OSError:  # half an installation
+        return None
     found: str | None = version.get("cuda")
     return found
 

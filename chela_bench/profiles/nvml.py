@@ -60,6 +60,48 @@ def gpu_count() -> int:
         return int(pynvml.nvmlDeviceGetCount()) if available else 0
 
 
+def problem() -> str | None:
+    """Why NVML does not start, in its own words; None if it does, or if there is no driver."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError_LibraryNotFound:
+        return None
+    except pynvml.NVMLError as error:
+        return str(error)
+    pynvml.nvmlShutdown()
+    return None
+
+
+def driver() -> tuple[str | None, str | None]:
+    """The driver's version, and the newest CUDA version that it runs ("13.0")."""
+    with _nvml() as available:
+        if not available:
+            return None, None
+        cuda = _ask(pynvml.nvmlSystemGetCudaDriverVersion)
+        newest = None if cuda is None else f"{cuda // 1000}.{cuda % 1000 // 10}"
+        return _ask(pynvml.nvmlSystemGetDriverVersion), newest
+
+
+def cards() -> list[dict[str, Any]]:
+    """uuid, name and memory_bytes of every GPU, in PCI order; [] without a driver."""
+    with _nvml() as available:
+        handles = [
+            _ask(pynvml.nvmlDeviceGetHandleByIndex, index)
+            for index in range(_ask(pynvml.nvmlDeviceGetCount) or 0 if available else 0)
+        ]
+        found = []
+        for handle in filter(None, handles):
+            memory = _ask(pynvml.nvmlDeviceGetMemoryInfo, handle)
+            found.append(
+                {
+                    "uuid": _ask(pynvml.nvmlDeviceGetUUID, handle),
+                    "name": _ask(pynvml.nvmlDeviceGetName, handle),
+                    "memory_bytes": None if memory is None else int(memory.total),
+                }
+            )
+        return found
+
+
 def facts(uuid: str) -> dict[str, Any]:
     """Driver, power limit, clock limits, ECC and MIG, under Environment's names.
 

@@ -1,0 +1,23 @@
+"""`chela-bench show`: one run's tables again, writing nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from chela_bench.bench.store import load_run
+from chela_bench.cli.output import print_run
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path), metavar="RUN")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def show(folder: Path, as_json: bool) -> None:
+    """The tables of a run folder on stdout. Writes nothing; `report` writes files.
+
+    \b
+    Example:  chela-bench show runs/20260101T120000Z-abc123
+    """
+    run, points = load_run(folder)
+    print_run(run, points, as_json=as_json)

@@ -1,0 +1,229 @@
+"""Writes the pages that the code itself knows: records.md, bench-toml.md, cli.md. `make docs`."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import click
+from annotated_types import Ge, Gt, Le, MinLen
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from chela_bench import cli, records
+from chela_bench.bench import config, store
+from chela_bench.bench.cases import Limits
+from chela_bench.bench.ops import OPS
+
+HERE = Path(__file__).resolve().parent
+SOURCE = "<!-- Written by docs/generate.py from the code: change that and run `make docs`. -->"
+WORDS = {
+    str: ("string", "strings"),
+    int: ("integer", "integers"),
+    float: ("number", "numbers"),
+    bool: ("boolean", "booleans"),
+    object: ("any", "any"),
+}
+FILES: dict[str, type[BaseModel]] = {
+    "run.json": records.Run,
+    "points.jsonl": records.Point,
+    "samples.jsonl": store.SampleLine,
+}
+PARTS: dict[type[BaseModel], tuple[type[BaseModel], ...]] = {
+    records.Run: (records.Environment, records.Ceilings),
+    records.Point: (records.Quantiles, records.Hbm, records.Static, records.Telemetry),
+    store.SampleLine: (),
+}
+
+
+def pages() -> dict[str, str]:
+    """File name -> text."""
+    written = {
+        "records.md": records_page(),
+        "bench-toml.md": bench_toml_page(),
+        "cli.md": cli_page(),
+    }
+    return {name: "\n\n".join((SOURCE, *parts)) + "\n" for name, parts in written.items()}
+
+
+def records_page() -> Iterator[str]:
+    yield f"# Run records\n\nSchema version {records.SCHEMA_VERSION}."
+    yield (
+        "A run folder holds `run.json` (one object), `points.jsonl` (one a line, appended as "
+        "points end) and `samples.jsonl` (one a line, before its point). `sweep --json`, "
+        '`report --json` and `show --json` print `{"run": run.json, "points": [points.jsonl]}`. '
+        "Units stand in the names; bytes and nanoseconds are integers. What was not measured is "
+        "null. Where a key occurs on several lines, the last one counts."
+    )
+    for file, model in FILES.items():
+        yield f"## {file}\n\n{_about(model)}"
+        yield _fields(model)
+        if model.model_computed_fields:
+            yield "Derived from these, written for scripts and recomputed on reading:"
+            yield _table(
+                ("field", "type", "meaning"),
+                (
+                    (f"`{name}`", kind(field.return_type), _one_line(field.description))
+                    for name, field in model.model_computed_fields.items()
+                ),
+            )
+        for part in PARTS[model]:
+            yield f"### {part.__name__}\n\n{_about(part)}"
+            yield _fields(part)
+
+
+def bench_toml_page() -> Iterator[str]:
+    shipped = tomllib.loads((HERE.parent / config.FILE).read_text())
+    yield "# bench.toml"
+    yield (
+        "What `chela-bench sweep` measures unless told otherwise. Read from `--config`, else "
+        "`./bench.toml`, else the copy that came with the package. Flags win over the preset, the "
+        "preset over `[sweep]`. An unknown key or a value of another type is an error."
+    )
+    yield "## Top level"
+    yield _keys(config.Config, {})
+    yield f"## [limits]\n\n{_about(Limits)}"
+    yield _keys(Limits, {})
+    yield f"## [sweep]\n\n{_about(config.Sweep)}"
+    yield _keys(config.Sweep, shipped["sweep"])
+    yield f"Ops: {', '.join(f'`{op.name}`' for op in OPS)}."
+    yield "## [shapes.OP]"
+    size = kind(config.Size)
+    yield (
+        f"A shape's name, and a table of its sizes, each an {size}: "
+        "`medium = { B = 1, H = 16, K = 128, V = 128 }`. Lengths come from `lens`; a shape with a "
+        "`T` is a single point, and `--lens` replaces its T."
+    )
+    sizes = ((f"`{op.name}`", _code(dim for dim in op.dims if dim != "T"), "`T`") for op in OPS)
+    yield _table(("op", "required", "optional"), sizes)
+    yield f"## [presets.NAME.sweep], [presets.NAME.limits]\n\n{_about(config.Preset)}"
+    yield (
+        "Any keys of `[sweep]` and `[limits]`, each with the same type; what a preset does not "
+        f"name stays. In the file that comes with the package: {_code(shipped['presets'])}."
+    )
+
+
+def cli_page() -> Iterator[str]:
+    yield "# Command line"
+    group = click.Context(
+        cli.cli, info_name="chela-bench", terminal_width=80, **cli.cli.context_settings
+    )
+    yield _help(cli.cli, group)
+    for name in cli.COMMANDS:
+        command = cli.cli.get_command(group, name)
+        assert command is not None
+        context = click.Context(command, info_name=name, parent=group, terminal_width=80)
+        yield f"## {name}"
+        yield _help(command, context)
+
+
+def _help(command: click.Command, context: click.Context) -> str:
+    return f"```\n{command.get_help(context)}\n```"
+
+
+def _fields(model: type[BaseModel]) -> str:
+    return _table(
+        ("field", "type", "meaning"),
+        (
+            (f"`{name}`", _kind_of(field), _one_line(field.description))
+            for name, field in model.model_fields.items()
+        ),
+    )
+
+
+def _keys(model: type[BaseModel], shipped: dict[str, Any]) -> str:
+    """Keys with their default: the code's, or what the shipped file says for a required one."""
+    rows = []
+    for name, field in model.model_fields.items():
+        key = field.alias or name
+        if not field.is_required():
+            default = "see below" if _is_table(field) else f"`{json.dumps(field.get_default())}`"
+        elif key in shipped:
+            default = f"required; shipped: `{json.dumps(shipped[key])}`"
+        else:
+            default = "required"
+        rows.append((f"`{key}`", _kind_of(field), default, _one_line(field.description)))
+    return _table(("key", "type", "default", "meaning"), rows)
+
+
+def _is_table(field: FieldInfo) -> bool:
+    return get_origin(field.annotation) is dict or isinstance(field.get_default(), BaseModel)
+
+
+def _kind_of(field: FieldInfo) -> str:
+    return kind(field.annotation) + _bounds(field.metadata)
+
+
+def kind(annotation: Any, *, plural: bool = False) -> str:
+    """A type in words: `integer ≥ 0 or null`, `list of strings`."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        found: list[Any] = []
+        for item in arguments[1:]:
+            found += item.metadata if isinstance(item, FieldInfo) else [item]
+        return kind(arguments[0], plural=plural) + _bounds(found)
+    if origin in (Union, UnionType):
+        return " or ".join(kind(one, plural=plural) for one in arguments)
+    if origin is Literal:
+        *first, last = (f"`{json.dumps(value)}`" for value in arguments)
+        return f"{', '.join(first)} or {last}" if first else last
+    if origin is list:
+        return f"list of {kind(arguments[0], plural=True)}"
+    if origin is dict:
+        return f"map{'s' * plural} of {kind(arguments[1], plural=True)}"
+    if annotation is NoneType:
+        return "null"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        name = annotation.__name__
+        return f"[{name}](#{name.lower()})" if hasattr(records, name) else "table" + "s" * plural
+    return WORDS[annotation][plural]
+
+
+def _bounds(metadata: Iterable[Any]) -> str:
+    text = ""
+    for item in metadata:
+        if isinstance(item, Gt):
+            text += f" > {_number(item.gt)}"
+        elif isinstance(item, Ge):
+            text += f" ≥ {_number(item.ge)}"
+        elif isinstance(item, Le):
+            text += f" and ≤ {_number(item.le)}"
+        elif isinstance(item, MinLen):
+            text += ", at least one"
+    return text
+
+
+def _number(value: Any) -> str:
+    """Large powers of two as such."""
+    power = abs(value).bit_length() - 1
+    return (
+        f"{'-' * (value < 0)}2^{power}" if power >= 20 and abs(value) == 1 << power else f"{value}"
+    )
+
+
+def _about(model: type[BaseModel]) -> str:
+    return " ".join((model.__doc__ or "").split())
+
+
+def _one_line(text: str | None) -> str:
+    if not text:
+        raise ValueError("a field without a docstring: say what it means and when it is null")
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _code(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    for name, text in pages().items():
+        (HERE / name).write_text(text)

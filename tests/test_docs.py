@@ -1,0 +1,80 @@
+"""The generated pages are the code's: nothing left out, nothing out of date."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+
+import pytest
+
+from chela_bench.bench.config import find_config, load_config
+from tests.running import ROOT
+
+DOCS = ROOT / "docs"
+GENERATE = runpy.run_path(str(DOCS / "generate.py"))
+PAGES = GENERATE["pages"]()
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_generated_page_is_current(name):
+    assert (DOCS / name).read_text() == PAGES[name], "run `make docs`"
+
+
+def _named(page):
+    return set(re.findall(r"^\| `(\w+)` \|", PAGES[page], re.MULTILINE))
+
+
+def _keys(record):
+    """Keys of a record and of its parts; maps have names of their own as keys."""
+    maps = {"settings", "versions", "shape", "config", "errors", "null_reasons"}
+    for key, value in record.items():
+        yield key
+        if isinstance(value, dict) and key not in maps | {"matmul_tflop_per_s"}:
+            yield from _keys(value)
+
+
+@pytest.mark.parametrize("file", ["run.json", "points.jsonl", "samples.jsonl"])
+def test_every_field_on_disk_is_described(file):
+    text = (DOCS / "results" / "h100-forward" / file).read_text()
+    records = [json.loads(text)] if file == "run.json" else map(json.loads, text.splitlines())
+    assert {key for record in records for key in _keys(record)} <= _named("records.md")
+
+
+def test_every_key_of_bench_toml_is_described():
+    config = load_config(find_config(ROOT / "bench.toml"))
+    keys = {"schema", "limits", "sweep", "shapes", "presets"}
+    keys |= set(config.sweep.model_dump()) | set(config.limits.model_dump()) | set(config.shapes)
+    assert keys <= _named("bench-toml.md")
+
+
+def test_a_nullable_field_says_when_it_is_null():
+    section = about = ""
+    for line in PAGES["records.md"].splitlines():
+        if line.startswith("#"):
+            section, about = line.strip("# "), ""
+        elif not line.startswith("|"):
+            about += line
+        elif " or null | " in line and section != "Environment":
+            derived = "recomputed on reading" in about
+            assert "Null: " in line or "Null: " in about or derived, line
+
+
+@pytest.mark.parametrize(
+    ("annotation", "words"),
+    [
+        (str | None, "string or null"),
+        (list[int], "list of integers"),
+        (dict[str, dict[str, float]], "map of maps of numbers"),
+        (GENERATE["config"].Size, "integer ≥ 1 and ≤ 2^30"),
+        (GENERATE["records"].DType, '`"fp32"`, `"bf16"` or `"fp16"`'),
+        (GENERATE["records"].Hbm, "[Hbm](#hbm)"),
+    ],
+)
+def test_types_in_words(annotation, words):
+    assert GENERATE["kind"](annotation) == words
+
+
+def test_a_field_without_words_is_refused():
+    with pytest.raises(ValueError, match="docstring"):
+        GENERATE["_one_line"](None)
