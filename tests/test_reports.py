@@ -319,6 +319,13 @@ def test_frame_of_a_failure_has_no_time() -> None:
     assert frame[timed].isna().all().all()
 
 
+def test_counts_of_sizes_that_no_machine_holds_become_floats():
+    points = [make_point(flops=1 << 90), make_failure("oom", "no room", 2048, flops=None)]
+    frame = points_frame(make_run(), points)
+    assert frame.flops[0] == 2.0**90 and frame.flops.isna()[1]
+    assert frame.compulsory_bytes.dtype == "Int64"
+
+
 def test_frame_of_no_points_keeps_its_columns() -> None:
     empty, full = points_frame(make_run(), []), points_frame(make_run(), [make_point()])
     assert len(empty) == 0

@@ -89,7 +89,7 @@ def points_frame(run: Run, points: list[Point]) -> pd.DataFrame:
     errors = sorted({name for point in points for name in point.errors})
     columns = {
         **_columns(_IDENTITY, run, points),
-        **{name: pd.Series([p.shape.get(name) for p in points], dtype=_INTEGER) for name in dims},
+        **{name: _series([p.shape.get(name) for p in points], _INTEGER) for name in dims},
         **{f"config_{name}": _config([p.config.get(name) for p in points]) for name in configs},
         **_columns(_MEASURED, run, points),
         **{
@@ -104,16 +104,22 @@ def _columns(
     columns: Mapping[str, _Column], run: Run, points: list[Point]
 ) -> dict[str, pd.Series[Any]]:
     return {
-        name: pd.Series([value(run, point) for point in points], dtype=dtype)
+        name: _series([value(run, point) for point in points], dtype)
         for name, (dtype, value) in columns.items()
     }
+
+
+def _series(values: list[Any], dtype: str) -> pd.Series[Any]:
+    """Of this dtype; floats if an integer is beyond Int64, as the FLOPs of absurd sizes are."""
+    beyond = dtype == _INTEGER and any(value is not None and abs(value) >> 63 for value in values)
+    return pd.Series(values, dtype=_FLOAT if beyond else dtype)
 
 
 def _config(values: list[ConfigValue | None]) -> pd.Series[Any]:
     """Integers or flags where all values are; otherwise text."""
     kinds = {type(value) for value in values if value is not None}
     if kinds == {int}:
-        return pd.Series(values, dtype=_INTEGER)
+        return _series(values, _INTEGER)
     if kinds == {bool}:
         return pd.Series(values, dtype=_FLAG)
     return pd.Series([None if value is None else str(value) for value in values], dtype=_TEXT)
