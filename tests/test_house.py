@@ -86,7 +86,7 @@ def _modules_after(statement: str) -> set[str]:
         "import chela_bench.cli.list",
         "import chela_bench.cli.sweep",
         "import chela_bench.cli.report",
-        "import chela_bench.cli.runs, chela_bench.cli.show",
+        "import chela_bench.cli.runs, chela_bench.cli.show, chela_bench.cli.completion",
         "import chela_bench.cli.doctor, chela_bench.profiles.doctor",
         "import chela_bench.bench.plan, chela_bench.bench.sweep, chela_bench.bench.runner",
         "from click.testing import CliRunner; from chela_bench.cli import cli; "
