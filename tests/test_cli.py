@@ -25,7 +25,9 @@ def test_start_up_is_quick(arguments, limit_s):
     assert min(times) < limit_s
 
 
-@pytest.mark.parametrize("name", ["sweep", "report", "runs", "show", "list", "doctor"])
+@pytest.mark.parametrize(
+    "name", ["sweep", "report", "runs", "show", "list", "doctor", "completion"]
+)
 def test_every_command_has_help_with_an_example(name):
     done = chela_bench(name, "--help")
     assert done.returncode == 0

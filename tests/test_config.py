@@ -53,7 +53,7 @@ def _toml(tmp_path, text, name="bench.toml"):
         (
             "phase_s = 20.0",
             "phase_s = 2.0",
-            "limits: phase_s = 2 is too short for sampling: 4 call_s + sample_s = 2.3",
+            "limits: phase_s = 2 is too short for sampling: 4 call_s + sample_s = 2.1",
         ),
         ('["linear_attention"]', "[]", "sweep.ops: list should have at least 1 item"),
         ('["tiny"]', "[]", "sweep.shapes: list should have at least 1 item"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,7 +88,7 @@ def _modules_after(statement: str) -> set[str]:
         "import chela_bench.cli.list",
         "import chela_bench.cli.sweep",
         "import chela_bench.cli.report",
-        "import chela_bench.cli.runs, chela_bench.cli.show",
+        "import chela_bench.cli.runs, chela_bench.cli.show, chela_bench.cli.completion",
         "import chela_bench.cli.doctor, chela_bench.profiles.doctor",
         "import chela_bench.bench.plan, chela_bench.bench.sweep, chela_bench.bench.runner",
         "from click.testing import CliRunner; from chela_bench.cli import cli; "
@@ -134,6 +136,17 @@ def test_an_op_is_in_all_its_places(op):
     assert callable(load(op.oracle))
     for impl in op.impls:
         assert callable(load(impl.target)), impl.name
+
+
+def test_pre_commit_runs_the_tools_of_make_check():
+    recipe = subprocess.run(
+        ["make", "-n", "--no-print-directory", "check", "PYTHON=.venv/bin/python"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+        env={name: value for name, value in os.environ.items() if name != "MAKEFLAGS"},
+    )  # fmt: skip
+    entries = re.findall(r"entry: (.+)", (ROOT / ".pre-commit-config.yaml").read_text())
+    ours = [re.sub(r"( --\S+| \.)+$", "", line) for line in recipe.stdout.splitlines()]
+    assert [re.sub(r"( --\S+)+$", "", entry) for entry in entries] == ours
 
 
 def test_names_are_unique():

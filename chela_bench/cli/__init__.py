@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from chela_bench import __version__
 from chela_bench.errors import ChelaBenchError, EnvironmentProblem
@@ -22,6 +23,7 @@ COMMANDS = {  # name -> module:attribute, and the line that --help shows without
     "show": ("chela_bench.cli.show:show", "The tables of a run, writing nothing."),
     "list": ("chela_bench.cli.list:list_", "Ops, implementations and shapes, and what can run."),
     "doctor": ("chela_bench.cli.doctor:doctor", "What stands in the way here, and the remedies."),
+    "completion": ("chela_bench.cli.completion:completion", "The completion script of a shell."),
 }
 
 
@@ -57,6 +59,14 @@ class _LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         with _output_lost():
             return super().invoke(ctx)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Names and lines without importing the commands."""
+        names = [name for name in COMMANDS if name.startswith(incomplete)]
+        return [
+            *(CompletionItem(name, help=COMMANDS[name][1]) for name in names),
+            *click.Command.shell_complete(self, ctx, incomplete),
+        ]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from chela_bench.cli.lines import say
+from chela_bench.cli.options import device_option
 from chela_bench.errors import ChelaBenchError
 from chela_bench.profiles.doctor import Check, can_run, examine
 from chela_bench.profiles.inventory import Peer, collect
@@ -17,7 +18,7 @@ _COLOURS = {"ok": None, "warning": "yellow", "problem": "red"}
 
 
 @click.command()
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@device_option
 @click.option("--config", type=click.Path(path_type=Path), help="Another bench.toml.")
 @click.option(
     "--out",

@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 
 from chela_bench.bench.store import load_run
-from chela_bench.cli.derived import PAGE, write_report, write_tables
 from chela_bench.cli.output import print_run
 from chela_bench.errors import UsageError
 
@@ -27,6 +26,8 @@ def report(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
     \b
     Example:  chela-bench report runs/20260101T120000Z-abc123 -o report
     """
+    from chela_bench.cli.derived import PAGE, write_report, write_tables
+
     names = [folder.resolve().name for folder in runs]
     if out is not None and len(set(names)) < len(names):
         raise UsageError(f"two run folders of one name would share a folder in {out}: report each")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,8 @@ from chela_bench.bench.config import find_config, load_config
 from chela_bench.bench.load import is_file, refuse_changed_files
 from chela_bench.bench.sweep import Result, new_folder, refuse_other_settings
 from chela_bench.bench.sweep import sweep as run_sweep
-from chela_bench.cli.derived import PAGE, write_report, write_tables
+from chela_bench.cli import complete
+from chela_bench.cli.options import device_option
 from chela_bench.cli.output import print_run
 from chela_bench.cli.progress import SweepProgress
 from chela_bench.cli.signals import Interrupted, interrupted_by_signals
@@ -44,21 +46,27 @@ class _Names(click.ParamType):  # type: ignore[type-arg]
         return names
 
 
-def _many(flag: str, about: str) -> Callable[[_F], _F]:
-    return click.option(flag, multiple=True, type=_Names(), help=about + " Repeatable.")
+def _many(flag: str, about: str, values: complete.Complete) -> Callable[[_F], _F]:
+    return click.option(
+        flag, multiple=True, type=_Names(), help=about + " Repeatable.", shell_complete=values
+    )
 
 
 @click.command()
 @click.option("--lens", help="1k..64k (doubling) or 1k,3k,8k; k = 1024.")
-@_many("--op", "Ops to measure.")
-@_many("--impl", "Implementations, or path/to/file.py:function with one --op.")
-@_many("--shape", "Shapes by name, from bench.toml.")
-@_many("--dtype", f"{', '.join(DTYPES)}.")
-@_many("--direction", f"{', '.join(DIRECTIONS)}.")
+@_many("--op", "Ops to measure.", complete.ops)
+@_many("--impl", "Implementations, or path/to/file.py:function with one --op.", complete.impls)
+@_many("--shape", "Shapes by name, from bench.toml.", complete.shapes)
+@_many("--dtype", f"{', '.join(DTYPES)}.", complete.dtypes)
+@_many("--direction", f"{', '.join(DIRECTIONS)}.", complete.directions)
 @click.option("--set", "sizes", multiple=True, help="Sizes over the shape's: H=16,K=128.")
 @click.option("--axis", "axes", multiple=True, help="Sweep a setting: BLOCK_T=32,64. Repeatable.")
-@click.option("--preset", help="A preset of bench.toml; 'cpu' by itself where there is no GPU.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--preset",
+    help="A preset of bench.toml; 'cpu' by itself where there is no GPU.",
+    shell_complete=complete.presets,
+)
+@device_option
 @click.option("--gpus", help="Several GPUs of this machine: 0,1 or all. Instead of --device.")
 @click.option("--mix-gpus", is_flag=True, help="Allow --gpus of several models.")
 @click.option("--timer", type=click.Choice(get_args(Timer)), help="Events or profiler spans.")
@@ -124,6 +132,7 @@ def sweep(ctx: click.Context, /, **given: Any) -> None:
         done = {p.key: f"done: {p.outcome}" for p in points if p.outcome not in retry}
         _print_plan(settings, plan.cases(settings), done, as_json=given["as_json"])
         return
+    importlib.import_module("chela_bench.cli.derived")  # slow or broken: now, not an hour later
     target = folder or new_folder(given["out"])
     progress = SweepProgress()
     try:
@@ -159,6 +168,8 @@ def _conclude_interrupted(target: Path, *, as_json: bool) -> None:
 
 def _conclude(result: Result, *, as_json: bool, note: str | None = None) -> None:
     """Files first: the terminal may be gone."""
+    from chela_bench.cli.derived import PAGE, write_report, write_tables
+
     write_tables(result.folder, result.run, result.points)
     report = result.folder / "report"
     paths = write_report(report, result.run, result.points)
