@@ -12,6 +12,10 @@ from chela_bench.bench.check import (
     relative_error,
     worst_block_error,
 )
+from chela_bench.bench.inputs import DTYPES, Draw
+from chela_bench.bench.job import first
+from chela_bench.bench.load import load
+from chela_bench.bench.ops import OPS
 from chela_bench.errors import ArgumentError
 
 
@@ -65,11 +69,58 @@ def test_row_rms_judges_a_block_against_its_row():
     assert worst_block_error(actual, exact) > 1
 
 
-def test_row_rms_counts_a_short_last_block():
-    exact = torch.ones(1, 65, 1, dtype=torch.float64)
+@pytest.mark.parametrize(
+    ("tokens", "own_block"), [(96, 32), (95, 64 + 31), (65, 65), (64, 64), (1, 1)]
+)
+def test_a_short_last_block_joins_the_one_before(tokens, own_block):
+    """One token off by a half of it, in rows of ones."""
+    exact = torch.ones(1, tokens, 1, dtype=torch.float64)
     actual = exact.clone()
-    actual[0, 64] = 1.5
-    assert worst_block_error(actual, exact, row_rms=True) == pytest.approx(0.5)
+    actual[0, -1] = 1.5
+    for row_rms in (True, False):
+        error = worst_block_error(actual, exact, row_rms=row_rms)
+        assert error == pytest.approx(0.5 / own_block**0.5)
+
+
+def test_a_row_that_cancels_is_measured_by_the_others():
+    exact = torch.ones(1, 2, 100, dtype=torch.float64)
+    exact[..., 7] = 1e-9
+    actual = exact + 0.001
+    assert worst_block_error(actual, exact, row_rms=True) == pytest.approx(0.001, rel=0.01)
+    by_head = exact.mT.reshape(1, 1, 100, 2)  # [B, T, H, V]
+    assert worst_block_error(by_head + 0.001, by_head) == pytest.approx(0.001, rel=0.01)
+
+
+def test_a_zeroed_row_among_others_is_seen():
+    exact = torch.ones(1, 100, 50, dtype=torch.float64)
+    planted = exact.clone()
+    planted[..., 7] = 0
+    assert worst_block_error(planted, exact, row_rms=True) == pytest.approx(1.0)
+
+
+def test_the_budget_is_wider_for_few_tokens_alone():
+    budgets = [error_budget("bf16", roundings=3, tokens=n) for n in (1, 4, 16, 63, 64, 1024)]
+    assert budgets[:5] == sorted(budgets[:5], reverse=True)
+    assert budgets[0] < 3 * budgets[4]
+    assert budgets[4] == pytest.approx(budgets[5], rel=1e-3)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 17, 65])
+@pytest.mark.parametrize("op", OPS[:3], ids=lambda op: op.name)
+def test_what_is_right_is_right_at_any_length(op, tokens):
+    """Thousands of rows at odd lengths: none of them may cry wolf."""
+    shape = {"B": 4, "T": tokens, "H": 16, "K": 64, "V": 64, "D": 1024}
+    options = {name: values[0] for name, values in op.options.items()}
+    for name, dtype in DTYPES.items():
+        draw = Draw({dim: shape[dim] for dim in op.dims}, dtype, torch.device("cpu"), 0, "randn")
+        inputs = load(op.inputs)(draw)
+        doubled = inputs.to(torch.float64)
+        exact = first(load(op.oracle)(*doubled.arguments(doubled.tensors), **options))
+        budget = error_budget(name, roundings=op.roundings["fwd"], tokens=tokens)
+        for impl in op.impls:
+            if "cpu" in impl.devices and not impl.compiled:
+                actual = first(load(impl.target)(*inputs.arguments(inputs.tensors), **options))
+                assert error_of(actual, exact, op.output_kind) <= budget, (impl.name, name)
 
 
 def test_taps_are_judged_in_blocks():

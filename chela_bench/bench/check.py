@@ -25,16 +25,21 @@ ErrorKind = Literal["tokens", "channels", "taps", "whole"]
 # Relative spacing of a dtype's numbers; a rounding costs at most half of it.
 EPS = {"bf16": 2.0**-7, "fp16": 2.0**-10, "tf32": 2.0**-10, "fp32": 2.0**-23}
 
+LEAST_TERMS = 64
+BLOCK = 64  # tokens
+
 
 def worst_block_error(
-    actual: Tensor, exact: Tensor, *, block: int = 64, row_rms: bool = False
+    actual: Tensor, exact: Tensor, *, block: int = BLOCK, row_rms: bool = False
 ) -> float:
     """Largest relative error over blocks of `block` tokens.
 
     actual, exact: [B, T, ..., F]; a block spans `block` tokens and the last axis, separately for
     each index of B and the axes between. With row_rms=True the tensors are [B, T, D], each (b, d)
     is a row of its own, and a block's error is taken against the rms of its whole row: an FFT's
-    error is normwise. NaN or infinity in `actual` gives infinity; an empty tensor gives 0.
+    error is normwise. Where tokens are few, some of many rows cancel to nearly nothing: none counts
+    as smaller than the mean of all rows in its block, and a last block of less than half the tokens
+    joins the one before. NaN or infinity in `actual` gives infinity; an empty tensor gives 0.
     """
     if actual.shape != exact.shape or exact.dim() < 3:
         raise ArgumentError(
@@ -53,7 +58,8 @@ def worst_block_error(
         counts[-1] = tokens - block * (len(counts) - 1)
         mean_square = size.sum(dim=1, keepdim=True) / tokens
         size = mean_square * counts.view(1, -1, *[1] * (size.dim() - 2))
-    return _worst_ratio(difference, size)
+    mean_row = size.mean(dim=[0, *range(2, size.dim())], keepdim=True)
+    return _worst_ratio(difference, torch.maximum(size, mean_row))
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
@@ -79,11 +85,20 @@ def error_of(actual: Tensor, exact: Tensor, kind: ErrorKind) -> float:
 
 def error_budget(dtype: str, *, roundings: int, tokens: int, operands: str | None = None) -> float:
     """What rounding may cost: `roundings` in a row, each half a spacing of the coarser of the
-    input/output dtype and the matrix operands', plus float32 accumulation over `tokens` terms as
-    a random walk of spacing/2, taken 4 wide.
+    input/output dtype and the matrix operands', plus float32 accumulation over `tokens` terms, and
+    not fewer than the LEAST_TERMS of an inner product, as a random walk of spacing/2, taken 4 wide.
+
+    The worst of thousands of blocks is judged, and the rms of n errors strays from its mean by
+    4 / sqrt(2 n) of it: below a block of tokens, the budget grows by what that is more than there.
     """
     spacing = max(EPS[dtype], EPS[operands or dtype])
-    return roundings * spacing / 2 + 4 * (EPS["fp32"] / 2) * math.sqrt(max(tokens, 1))
+    terms = max(tokens, LEAST_TERMS)
+    rounding = roundings * spacing / 2 + 4 * (EPS["fp32"] / 2) * math.sqrt(terms)
+    return rounding * _strays(min(max(tokens, 1), BLOCK)) / _strays(BLOCK)
+
+
+def _strays(n: int) -> float:
+    return 1 + 4 / math.sqrt(2 * n)
 
 
 def _sum_of_squares(x: Tensor, block: int) -> Tensor:
@@ -95,6 +110,9 @@ def _sum_of_squares(x: Tensor, block: int) -> Tensor:
             [per_token, per_token.new_zeros(per_token.shape[0], padding, *per_token.shape[2:])], 1
         )
     blocks: Tensor = per_token.unflatten(1, (-1, block)).sum(dim=2)
+    if padding > block // 2 and blocks.shape[1] > 1:
+        blocks[:, -2] += blocks[:, -1]
+        blocks = blocks[:, :-1]
     return blocks
 
 
