@@ -155,6 +155,18 @@ def _read_until_closed(terminal):
             pass
 
 
+def test_progress_that_nobody_reads_does_not_end_a_sweep(tmp_path):
+    process = _started(
+        tiny_config(tmp_path), stderr=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=1
+    )
+    assert "8 points" in process.stderr.readline()
+    process.stderr.close()
+    process.stderr = None
+    stdout, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "8 points: 8 ok" in stdout
+
+
 def test_a_signal_that_is_ignored_stays_so(tmp_path):
     config = tiny_config(tmp_path, sample_s=0.2)
     process = _started(

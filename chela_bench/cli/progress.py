@@ -21,11 +21,17 @@ from chela_bench.records import Point, Run
 from chela_bench.reports.text import duration, plain
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Falls silent, where rich would end the process."""
+        self.quiet = True
+
+
 class SweepProgress:
     """A bench.sweep.Listener on standard error. A terminal that is gone does not end a sweep."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True)
+        self._console = _Console(stderr=True)
         self._bar = Progress(
             TextColumn("{task.description}", markup=True),
             BarColumn(),
