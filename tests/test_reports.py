@@ -18,7 +18,7 @@ from matplotlib.text import Text as Label
 from rich.console import Console
 
 from chela_bench.records import Hbm, Point, Quantiles, Run, Static, Telemetry
-from chela_bench.reports.figures import figures, memory_figure, render, time_figure
+from chela_bench.reports.figures import figures, render
 from chela_bench.reports.fit import fitted_slope
 from chela_bench.reports.groups import failures, groups
 from chela_bench.reports.markdown import summary
@@ -30,8 +30,7 @@ from tests.factories import LENGTHS, h100_sweep, make_cpu_run, make_failure, mak
 
 HOSTILE = "[red]x[/red] | `code` <script>alert(1)</script> $a$ \x1b[31mred\x1b[0m\x07\u202e **b**"
 LONG = "path/to/some/folder/kernels.py:" + "linear_attention_" * 6
-FWD = {"op": "linear_attention", "direction": "fwd", "dtype": "bf16"}
-DIMS = {"B": 1, "H": 16, "K": 128, "V": 128}
+FWD = "linear_attention-fwd-bf16-B1-H16-K128-V128"
 
 
 def printed(run: Run, points: list[Point], width: int = 80) -> str:
@@ -514,7 +513,7 @@ def test_figure_names_are_slugs() -> None:
 
 
 def test_time_figure_names_lines_slopes_floor_and_failures(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = words(time_figure(make_run(), h100_sweep(), **FWD, dims=DIMS), monkeypatch)
+    text = words(figures(make_run(), h100_sweep())[f"{FWD}-time"], monkeypatch)
     assert re.search(r"^quadratic +T\^2\.00\s±0\.02$", text, flags=re.MULTILINE)
     assert "softmax_attention/sdpa_flash\n(another function)" in text
     assert "HBM floor at 3020 GB/s" in text
@@ -526,28 +525,26 @@ def test_time_figure_names_lines_slopes_floor_and_failures(monkeypatch: pytest.M
 
 
 def test_only_another_function_is_dashed() -> None:
-    axes = time_figure(make_run(), h100_sweep(), **FWD, dims=DIMS).axes[0]
+    axes = figures(make_run(), h100_sweep())[f"{FWD}-time"].axes[0]
     dashed = {to_hex(line.get_color()) for line in axes.lines if line.get_linestyle() == "--"}
     assert dashed == {styles(["sdpa_flash"])["sdpa_flash"].colour}
 
 
 def test_a_floor_that_is_not_copying_is_not_called_hbm(monkeypatch: pytest.MonkeyPatch) -> None:
     points = [make_point(T, floor_ns=T, compulsory_bytes=T) for T in LENGTHS]
-    text = words(time_figure(make_run(), points, **FWD, dims=DIMS), monkeypatch)
+    text = words(figures(make_run(), points)[f"{FWD}-time"], monkeypatch)
     assert "HBM floor" not in text
     assert "matmul rate" in text
 
 
 def test_a_figure_of_failures_has_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    figure = time_figure(make_run(), all_failed(), **FWD, dims=DIMS)
+    figure = figures(make_run(), all_failed())[f"{FWD}-time"]
     assert len(figure.axes[0].lines) == 1  # the floor
     assert "nothing in this sweep succeeded" in words(figure, monkeypatch)
-    assert memory_figure(make_run(), all_failed(), **FWD, dims=DIMS) is None
+    assert f"{FWD}-memory" not in figures(make_run(), all_failed())
 
 
-def test_a_figure_of_no_points_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    figure = time_figure(make_run(), [], **FWD, dims=DIMS)
-    assert "no points" in words(figure, monkeypatch)
+def test_no_points_make_no_figure() -> None:
     assert figures(make_run(), []) == {}
 
 
@@ -561,7 +558,7 @@ def test_a_cpu_run_has_no_floor_and_no_memory(monkeypatch: pytest.MonkeyPatch) -
 
 def test_no_memory_beyond_the_inputs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     run, points = SWEEPS["no memory used"]
-    figure = memory_figure(run, points, **FWD, dims=DIMS)
+    figure = figures(run, points)[f"{FWD}-memory"]
     assert figure is not None
     assert "chunked: 0 B" in words(figure, monkeypatch)
 

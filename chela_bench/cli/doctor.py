@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from chela_bench.cli.lines import say
-from chela_bench.cli.options import device_option
+from chela_bench.cli.options import config_option, device_option, out_option
 from chela_bench.errors import ChelaBenchError
 from chela_bench.profiles.doctor import Check, can_run, examine
 from chela_bench.profiles.inventory import Peer, collect
@@ -19,14 +19,8 @@ _COLOURS = {"ok": None, "warning": "yellow", "problem": "red"}
 
 @click.command()
 @device_option
-@click.option("--config", type=click.Path(path_type=Path), help="Another bench.toml.")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("runs"),
-    show_default=True,
-    help="Folder that runs would go into.",
-)
+@config_option
+@out_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 @click.pass_context
 def doctor(ctx: click.Context, device: str, config: Path | None, out: Path, as_json: bool) -> None:

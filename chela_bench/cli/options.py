@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from chela_bench.cli import complete
@@ -12,4 +14,14 @@ device_option = click.option(
     show_default=True,
     help="auto, cpu, cuda or cuda:N.",
     shell_complete=complete.devices,
+)
+config_option = click.option(
+    "--config", type=click.Path(path_type=Path), help="Another bench.toml."
+)
+out_option = click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("runs"),
+    show_default=True,
+    help="Folder that run folders go into.",
 )

@@ -19,7 +19,7 @@ from chela_bench.bench.load import is_file, refuse_changed_files
 from chela_bench.bench.sweep import Result, new_folder, refuse_other_settings
 from chela_bench.bench.sweep import sweep as run_sweep
 from chela_bench.cli import complete
-from chela_bench.cli.options import device_option
+from chela_bench.cli.options import config_option, device_option, out_option
 from chela_bench.cli.output import print_run
 from chela_bench.cli.progress import SweepProgress
 from chela_bench.cli.signals import Interrupted, interrupted_by_signals
@@ -77,14 +77,8 @@ def _many(flag: str, about: str, values: complete.Complete) -> Callable[[_F], _F
     type=click.IntRange(-(1 << 62), 1 << 62),
     help="Seed of inputs and of the order of points.",
 )
-@click.option("--config", type=click.Path(path_type=Path), help="Another bench.toml.")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("runs"),
-    show_default=True,
-    help="Folder that the run's folder goes into.",
-)
+@config_option
+@out_option
 @click.option("--resume", type=click.Path(path_type=Path), help="Go on with this run folder.")
 @click.option(
     "--retry",

@@ -7,20 +7,19 @@ what failed, at its length and without a number.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import matplotlib
 from matplotlib.figure import Figure
 
-from chela_bench.records import ConfigValue, Point, Run
+from chela_bench.records import Point, Run
 from chela_bench.reports.drawing import Picture, draw
 from chela_bench.reports.pictures import (
     Sweep,
     floor_picture,
     hbm_picture,
     memory_picture,
-    sweep_of,
     sweeps,
     time_picture,
 )
@@ -46,6 +45,9 @@ def figures(run: Run, points: Sequence[Point]) -> dict[str, Figure]:
     """Every figure of a run: `linear_attention-fwd-bf16-B1-H16-K128-V128-time`, and with
     `-floor`, `-hbm` and `-memory` where a point has such a value.
 
+    Time is the median, with quartiles, the floor, and each line's exponent of T (`fitted_slope`'s,
+    over the longer half of the lengths, with its 95 % interval). Points of softmax_attention at the
+    same direction, dtype and dims are drawn dashed beside linear_attention, as another function.
     The names are safe as file names. An op that is drawn beside another has no figure of its own.
     """
     found: dict[str, Figure] = {}
@@ -55,38 +57,6 @@ def figures(run: Run, points: Sequence[Point]) -> dict[str, Figure]:
             if picture is not None:
                 found[f"{slug}-{kind}"] = draw(picture)
     return found
-
-
-def time_figure(
-    run: Run,
-    points: Sequence[Point],
-    *,
-    op: str,
-    direction: str,
-    dtype: str,
-    dims: Mapping[str, ConfigValue],
-) -> Figure:
-    """Median time against length, with quartiles, the floor, and each line's exponent of T.
-
-    The exponent is `fitted_slope`'s, over the longer half of a line's lengths, with its 95 %
-    interval. Points of softmax_attention at the same direction, dtype and dims are drawn dashed
-    beside linear_attention, as another function. dims is as `groups.dims_of` gives it.
-    """
-    return draw(time_picture(sweep_of(run, points, op, direction, dtype, dims)))
-
-
-def memory_figure(
-    run: Run,
-    points: Sequence[Point],
-    *,
-    op: str,
-    direction: str,
-    dtype: str,
-    dims: Mapping[str, ConfigValue],
-) -> Figure | None:
-    """Peak memory beyond the live inputs against length; None where none was measured."""
-    picture = memory_picture(sweep_of(run, points, op, direction, dtype, dims))
-    return None if picture is None else draw(picture)
 
 
 def render(figure: Figure, format: Format) -> bytes:

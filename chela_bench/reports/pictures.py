@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from chela_bench.records import ConfigValue, Point, Run
+from chela_bench.records import Point, Run
 from chela_bench.reports.drawing import Line, Miss, Picture, Quantity
 from chela_bench.reports.fit import fitted_slope
 from chela_bench.reports.groups import (
@@ -81,20 +81,6 @@ def sweeps(run: Run, points: Sequence[Point]) -> dict[str, Sweep]:
     }
 
 
-def sweep_of(
-    run: Run,
-    points: Sequence[Point],
-    op: str,
-    direction: str,
-    dtype: str,
-    dims: Mapping[str, ConfigValue],
-) -> Sweep:
-    """The sweep of that group, without points if there are none."""
-    wanted = Group(op, direction, dtype, dims, ())
-    found = (sweep for sweep in sweeps(run, points).values() if sweep.group.is_like(wanted))
-    return next(found, Sweep(run, wanted, None, {}))
-
-
 def time_picture(sweep: Sweep) -> Picture:
     run, group = sweep.run, sweep.group
     lines = [
@@ -121,7 +107,7 @@ def time_picture(sweep: Sweep) -> Picture:
         Quantity("time per call" if on_cpu else "kernel time per call", duration, 10, (1, 2, 5)),
         lines=tuple(lines),
         misses=_misses(sweep),
-        nothing="no time: nothing in this sweep succeeded" if group.points else "no points",
+        nothing="no time: nothing in this sweep succeeded",
         notes=tuple(notes),
         floor=tuple((tokens, floor) for tokens, floor in floors if floor is not None),
         floor_name=_floor_name(sweep),
