@@ -360,7 +360,7 @@ def test_terminal_marks_the_fastest_of_each_row() -> None:
 def test_terminal_shows_a_failure_by_its_outcome_alone() -> None:
     text = printed(make_run(), all_failed(), 80)
     rows = [line.split() for line in text.splitlines() if re.match(r" *\d+k ", line)]
-    assert [row[3:] for row in rows] == [["oom", "skipped", "wrong"]] * 7
+    assert [row[3:] for row in rows] == [["oom", "wrong"]] * 7  # skipped ones stand below
     assert "oom: chunked at 1k..64k\n  CUDA out of memory" in text
     assert "21 points: 7 wrong, 7 oom, 7 skipped" in text
     assert "777" not in text
@@ -691,3 +691,12 @@ def test_text_needs_no_pandas_and_no_matplotlib() -> None:
 def test_the_sweep_of_these_tests_grows() -> None:
     times = [p.seconds for p in h100_sweep() if p.impl == "triton_chunked"]
     assert all(a is not None and b is not None and a < b for a, b in pairwise(times))
+
+
+def test_what_was_never_tried_has_no_column_but_a_reason() -> None:
+    never = [make_failure("skipped", "needs a GPU", impl="untried", T=T) for T in LENGTHS]
+    shown = printed(make_run(), [*h100_sweep(), *never], width=200)
+    table, _, below = shown.partition("* fastest correct")
+    assert "recurrent" in table and "untried" not in table
+    assert "untried at 1k..64k" in below and "needs a GPU" in below
+    assert "untried" in printed(make_run(), never).partition("skipped: untried")[0]

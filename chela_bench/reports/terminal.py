@@ -22,7 +22,8 @@ def sweep_table(run: Run, points: Sequence[Point]) -> RenderableType:
     """One table for each op, direction, dtype and shape; what failed and why; a line of counts.
 
     A cell is the median time and its multiple of the floor; `*` marks the fastest correct
-    implementation of its row. Columns that do not fit the width continue in a further block.
+    implementation of its row. Columns that do not fit the width continue in a further block. What
+    was skipped at every length has no column, unless nothing else has one.
     """
     return _Sweep(run, tuple(points))
 
@@ -63,7 +64,8 @@ def _blocks(group: Group, width: int) -> Iterator[RenderableType]:
     floors = [group.floor_ns(tokens) for tokens in group.lengths]
     if any(floors):
         leading.append(("floor", [Text(duration(f) if f else "-") for f in floors]))
-    waiting = [(series.label, _cells(group, series)) for series in group.series]
+    tried = [s for s in group.series if any(p.outcome != "skipped" for p in s.points)]
+    waiting = [(series.label, _cells(group, series)) for series in tried or group.series]
     while waiting:
         block, room = leading, width - sum(_column_width(*column) + _GAP for column in leading)
         while waiting and (room >= _column_width(*waiting[0]) or block is leading):
