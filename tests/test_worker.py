@@ -3,7 +3,9 @@ process."""
 
 from __future__ import annotations
 
+import _thread
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -148,3 +150,19 @@ def test_advice_about_memory_is_left_out():
     said = "CUDA out of memory. Tried 2 GiB. Including non-PyTorch memory, this process has 4 GiB."
     reason = outcome_of(torch.OutOfMemoryError(said))[1]
     assert reason == "OutOfMemoryError: CUDA out of memory. Tried 2 GiB."
+
+
+def test_a_thread_that_python_did_not_start_is_no_leftover():
+    """Autograd's threads on a GPU, say, once a backward written in Python has run in them."""
+    before, known, end = worker_module.python_threads(), threading.Event(), threading.Event()
+
+    def run():
+        threading.current_thread()
+        known.set()
+        end.wait()
+
+    _thread.start_new_thread(run, ())
+    known.wait()
+    assert threading.active_count() > before
+    assert worker_module.python_threads() == before
+    end.set()

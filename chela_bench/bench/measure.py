@@ -7,7 +7,6 @@ very shape and dtype, and does so again after timing, on fresh inputs.
 from __future__ import annotations
 
 import contextlib
-import gc
 from typing import Any
 
 import torch
@@ -68,12 +67,6 @@ def measure(bench: Bench, case: Case, user_impls: dict[str, Impl]) -> tuple[Poin
         outcome, reason = finished.outcome, finished.reason
         columns = {name: value for name, value in columns.items() if name not in _TIMES}
         samples = []
-    finally:
-        call = inputs = None  # type: ignore[assignment]
-        gc.collect()
-        if bench.cuda:
-            with contextlib.suppress(RuntimeError):  # after a CUDA error this fails as well
-                torch.cuda.empty_cache()
     point = point_of(
         case,
         bench.session,

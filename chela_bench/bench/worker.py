@@ -12,7 +12,9 @@ belong to whatever the implementations print and go to the run's worker.log.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import gc
 import json
 import math
 import os
@@ -146,6 +148,7 @@ class Worker:
                 outcome=outcome,
                 reason=reason,
             )
+        release_memory(cuda=bench.cuda)
         spent = Spent(**{f"{name}_s": round(s, 6) for name, s in bench.spent_s.items()})
         point = point.model_copy(update={"spent": spent})
         spoilt = (
@@ -199,8 +202,24 @@ def process_state() -> tuple[object, ...]:
         torch.backends.cudnn.allow_tf32,
         torch.backends.cudnn.benchmark,
         (folder.st_dev, folder.st_ino),
-        threading.active_count(),  # one that stays takes time from everyone after it
+        python_threads(),  # one that stays takes time from everyone after it
     )
+
+
+def python_threads() -> int:
+    """Threads that Python code started; autograd's own show up as dummies once they run any."""
+    threads = threading.enumerate()
+    return sum(not isinstance(thread, threading._DummyThread) for thread in threads)
+
+
+def release_memory(*, cuda: bool) -> None:
+    """What the last case held is free again; after an exception only now that it is gone."""
+    gc.collect()
+    if cuda:
+        import torch
+
+        with contextlib.suppress(RuntimeError):  # after a CUDA error this fails as well
+            torch.cuda.empty_cache()
 
 
 def held_bytes(*, cuda: bool) -> int:
