@@ -70,7 +70,7 @@ def sweep(
             done = {p.key for p in store.load_points(folder_path) if p.outcome not in retry}
             left = [case for case in cases if case.key not in done]
             if resumed is not None and left:
-                run = run.model_copy(update={"finished_utc": None})
+                run = run.model_copy(update={"finished_utc": None, "cost": None})
             folder.write_run(run)
             listener.started(run, folder_path, len(left), _warnings(crew))
             spent = _measure_all(settings, left, crew, folder, listener)
