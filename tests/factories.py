@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from chela_bench.records import Ceilings, Environment, Hbm, Point, Quantiles, Run, Telemetry
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -164,3 +166,85 @@ def h100_sweep(direction: str = "fwd") -> list[Point]:
             )
         )
     return points
+
+
+HOSTILE = "[red]x[/red] | `code` <script>alert(1)</script> $a$ \x1b[31mred\x1b[0m\x07\u202e **b**"
+LONG = "path/to/some/folder/kernels.py:" + "linear_attention_" * 6
+
+
+def all_failed() -> list[Point]:
+    wrong = {"peak_bytes": 12345, "error_rel": 0.75, "host_ns": 777_000}
+    return [
+        make_failure(outcome, reason, T, impl=impl, floor_ns=5555, **more)
+        for T in LENGTHS
+        for impl, outcome, reason, more in (
+            ("fla_chunk", "skipped", "fla is not installed", {}),
+            ("chunked", "oom", "CUDA out of memory", {}),
+            ("quadratic", "wrong", "error above its budget", wrong),
+        )
+    ]
+
+
+def cpu_sweep() -> list[Point]:
+    return [
+        make_point(T, impl=impl, device="cpu", l2=None, dtype="fp32", time_ns=scale * T)
+        for T in (128, 256, 512)
+        for impl, scale in (("chunked", 900), ("recurrent", 30_000))
+    ]
+
+
+def contenders(count: int) -> list[Point]:
+    return [
+        make_point(T, impl=f"contender_{i:02d}", time_ns=20.0 * T * 1.3**i, floor_ns=5 * T)
+        for i in range(count)
+        for T in LENGTHS
+    ]
+
+
+def block_sizes() -> list[Point]:
+    return [
+        make_point(T, time_ns=T * block, impl="triton_chunked", config={"BLOCK_T": block, "w": 4})
+        for T in LENGTHS
+        for block in (32, 64, 128)
+    ]
+
+
+def conv_sweep() -> list[Point]:
+    """The serial order, in an H100's magnitudes."""
+    points = []
+    for T in (1024, 4096, 16384, 65536):
+        for impl, ns in (("triton", 43.0), ("torch_rfft", 361.0), ("flashfftconv", 108.0)):
+            shape = {"B": 8, "T": T, "D": 1024}
+            conv: dict[str, Any] = {
+                "op": "short_long_conv",
+                "shape": shape,
+                "config": {"order": "serial"},
+            }
+            more: dict[str, Any] = {
+                "floor_ns": 11 * T,
+                "compulsory_bytes": 33 * 1024 * T,
+                "peak_bytes": 16384 * T,
+            }
+            points.append(make_point(impl=impl, time_ns=ns * T**1.05, **conv, **more))
+        reason = f"estimated {T / 4096:.1f} s > limit 2 s"
+        points.append(make_failure("skipped", reason, impl="direct", **conv))
+    return points
+
+
+SWEEPS = {
+    "h100": (make_run(), h100_sweep()),
+    "fwdbwd": (make_run(), h100_sweep("fwdbwd")),
+    "cpu": (make_cpu_run(), cpu_sweep()),
+    "all failed": (make_run(), all_failed()),
+    "one point": (make_run(), [make_point(floor_ns=5555)]),
+    "one failure": (make_run(), [make_failure("oom", "CUDA out of memory")]),
+    "one length": (make_run(), [p for p in h100_sweep() if p.shape["T"] == 1024]),
+    "many": (make_run(), contenders(16)),
+    "block sizes": (make_run(), block_sizes()),
+    "hostile": (make_run(), [make_point(impl=HOSTILE), make_failure("crash", HOSTILE, 2048)]),
+    "long names": (make_run(), [make_point(T, impl=LONG, floor_ns=T) for T in LENGTHS]),
+    "odd lengths": (make_run(), [make_point(T) for T in (1000, 1024, 3072, 8000, 50000)]),
+    "conv": (make_run(), conv_sweep()),
+    "no memory used": (make_run(), [make_point(T, peak_bytes=T - 1024) for T in LENGTHS]),
+}
+sweeps = pytest.mark.parametrize(("run", "points"), SWEEPS.values(), ids=SWEEPS)

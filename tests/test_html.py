@@ -17,9 +17,20 @@ from chela_bench.records import Hbm, Point, Run
 from chela_bench.reports.figures import figures, render
 from chela_bench.reports.groups import named_groups
 from chela_bench.reports.html import page
-from tests.factories import h100_sweep, make_cpu_run, make_failure, make_point, make_run
+from tests.factories import (
+    HOSTILE,
+    SWEEPS,
+    all_failed,
+    block_sizes,
+    cpu_sweep,
+    h100_sweep,
+    make_cpu_run,
+    make_failure,
+    make_point,
+    make_run,
+    sweeps,
+)
 from tests.running import ROOT
-from tests.test_reports import HOSTILE, SWEEPS, all_failed, block_sizes, cpu_sweep, sweeps
 
 BREAKS_OUT = "\"><img src=x onerror=alert(1)><!-- ' --></script></style></title>"
 VOID = {"meta", "link", "img", "br", "hr", "input", "wbr"}

@@ -6,31 +6,30 @@ import math
 import re
 import subprocess
 import sys
-from itertools import combinations, pairwise
-from typing import Any
+from itertools import pairwise
 
-import matplotlib
 import pandas as pd
 import pytest
-from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
-from matplotlib.text import Text as Label
 from rich.console import Console
 
 from chela_bench.records import Hbm, Point, Quantiles, Run, Static, Telemetry
-from chela_bench.reports.figures import figures, render
 from chela_bench.reports.fit import fitted_slope
 from chela_bench.reports.groups import failures, groups
 from chela_bench.reports.markdown import summary
-from chela_bench.reports.style import INK, styles
 from chela_bench.reports.tables import points_frame
 from chela_bench.reports.terminal import sweep_table
 from chela_bench.reports.text import duration, length, lengths, memory, plain, three_digits
-from tests.factories import LENGTHS, h100_sweep, make_cpu_run, make_failure, make_point, make_run
-
-HOSTILE = "[red]x[/red] | `code` <script>alert(1)</script> $a$ \x1b[31mred\x1b[0m\x07\u202e **b**"
-LONG = "path/to/some/folder/kernels.py:" + "linear_attention_" * 6
-FWD = "linear_attention-fwd-bf16-B1-H16-K128-V128"
+from tests.factories import (
+    LENGTHS,
+    SWEEPS,
+    all_failed,
+    block_sizes,
+    h100_sweep,
+    make_failure,
+    make_point,
+    make_run,
+    sweeps,
+)
 
 
 def printed(run: Run, points: list[Point], width: int = 80) -> str:
@@ -38,87 +37,6 @@ def printed(run: Run, points: list[Point], width: int = 80) -> str:
     with console.capture() as capture:
         console.print(sweep_table(run, points))
     return capture.get()
-
-
-def all_failed() -> list[Point]:
-    wrong = {"peak_bytes": 12345, "error_rel": 0.75, "host_ns": 777_000}
-    return [
-        make_failure(outcome, reason, T, impl=impl, floor_ns=5555, **more)
-        for T in LENGTHS
-        for impl, outcome, reason, more in (
-            ("fla_chunk", "skipped", "fla is not installed", {}),
-            ("chunked", "oom", "CUDA out of memory", {}),
-            ("quadratic", "wrong", "error above its budget", wrong),
-        )
-    ]
-
-
-def cpu_sweep() -> list[Point]:
-    return [
-        make_point(T, impl=impl, device="cpu", l2=None, dtype="fp32", time_ns=scale * T)
-        for T in (128, 256, 512)
-        for impl, scale in (("chunked", 900), ("recurrent", 30_000))
-    ]
-
-
-def contenders(count: int) -> list[Point]:
-    return [
-        make_point(T, impl=f"contender_{i:02d}", time_ns=20.0 * T * 1.3**i, floor_ns=5 * T)
-        for i in range(count)
-        for T in LENGTHS
-    ]
-
-
-def block_sizes() -> list[Point]:
-    return [
-        make_point(T, time_ns=T * block, impl="triton_chunked", config={"BLOCK_T": block, "w": 4})
-        for T in LENGTHS
-        for block in (32, 64, 128)
-    ]
-
-
-def conv_sweep() -> list[Point]:
-    """The serial order, in an H100's magnitudes."""
-    points = []
-    for T in (1024, 4096, 16384, 65536):
-        for impl, ns in (("triton", 43.0), ("torch_rfft", 361.0), ("flashfftconv", 108.0)):
-            shape = {"B": 8, "T": T, "D": 1024}
-            conv: dict[str, Any] = {
-                "op": "short_long_conv",
-                "shape": shape,
-                "config": {"order": "serial"},
-            }
-            more: dict[str, Any] = {
-                "floor_ns": 11 * T,
-                "compulsory_bytes": 33 * 1024 * T,
-                "peak_bytes": 16384 * T,
-            }
-            points.append(make_point(impl=impl, time_ns=ns * T**1.05, **conv, **more))
-        reason = f"estimated {T / 4096:.1f} s > limit 2 s"
-        points.append(make_failure("skipped", reason, impl="direct", **conv))
-    return points
-
-
-SWEEPS = {
-    "h100": (make_run(), h100_sweep()),
-    "fwdbwd": (make_run(), h100_sweep("fwdbwd")),
-    "cpu": (make_cpu_run(), cpu_sweep()),
-    "all failed": (make_run(), all_failed()),
-    "one point": (make_run(), [make_point(floor_ns=5555)]),
-    "one failure": (make_run(), [make_failure("oom", "CUDA out of memory")]),
-    "one length": (make_run(), [p for p in h100_sweep() if p.shape["T"] == 1024]),
-    "many": (make_run(), contenders(16)),
-    "block sizes": (make_run(), block_sizes()),
-    "hostile": (make_run(), [make_point(impl=HOSTILE), make_failure("crash", HOSTILE, 2048)]),
-    "long names": (make_run(), [make_point(T, impl=LONG, floor_ns=T) for T in LENGTHS]),
-    "odd lengths": (make_run(), [make_point(T) for T in (1000, 1024, 3072, 8000, 50000)]),
-    "conv": (make_run(), conv_sweep()),
-    "no memory used": (make_run(), [make_point(T, peak_bytes=T - 1024) for T in LENGTHS]),
-}
-sweeps = pytest.mark.parametrize(("run", "points"), SWEEPS.values(), ids=SWEEPS)
-
-
-# Words and numbers
 
 
 @pytest.mark.parametrize(
@@ -439,235 +357,6 @@ def test_markdown_escapes_other_peoples_text() -> None:
 
 def test_markdown_of_no_points_says_so() -> None:
     assert "no points: nothing was measured" in summary(make_run(), [])
-
-
-# Figures
-
-
-def drawn_labels(figure: Figure, monkeypatch: pytest.MonkeyPatch) -> list[Label]:
-    """The texts that a reader sees, as they were drawn."""
-    seen: list[Label] = []
-    draw = Label.draw
-
-    def noting(self: Label, renderer: object) -> None:
-        if self.get_visible() and self.get_text():
-            seen.append(self)
-        draw(self, renderer)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Label, "draw", noting)
-        figure.canvas.draw()
-    return seen
-
-
-def words(figure: Figure, monkeypatch: pytest.MonkeyPatch) -> str:
-    return "\n".join(label.get_text() for label in drawn_labels(figure, monkeypatch))
-
-
-@sweeps
-def test_no_text_overlaps_or_leaves_the_figure(
-    run: Run, points: list[Point], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, figure in figures(run, points).items():
-        labels = drawn_labels(figure, monkeypatch)
-        assert min(float(label.get_fontsize()) for label in labels) >= 9
-        boxes = [(label.get_text(), label.get_window_extent()) for label in labels]
-        width, height = figure.canvas.get_width_height()
-        assert width == 900
-        for text, box in boxes:
-            inside = box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
-            assert inside, f"{name}: {text!r} leaves the figure"
-        for (one, a), (other, b) in combinations(boxes, 2):
-            apart = a.x1 <= b.x0 or b.x1 <= a.x0 or a.y1 <= b.y0 + 2 or b.y1 <= a.y0 + 2
-            assert apart, f"{name}: {one!r} overlaps {other!r}"
-
-
-@pytest.mark.parametrize("ns", [111, 3_000, 4_999, 77_777_777])
-def test_a_single_point_has_a_scale(ns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    points = [make_point(time_ns=ns, peak_bytes=3 * ns)]
-    for figure in figures(make_run(), points).values():
-        ticks = re.findall(r"^\d+ \S+$", words(figure, monkeypatch), flags=re.MULTILINE)
-        assert len(ticks) >= 2
-
-
-def test_dollars_are_not_mathematics(monkeypatch: pytest.MonkeyPatch) -> None:
-    (figure,) = figures(make_run(), [make_point(impl="a$x^2$b")]).values()
-    assert r"a\$x^2\$b" in words(figure, monkeypatch)
-
-
-def test_a_name_is_drawn_whatever_it_begins_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    (figure,) = figures(make_run(), [make_point(impl="_mine")]).values()
-    assert "_mine" in words(figure, monkeypatch)
-
-
-def test_figure_names_are_slugs() -> None:
-    same = [make_failure("crash", "x", op=op) for op in ("../a b", "a b")]
-    assert list(figures(make_run(), [*h100_sweep(), *same])) == [
-        "a_b-fwd-bf16-B1-H16-K128-V128-time",
-        "a_b-fwd-bf16-B1-H16-K128-V128_-time",
-        "linear_attention-fwd-bf16-B1-H16-K128-V128-time",
-        "linear_attention-fwd-bf16-B1-H16-K128-V128-floor",
-        "linear_attention-fwd-bf16-B1-H16-K128-V128-hbm",
-        "linear_attention-fwd-bf16-B1-H16-K128-V128-memory",
-    ]
-
-
-def test_time_figure_names_lines_slopes_floor_and_failures(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = words(figures(make_run(), h100_sweep())[f"{FWD}-time"], monkeypatch)
-    assert re.search(r"^quadratic +T\^2\.00\s±0\.02$", text, flags=re.MULTILINE)
-    assert "softmax_attention/sdpa_flash\n(another function)" in text
-    assert "HBM floor at 3020 GB/s" in text
-    assert {"quadratic: oom", "naive_cumsum: oom", "recurrent: skipped"} <= set(text.splitlines())
-    assert "hollow: wall time" in text
-    assert [length(T) for T in LENGTHS] == re.findall(r"^\d+k$", text, flags=re.MULTILINE)
-    for fact in ("H100", "torch 2.11.0", "triton 3.6.0", "event timer, cold L2", "2026-01-02"):
-        assert fact in text
-
-
-def test_only_another_function_is_dashed() -> None:
-    axes = figures(make_run(), h100_sweep())[f"{FWD}-time"].axes[0]
-    dashed = {to_hex(line.get_color()) for line in axes.lines if line.get_linestyle() == "--"}
-    assert dashed == {styles(["sdpa_flash"])["sdpa_flash"].colour}
-
-
-def test_a_floor_that_is_not_copying_is_not_called_hbm(monkeypatch: pytest.MonkeyPatch) -> None:
-    points = [make_point(T, floor_ns=T, compulsory_bytes=T) for T in LENGTHS]
-    text = words(figures(make_run(), points)[f"{FWD}-time"], monkeypatch)
-    assert "HBM floor" not in text
-    assert "matmul rate" in text
-
-
-def test_a_figure_of_failures_has_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    figure = figures(make_run(), all_failed())[f"{FWD}-time"]
-    assert len(figure.axes[0].lines) == 1  # the floor
-    assert "nothing in this sweep succeeded" in words(figure, monkeypatch)
-    assert f"{FWD}-memory" not in figures(make_run(), all_failed())
-
-
-def test_no_points_make_no_figure() -> None:
-    assert figures(make_run(), []) == {}
-
-
-def test_a_cpu_run_has_no_floor_and_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    (name,) = (made := figures(make_cpu_run(), cpu_sweep()))
-    text = words(made[name], monkeypatch)
-    assert name.endswith("-time")
-    assert "floor" not in text
-    assert "wall clock" in text
-
-
-def test_no_memory_beyond_the_inputs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    run, points = SWEEPS["no memory used"]
-    figure = figures(run, points)[f"{FWD}-memory"]
-    assert figure is not None
-    assert "chunked: 0 B" in words(figure, monkeypatch)
-
-
-def figure_of(kind: str, points: list[Point]) -> Figure:
-    (figure,) = (f for name, f in figures(make_run(), points).items() if name.endswith(kind))
-    return figure
-
-
-def drawn_values(figure: Figure) -> dict[str, dict[float, float]]:
-    """Lines by colour: values by length."""
-    return {
-        to_hex(line.get_color()): dict(zip(*line.get_data(), strict=True))
-        for line in figure.axes[0].lines
-        if len(line.get_xdata()) > 1 and line.get_linestyle() != "None"
-    }
-
-
-def test_floor_figure_shows_multiples_and_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
-    points = [*h100_sweep(), make_failure("crash", "no", 1024, impl="direct")]
-    figure = figure_of("-floor", points)
-    lines = drawn_values(figure)
-    assert lines[styles(["fla_chunk"])["fla_chunk"].colour.lower()] == {
-        p.shape["T"]: p.x_floor for p in points if p.impl == "fla_chunk"
-    }
-    assert lines[INK] == dict.fromkeys(LENGTHS, 1.0)
-    assert len(lines) == 8  # six with a kernel time, softmax, the floor
-    text = words(figure, monkeypatch)
-    assert "HBM floor at 3020 GB/s" in text
-    assert "no kernel time: recurrent" in text
-    assert "each function over its own floor" in text
-    assert {"quadratic: oom", "direct: crash"} <= set(text.splitlines())
-    assert {"1x", "10x", "100x"} <= set(text.splitlines())
-
-
-def test_hbm_figure_shows_the_model_and_the_compulsory_bytes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    points = h100_sweep()
-    figure = figure_of("-hbm", points)
-    lines = drawn_values(figure)
-    assert lines[styles(["chunked"])["chunked"].colour.lower()] == {
-        p.shape["T"]: p.hbm.model_bytes for p in points if p.impl == "chunked"
-    }
-    assert lines[INK] == {p.shape["T"]: p.compulsory_bytes for p in points if p.impl == "chunked"}
-    text = words(figure, monkeypatch)
-    assert "HBM bytes per call, modelled" in text
-    assert "compulsory bytes" in text
-    assert re.search(r"neither measured nor modelled:\srecurrent,", text)
-    assert "quadratic: oom" in text
-
-
-def test_hbm_figure_prefers_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = Hbm(read_bytes=2**24, write_bytes=2**23, model_bytes=2**20, source="ncu")
-    modelled = Hbm(model_bytes=2**20, source="model")
-    points = [make_point(T, hbm=measured) for T in LENGTHS]
-    figure = figure_of("-hbm", points)
-    assert "HBM bytes per call, measured (ncu)" in words(figure, monkeypatch)
-    assert set(*(line.values() for line in drawn_values(figure).values())) == {2**24 + 2**23}
-    figure = figure_of("-hbm", [*points, *(make_point(T, hbm=modelled) for T in LENGTHS[3:])])
-    text = words(figure, monkeypatch)
-    assert "HBM bytes per call, modelled or measured (ncu)" in text
-    assert {"chunked (model)", "chunked (ncu)"} <= set(text.splitlines())
-    faces = [to_hex(line.get_markerfacecolor()) for line in figure.axes[0].lines[:2]]
-    assert sorted(face == "#ffffff" for face in faces) == [False, True]
-
-
-def test_no_figure_without_its_value() -> None:
-    assert [name.rpartition("-")[2] for name in figures(make_run(), [make_point()])] == ["time"]
-    wall = make_point(time_ns=None, wall_ns=1000, floor_ns=10)
-    assert [name.rpartition("-")[2] for name in figures(make_run(), [wall])] == ["time"]
-
-
-def test_styles_tell_sixteen_implementations_apart_and_stay() -> None:
-    names = [point.impl for point in contenders(16)]
-    chosen = styles([*names, "fla_chunk"])
-    assert len(set(chosen.values())) == 17
-    assert chosen == styles([*names[::-1], "fla_chunk"])
-    assert chosen["fla_chunk"] == styles(["fla_chunk"])["fla_chunk"]
-    assert len({style.colour for style in styles(names[::7][:7]).values()}) == 7
-
-
-def test_one_implementation_looks_the_same_in_every_figure() -> None:
-    made = figures(make_run(), [*h100_sweep(), *h100_sweep("fwdbwd")]).values()
-    looks = [
-        {to_hex(line.get_color()) + str(line.get_marker()) for line in figure.axes[0].lines}
-        for figure in made
-    ]
-    ours = styles(["triton_chunked"])["triton_chunked"]
-    assert len(looks) == 8
-    assert all((ours.colour + ours.marker).lower() in look for look in looks)
-
-
-@pytest.mark.parametrize("format", ["svg", "png", "pdf"])
-def test_rendering_is_stable(format: str) -> None:
-    once, again = (
-        next(iter(figures(*SWEEPS["h100"]).values())) for _ in range(2)
-    )  # fmt: skip
-    content = render(once, format)  # type: ignore[arg-type]
-    assert content == render(once, format) == render(again, format)  # type: ignore[arg-type]
-    assert b"<dc:date>" not in content
-
-
-def test_the_users_settings_neither_matter_nor_change() -> None:
-    plain_settings = render(next(iter(figures(*SWEEPS["cpu"]).values())), "svg")
-    with matplotlib.rc_context({"font.size": 30, "axes.grid": False, "svg.fonttype": "path"}):
-        before = dict(matplotlib.rcParams)
-        assert render(next(iter(figures(*SWEEPS["cpu"]).values())), "svg") == plain_settings
-        assert dict(matplotlib.rcParams) == before
 
 
 def test_reports_need_no_torch_and_no_pyplot() -> None:
