@@ -6,12 +6,15 @@ import contextlib
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from chela_bench.bench import estimate, timing
+from chela_bench.bench import estimate, measure, timing
 from chela_bench.bench.bounds import bounds, shortest_ns
 from chela_bench.bench.cases import Case
-from chela_bench.bench.job import Finished
+from chela_bench.bench.job import Finished, Job
+from chela_bench.bench.registry import get_op
 from chela_bench.bench.timing import Budget
+from chela_bench.bench.tuning import Tunings
 from chela_bench.records import Ceilings
 
 
@@ -75,6 +78,13 @@ def test_keeping_busy_never_fills_the_launch_queue(call_ns, calls):
 def _job(known, *, tokens, growth=1.0, limit_s=1.0, seconds_at=None):
     """A job that knows some lengths; probing a length takes what `seconds_at` says."""
     session = SimpleNamespace(limits=SimpleNamespace(call_s=limit_s))
+
+    @contextlib.contextmanager
+    def at(tokens):
+        call = seconds_at(tokens)
+        call()
+        yield call
+
     return SimpleNamespace(
         tokens=tokens,
         known_seconds=known,
@@ -84,9 +94,7 @@ def _job(known, *, tokens, growth=1.0, limit_s=1.0, seconds_at=None):
             announce=lambda phase: None,
             spending=lambda activity: contextlib.nullcontext(),
         ),
-        tuned=lambda tokens: contextlib.nullcontext(),
-        draw=lambda tokens: tokens,
-        call=lambda tokens: seconds_at(tokens),
+        at=at,
     )
 
 
@@ -184,3 +192,33 @@ def test_the_floor_is_whole_positive_and_absent_where_nothing_was_measured():
     assert bounds(fast, _case("fwd", T=1))["floor_ns"] == 1
     assert "floor_ns" not in bounds(Ceilings(), _case("fwd"))
     assert bounds(CEILINGS, _case("decode")) == {}
+
+
+def test_a_short_probe_is_tuned_before_its_launches_are_counted(monkeypatch):
+    """An autotuned kernel's first call at a length launches every candidate many times."""
+    tuned, launched = set(), []
+
+    def function(q, k, v):
+        launched.append(1 if q.shape[1] in tuned else 600)
+        tuned.add(q.shape[1])
+        return v
+
+    def count_launches(call):
+        launched.clear()
+        call()
+        return sum(launched)
+
+    monkeypatch.setattr(timing, "count_launches", count_launches)
+    bench = SimpleNamespace(
+        session=SimpleNamespace(inputs="randn", seed=0),
+        device=torch.device("cpu"),
+        announce=lambda phase: None,
+        spending=lambda activity: contextlib.nullcontext(),
+        tunings=Tunings(),
+    )
+    op = get_op("linear_attention")
+    job = Job(bench, _case("fwd", T=1024), op, op.impl("chunked"), function)
+    call = job.call(job.draw())
+    call()
+    assert measure._launches(job, call, measure.SLOW_NS + 1) == 1
+    assert measure.SHORT_TOKENS in tuned

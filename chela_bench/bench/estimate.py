@@ -51,15 +51,9 @@ def _grown(job: Job, seconds: float, shorter: int, tokens: int) -> float:
 
 
 def _probed_seconds(job: Job, tokens: int) -> float | None:
-    job.bench.announce("build")
     try:
-        with job.tuned(tokens):
-            inputs = job.draw(tokens=tokens)
-            with job.bench.spending("compiling"):
-                call = job.call(inputs)
-                call()
-            with job.bench.spending("timing"):
-                return timing.fastest_ns(call) / 1e9
+        with job.at(tokens) as call, job.bench.spending("timing"):
+            return timing.fastest_ns(call) / 1e9
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise Finished("oom", f"out of memory already at T = {tokens}: {error}") from error
     except Exception:  # it may take the length asked for all the same: that decides

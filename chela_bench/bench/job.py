@@ -100,6 +100,17 @@ class Job:
         """While at it, autotuners choose for the case's shape, or for that of another length."""
         return self.bench.tunings.at(f"{self.case.op}/{shape_label(self.shape(tokens))}")
 
+    @contextmanager
+    def at(self, tokens: int) -> Iterator[Results]:
+        """A call at another length, compiled and tuned for it."""
+        self.bench.announce("build")
+        with self.tuned(tokens):
+            inputs = self.draw(tokens=tokens)
+            with self.bench.spending("compiling"):
+                call = self.call(inputs)
+                call()
+            yield call
+
     def draw(self, *, tokens: int | None = None, seed: int = 0, other: bool = False) -> Inputs:
         """The case's inputs; `other` takes the distribution that is not timed."""
         distribution = self.bench.session.inputs

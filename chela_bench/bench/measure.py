@@ -170,10 +170,7 @@ def _enough(samples: list[float]) -> list[float]:
 def _launches(job: Job, call: Results, first_ns: int) -> int | None:
     """Launches of one call, or None if a short sequence already takes more than MAX_LAUNCHES."""
     if first_ns > SLOW_NS and job.tokens > SHORT_TOKENS:
-        job.bench.announce("build")
-        # it need not take another length
-        with contextlib.suppress(Exception), job.tuned(SHORT_TOKENS):
-            short = job.call(job.draw(tokens=SHORT_TOKENS))
+        with contextlib.suppress(Exception), job.at(SHORT_TOKENS) as short:  # it need not take it
             if timing.count_launches(short) > timing.MAX_LAUNCHES:
                 return None
         job.bench.announce("time")
@@ -193,16 +190,9 @@ def _peak_bytes(call: Results) -> int:
 def _add_host_ns(job: Job, columns: dict[str, Any], nulls: dict[str, str]) -> None:
     known = job.bench.host_ns
     if job.series not in known:
-        job.bench.announce("build")
         try:
-            with job.tuned(TINY_TOKENS):
-                inputs = job.draw(tokens=TINY_TOKENS)
-                with job.bench.spending("compiling"):
-                    call = job.call(inputs)
-                    for _ in range(3):
-                        call()
-                with job.bench.spending("timing"):
-                    known[job.series] = timing.host_ns(call)
+            with job.at(TINY_TOKENS) as call, job.bench.spending("timing"):
+                known[job.series] = timing.host_ns(call)
         except Exception as error:  # it need not take another length; its point stands
             nulls["host_ns"] = f"at T = {TINY_TOKENS}: {type(error).__name__}: {error}"[:200]
             return

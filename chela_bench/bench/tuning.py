@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-# Of each candidate, in ms. Triton's own 25 and 100 would take 7 s for fla's forward at one shape.
+# Of each candidate, in ms. Triton's own 25 and 100, times fla's 51 candidates, are 6.4 s a shape.
 WARMUP_MS, REPEAT_MS = 10, 40
 
 _Cache = dict[Any, Any]
