@@ -78,6 +78,11 @@ def test_an_implementation_brings_its_op(config):
     assert {case.op for case in _cases(config, impls=["sdpa_flash"])} == {"softmax_attention"}
 
 
+def test_a_presets_shapes_of_other_ops_are_left_out(config):
+    cases = _cases(config, preset="published", impls=["fla_chunk"], directions=["fwd"])
+    assert sorted(case.shape["T"] for case in cases) == [2048, 8192, 16384, 16384, 65536]
+
+
 def test_axes_multiply_only_where_they_are_taken(config):
     cases = _cases(config, impls=["triton_chunked", "chunked"], lens="1k", directions=["fwd"],
                    axes={"BLOCK_T": [32, 64], "num_warps": [4]})  # fmt: skip
