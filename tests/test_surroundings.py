@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -253,7 +254,8 @@ CARELESS = {  # implementations that are right and leave something behind -> a n
     "right": False,
     "prints": False,
     "sets_the_default_dtype": True,
-    "starts_threads": True,
+    "starts_an_idle_thread": False,
+    "starts_a_busy_thread": True,
     "leaks_memory": True,
 }
 
@@ -282,6 +284,13 @@ def test_a_worker_with_leftovers_is_replaced_and_the_point_counts(careless, name
     point, replaced = careless[0][name]
     assert point.outcome == "ok", point.reason
     assert replaced == CARELESS[name]
+
+
+def test_the_log_says_why_a_worker_was_replaced(careless):
+    log = careless[1]
+    assert "starts_a_busy_thread/fwd" in log and "it left threads running: polls; a new" in log
+    assert "default dtype: torch.float32 before, torch.float64 now; a new worker follows" in log
+    assert re.search(r"leaks_memory/.*: 1\.\d GiB more are held; a new worker follows", log)
 
 
 def test_os_exit_is_a_crash(careless):

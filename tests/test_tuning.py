@@ -8,6 +8,7 @@ import types
 import pytest
 import triton
 import triton.language as tl
+from triton.runtime._async_compile import active_mode
 
 from chela_bench.bench import tuning
 
@@ -76,3 +77,30 @@ def test_an_error_inside_restores_what_was_chosen_outside(kernels):
     with pytest.raises(ValueError, match="inside"), tuning.Tunings().at("T1024"):
         raise ValueError("inside")
     assert alone.cache == {"key": "outside"}
+
+
+def test_candidates_compile_side_by_side_before_the_first_is_timed(kernels, monkeypatch):
+    alone, _ = kernels
+    events = []
+
+    class Kernel:
+        def run(self, x, T, *, BLOCK, warmup, **options):
+            mode = active_mode.get()
+            events.append(("compile" if warmup else "run", BLOCK, mode is not None))
+            if mode is not None and BLOCK == 16:
+                mode.submit(BLOCK, lambda: 1 // 0, None)  # it will not be timed either
+
+    def bench(kernel_call, quantiles):
+        kernel_call()
+        return [1.0, 1.0, 1.0]
+
+    monkeypatch.setattr(tuning, "_bench", bench)
+    alone.fn = Kernel()
+    with tuning.Tunings().at("T1024"):
+        for _ in range(2):
+            alone.run(None, 1024, grid=(1,), warmup=False)
+    assert events == [
+        ("compile", 16, True), ("compile", 32, True),
+        ("run", 16, False), ("run", 32, False),  # timed
+        ("run", 16, False), ("run", 16, False),  # called
+    ]  # fmt: skip

@@ -12,16 +12,13 @@ belong to whatever the implementations print and go to the run's worker.log.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import gc
 import json
 import math
 import os
 import resource
 import signal
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +26,6 @@ from chela_bench.bench.cases import Case, Session
 from chela_bench.errors import ArgumentError, ChelaBenchError, EnvironmentProblem
 from chela_bench.records import Ceilings, Outcome, Spent, Telemetry
 
-LEAK_BYTES = 1 << 30  # libraries keep some: workspaces, compiled code, the heap's own slack
 _PR_SET_PDEATHSIG = 1
 _ALLOCATOR_SAYS = ("can't allocate memory", "Storage size calculation overflowed")
 
@@ -130,12 +126,13 @@ class Worker:
 
     def measure(self, case: Case) -> None:
         from chela_bench.bench.bounds import point_of
+        from chela_bench.bench.leftovers import left_behind, release_memory, state
         from chela_bench.bench.measure import measure
 
         bench = self.bench
         bench.spent_s = {}
         samples: list[float] = []
-        before, held = process_state(), held_bytes(cuda=bench.cuda)
+        before = state(cuda=bench.cuda)
         try:
             point, samples = measure(bench, case, self.user_impls)
         except (Exception, SystemExit) as error:  # what an implementation raises is an outcome
@@ -151,14 +148,11 @@ class Worker:
         release_memory(cuda=bench.cuda)
         spent = Spent(**{f"{name}_s": round(s, 6) for name, s in bench.spent_s.items()})
         point = point.model_copy(update={"spent": spent})
-        spoilt = (
-            process_state() != before
-            or (bench.cuda and device_is_broken())
-            or held_bytes(cuda=bench.cuda) - held > LEAK_BYTES
-        )
-        self.answer(
-            {"point": point.model_dump(mode="json"), "samples_ns": samples, "spoilt": spoilt}
-        )
+        spoilt = left_behind(before, cuda=bench.cuda)
+        if spoilt is not None:
+            print(f"{case.key}: {spoilt}; a new worker follows", file=sys.stderr, flush=True)
+        answer = {"point": point.model_dump(mode="json"), "samples_ns": samples}
+        self.answer({**answer, "spoilt": spoilt is not None})
 
 
 def outcome_of(error: BaseException) -> tuple[Outcome, str]:
@@ -184,66 +178,6 @@ def outcome_of(error: BaseException) -> tuple[Outcome, str]:
     if isinstance(error, TorchDynamoException) or names & compiler:
         return "compile_error", text
     return "crash", text
-
-
-def process_state() -> tuple[object, ...]:
-    """What an implementation may change for everyone after it: then the worker is replaced."""
-    import torch
-
-    folder = Path().stat()  # its name is gone if somebody removed it
-    return (
-        torch.get_default_dtype(),
-        torch.get_default_device(),
-        torch.get_num_threads(),
-        torch.is_grad_enabled(),
-        torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
-        torch.backends.cuda.matmul.allow_tf32,
-        torch.backends.cudnn.allow_tf32,
-        torch.backends.cudnn.benchmark,
-        (folder.st_dev, folder.st_ino),
-        python_threads(),  # one that stays takes time from everyone after it
-    )
-
-
-def python_threads() -> int:
-    """Threads that Python code started; autograd's own show up as dummies once they run any."""
-    threads = threading.enumerate()
-    return sum(not isinstance(thread, threading._DummyThread) for thread in threads)
-
-
-def release_memory(*, cuda: bool) -> None:
-    """What the last case held is free again; after an exception only now that it is gone."""
-    gc.collect()
-    if cuda:
-        import torch
-
-        with contextlib.suppress(RuntimeError):  # after a CUDA error this fails as well
-            torch.cuda.empty_cache()
-
-
-def held_bytes(*, cuda: bool) -> int:
-    """Memory that a case finds taken: the allocator's on a GPU, else the process's own."""
-    if cuda:
-        import torch
-
-        return torch.cuda.memory_allocated()
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:  # not Linux
-        return 0
-    return pages * resource.getpagesize()
-
-
-def device_is_broken() -> bool:
-    """After an illegal access every CUDA call fails: only a new process can go on."""
-    import torch
-
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False
 
 
 def die_with_parent(parent_pid: int) -> None:
