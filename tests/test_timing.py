@@ -222,3 +222,87 @@ def test_a_short_probe_is_tuned_before_its_launches_are_counted(monkeypatch):
     call()
     assert measure._launches(job, call, measure.SLOW_NS + 1) == 1
     assert measure.SHORT_TOKENS in tuned
+
+
+class Device:
+    """A stream that runs behind its host, with the clock of both: what EventTimer needs of CUDA."""
+
+    def __init__(self, monkeypatch):
+        self.now_ns = self.free_at_ns = 0
+        device = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at_ns = device.free_at_ns = max(device.now_ns, device.free_at_ns)
+
+            def query(self):
+                return device.now_ns >= self.at_ns
+
+            def synchronize(self):
+                device.now_ns = max(device.now_ns, self.at_ns)
+
+            def elapsed_time(self, end):
+                return (end.at_ns - self.at_ns) / 1e6
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
+        monkeypatch.setattr(torch.cuda, "_sleep", self.launch)
+        monkeypatch.setattr(timing, "_spin_cycles_per_ns", lambda: 1.0)
+        monkeypatch.setattr(timing.time, "perf_counter_ns", lambda: self.now_ns)
+
+    def launch(self, duration_ns):
+        self.free_at_ns = max(self.now_ns, self.free_at_ns) + duration_ns
+
+    def synchronize(self):
+        self.now_ns = max(self.now_ns, self.free_at_ns)
+
+
+def test_a_long_call_is_thrown_away_once_until_its_hold_is_long_enough(monkeypatch):
+    device = Device(monkeypatch)
+    calls = []
+
+    def call():  # 20 ms of host time, over 700 of device time
+        calls.append(None)
+        for _ in range(40):
+            device.now_ns += 500_000
+            device.launch(17_500_000)
+
+    timer = timing.EventTimer(l2_bytes=0, cold=False)
+    assert timer.sample(call) == 40 * 17.5e6
+    assert len(calls) == 2
+    assert timer.sample(call) == 40 * 17.5e6
+    assert len(calls) == 3
+
+
+def test_a_call_that_synchronises_is_given_up_soon(monkeypatch):
+    device = Device(monkeypatch)
+    calls = []
+
+    def call():
+        calls.append(None)
+        device.launch(50_000_000)
+        device.synchronize()
+
+    with pytest.raises(timing.NoKernelTime, match="synchronises"):
+        timing.EventTimer(l2_bytes=0, cold=False).sample(call)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(("lossy_rounds", "measured"), [(0, True), (2, True), (3, False)])
+def test_a_round_in_which_the_profiler_loses_launches_is_tried_again(
+    monkeypatch, lossy_rounds, measured
+):
+    rounds = iter([[1.0] * 19] * lossy_rounds + [[1.0, 2.0] * 10] * 99)
+    monkeypatch.setattr(timing, "_kernel_spans_ns", lambda calls: next(rounds))
+    with contextlib.nullcontext() if measured else pytest.raises(timing.NoKernelTime):
+        samples = timing.profiler_samples(lambda: None, None, Budget(0.0, 0.0), launches=2)
+        assert samples == [3.0] * 10
+
+
+def test_a_launch_that_the_profiler_loses_once_is_counted(monkeypatch):
+    counts = iter([[1.0, 2.0], [1.0, 2.0, 3.0]])
+    monkeypatch.setattr(timing, "_kernel_spans_ns", lambda call: next(counts))
+    assert timing.count_launches(lambda: None) == 3
