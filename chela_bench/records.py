@@ -352,13 +352,14 @@ class Cost(_Record):
     def own_s(self) -> float:
         """What was none of these, seconds: starting workers, measuring ceilings, drawing inputs,
         counting launches, reading NVML, passing and writing results."""
-        return max(0.0, self.wall_s - self.compiling_s - self.checking_s - self.timing_s)
+        own_s = self.wall_s - self.compiling_s - self.checking_s - self.timing_s
+        return round(max(0.0, own_s), 6)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def own_share(self) -> float:
         """own_s over wall_s."""
-        return self.own_s / self.wall_s if self.wall_s else 0.0
+        return round(self.own_s / self.wall_s, 6) if self.wall_s else 0.0
 
 
 class Run(_Record):

@@ -33,11 +33,6 @@ FILES: dict[str, type[BaseModel]] = {
     "points.jsonl": records.Point,
     "samples.jsonl": store.SampleLine,
 }
-PARTS: dict[type[BaseModel], tuple[type[BaseModel], ...]] = {
-    records.Run: (records.Environment, records.Ceilings),
-    records.Point: (records.Quantiles, records.Hbm, records.Static, records.Telemetry),
-    store.SampleLine: (),
-}
 
 
 def pages() -> dict[str, str]:
@@ -61,19 +56,39 @@ def records_page() -> Iterator[str]:
     )
     for file, model in FILES.items():
         yield f"## {file}\n\n{_about(model)}"
-        yield _fields(model)
-        if model.model_computed_fields:
-            yield "Derived from these, written for scripts and recomputed on reading:"
-            yield _table(
-                ("field", "type", "meaning"),
-                (
-                    (f"`{name}`", kind(field.return_type), _one_line(field.description))
-                    for name, field in model.model_computed_fields.items()
-                ),
-            )
-        for part in PARTS[model]:
+        yield from _record(model)
+        for part in _parts(model):
             yield f"### {part.__name__}\n\n{_about(part)}"
-            yield _fields(part)
+            yield from _record(part)
+
+
+def _record(model: type[BaseModel]) -> Iterator[str]:
+    yield _fields(model)
+    if model.model_computed_fields:
+        yield "Derived from these, written for scripts and recomputed on reading:"
+        yield _table(
+            ("field", "type", "meaning"),
+            (
+                (f"`{name}`", kind(field.return_type), _one_line(field.description))
+                for name, field in model.model_computed_fields.items()
+            ),
+        )
+
+
+def _parts(model: type[BaseModel]) -> list[type[BaseModel]]:
+    """The records that stand in its fields, and in theirs, each once."""
+    found: dict[type[BaseModel], None] = {}
+    for field in model.model_fields.values():
+        for part in _models(field.annotation):
+            found |= dict.fromkeys([part, *_parts(part)])
+    return list(found)
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models(argument)
 
 
 def bench_toml_page() -> Iterator[str]:

@@ -54,7 +54,7 @@ def test_every_command_has_help_with_an_example(name):
         (["report"], "Missing argument"),
         (["show", "nope"], "nope is no run folder"),
         (["runs", "nope"], "no folder nope"),
-        (["runs", "docs/results/h100-forward"], "chela-bench show docs/results/h100-forward"),
+        (["runs", "docs/results/h100"], "chela-bench show docs/results/h100"),
         (["nope"], "No such command 'nope'"),
     ],
 )

@@ -36,7 +36,7 @@ def _keys(record):
 
 @pytest.mark.parametrize("file", ["run.json", "points.jsonl", "samples.jsonl"])
 def test_every_field_on_disk_is_described(file):
-    text = (DOCS / "results" / "h100-forward" / file).read_text()
+    text = (DOCS / "results" / "h100" / file).read_text()
     records = [json.loads(text)] if file == "run.json" else map(json.loads, text.splitlines())
     assert {key for record in records for key in _keys(record)} <= _named("records.md")
 

@@ -343,12 +343,12 @@ def test_every_point_has_its_row(run: Run, points: list[Point]) -> None:
 
 
 def test_report_writes_the_page(tmp_path: Path) -> None:
-    folder = ROOT / "docs" / "results" / "h100-forward"
+    folder = ROOT / "docs" / "results" / "h100"
     done = CliRunner().invoke(cli, ["report", str(folder), "-o", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     assert f"report: {tmp_path / 'out' / 'index.html'}" in done.output
     root = tree((tmp_path / "out" / "index.html").read_text(encoding="utf-8"))
     drawn = [b64decode(str(i.attributes["src"]).partition("base64,")[2]) for i in root.all("img")]
     assert sorted(drawn) == sorted(path.read_bytes() for path in (tmp_path / "out").glob("*.svg"))
-    assert len(drawn) == 10
-    assert len(rows_of(tables(root, "failures")[0])) == 7
+    assert len(drawn) == 19
+    assert len(rows_of(tables(root, "failures")[0])) == 26

@@ -128,6 +128,6 @@ def test_show_prints_a_run_and_writes_nothing(tmp_path):
 
 @pytest.mark.parametrize("columns", ["40", "80", "200"])
 def test_show_fits_and_carries_no_colour(columns):
-    done = chela_bench("show", ROOT / "docs" / "results" / "h100-forward", COLUMNS=columns)
+    done = chela_bench("show", ROOT / "docs" / "results" / "h100", COLUMNS=columns)
     assert "\x1b" not in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= int(columns)
