@@ -1,10 +1,10 @@
 """kernels/linear_attention.py against the float64 reference: interpreted on the CPU, or on a GPU.
 
 The budget of one block's relative error counts roundings, each of its largest size and none
-cancelling another. EPS is half a dtype's spacing; tensor cores truncate TF32 operands, which costs
-a whole one, 2^-10.
+cancelling another. A gradient is a walk over chunks as the output is, with the same budget. EPS is
+half a dtype's spacing; tensor cores truncate TF32 operands, which costs a whole one, 2^-10.
 
-    float16    scores and output round; the state, as an operand, truncates to TF32
+    float16    state and q, or scores and v, truncate to TF32; the output rounds
     bfloat16   operand (state and scores share the output between them) and output round
     float32    state and q truncate, or the scores' q and k, then the scores and v
     precise    the output rounds; products are float32's, as they are in the interpreter
@@ -13,6 +13,7 @@ Float32 sums add 1e-6; a tensor core's truncate, at worst by 2^-23 for every 8 t
 """
 
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -22,19 +23,25 @@ from chela_bench.bench.check import worst_block_error
 from chela_bench.errors import ArgumentError
 from chela_bench.kernels import linear_attention as module
 from chela_bench.kernels.linear_attention import (
-    ALLOWED_CONFIG,
-    default_config,
     hbm_bytes,
     linear_attention,
+    linear_attention_recurrent,
+    linear_attention_step,
+)
+from chela_bench.kernels.linear_attention_config import (
+    ALLOWED_CONFIG,
+    choose_segments,
+    default_config,
 )
 from chela_bench.reference.linear_attention import linear_attention as reference
+from chela_bench.reference.linear_attention import linear_attention_step as reference_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 TF32 = 2.0**-10
 ON_GPU = {
     torch.float32: 4 * TF32,
-    torch.float16: TF32 + 2 * EPS[torch.float16],
+    torch.float16: 2 * TF32 + EPS[torch.float16],
     torch.bfloat16: 2 * EPS[torch.bfloat16],
 }
 SHAPES = [  # B, T, H, K, V
@@ -77,6 +84,11 @@ def inputs(B, T, H, K, V, dtype, *, N=None, mean=0.0):
     return *(x.to(DEVICE, dtype) for x in (q, k, v)), state.to(DEVICE)
 
 
+def randn_like(x, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(x.shape, generator=generator).to(x.device, x.dtype)
+
+
 @contextmanager
 def new_memory_is_nan():
     """torch.empty returns NaN inside: what the kernel does not write is seen."""
@@ -89,22 +101,38 @@ def new_memory_is_nan():
         torch.use_deterministic_algorithms(before)
 
 
-def check(q, k, v, *, config=None, precise=False, **options):
-    """The kernel's output and state are within the budget of the float64 reference."""
-    with new_memory_is_nan():
-        o, final = linear_attention(q, k, v, config=config, precise=precise, **options)
-    if options.get("initial_state") is not None:
-        options["initial_state"] = options["initial_state"].double()
-    exact, final_exact = reference(q.double(), k.double(), v.double(), **options)
-    assert o.dtype == q.dtype and o.shape == v.shape
-    T = q.shape[1]
-    assert worst_block_error(o, exact) <= budget(q.dtype, T, precise=precise)
-    if options.get("output_final_state"):  # fp32 inputs truncate to TF32, 16-bit ones are exact
-        assert final.dtype == torch.float32 and final.shape == final_exact.shape
-        truncated = DEVICE == "cuda" and q.dtype == torch.float32 and not precise
-        assert (final - final_exact).norm() <= (2 * TF32 * truncated + sums(T)) * final_exact.norm()
-    else:
-        assert final is None
+def check(q, k, v, *, function=linear_attention, initial_state=None, gradients=True, **options):
+    """Output, final state and all gradients are within the budget of the float64 reference."""
+    shared = {n: x for n, x in options.items() if n in ("scale", "causal", "cu_seqlens")}
+    shared["output_final_state"] = options.setdefault("output_final_state", False)
+    given = [x.detach() for x in (q, k, v, initial_state) if x is not None]
+    found, wanted = [], []
+    for results, call, tensors in (
+        (found, partial(function, **options), given),
+        (wanted, partial(reference, **shared), [x.double() for x in given]),
+    ):
+        leaves = [x.requires_grad_(gradients) for x in tensors]
+        state = leaves[3] if initial_state is not None else None
+        with new_memory_is_nan():
+            o, final = call(*leaves[:3], initial_state=state)
+            assert (final is None) != shared["output_final_state"]
+            outputs = [o] if final is None else [o, final]
+            results += [x.detach() for x in outputs]
+            if gradients:
+                do = [randn_like(x, 7).to(q.dtype if x is o else torch.float32) for x in outputs]
+                do = [x.to(y.dtype) for x, y in zip(do, outputs, strict=True)]
+                results += torch.autograd.grad(outputs, leaves, do)
+    assert [x.shape for x in found] == [x.shape for x in wanted]
+    T, dtype, precise = q.shape[1], q.dtype, options.get("precise", False)
+    truncated = DEVICE == "cuda" and dtype == torch.float32 and not precise
+    for actual, exact in zip(found, wanted, strict=True):
+        if actual.ndim == 4 and actual.shape[1] == T and actual.shape[:3] == q.shape[:3]:
+            assert actual.dtype == dtype
+            assert worst_block_error(actual, exact) <= budget(dtype, T, precise=precise)
+        else:  # a state: fp32 inputs truncate to TF32, 16-bit ones are exact
+            assert actual.dtype == torch.float32
+            error = (actual - exact).norm()
+            assert error <= (2 * TF32 * truncated + 2e-7 + sums(T)) * exact.norm()
 
 
 @dtypes
@@ -114,16 +142,28 @@ def check(q, k, v, *, config=None, precise=False, **options):
 def test_matches_reference(shape, dtype, causal, precise):
     q, k, v, state = inputs(*shape, dtype)
     check(q, k, v, causal=causal, precise=precise)
-    check(
-        q,
-        k,
-        v,
-        scale=0.5,
-        initial_state=state,
-        output_final_state=True,
-        causal=causal,
-        precise=precise,
-    )
+    options = {"initial_state": state, "output_final_state": True, "scale": 0.5}
+    check(q, k, v, causal=causal, precise=precise, **options)
+
+
+@dtypes
+@both_ways
+@pytest.mark.parametrize("shape", [(2, 130, 1, 16, 40), (1, 100, 2, 17, 16)], ids=label)
+def test_segments_side_by_side(shape, dtype, causal):
+    """Also more segments than there are tokens for."""
+    q, k, v, state = inputs(*shape, dtype)
+    check(q, k, v, causal=causal, schedule="split")
+    options = {"initial_state": state, "output_final_state": True, "config": {"segments": 3}}
+    check(q, k, v, causal=causal, **options)
+
+
+@dtypes
+@both_ways
+def test_values_wider_than_keys_may_be(dtype, causal):
+    """dq and dk sum over V: beyond 256 they are computed another way."""
+    q, k, v, state = inputs(1, 300 if dtype == torch.float32 else 40, 1, 16, 272, dtype)
+    check(q, k, v, causal=causal, initial_state=state, output_final_state=True)
+    check(q[:, :20], k[:, :20], v[:, :20], causal=causal)
 
 
 CONFIGS = [
@@ -145,20 +185,24 @@ def test_configs(config, dtype, causal):
 @dtypes
 @both_ways
 @pytest.mark.parametrize("integer", [torch.int32, torch.int64])
-def test_packed_sequences(dtype, causal, integer):
+@pytest.mark.parametrize("segments", [1, 2])
+def test_packed_sequences(dtype, causal, integer, segments):
     lengths = [0, 1, 70, 0, 59, 0]
-    q, k, v, state = inputs(1, sum(lengths), 2, 20, 24, dtype, N=len(lengths))
+    q, k, v, state = inputs(1, sum(lengths), 1, 20, 24, dtype, N=len(lengths))
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(integer)
-    check(q, k, v, cu_seqlens=cu_seqlens, causal=causal)
-    check(
-        q,
-        k,
-        v,
-        cu_seqlens=cu_seqlens.to(DEVICE),
-        initial_state=state,
-        output_final_state=True,
-        causal=causal,
-    )
+    config = {"segments": segments}
+    check(q, k, v, cu_seqlens=cu_seqlens, causal=causal, config=config, gradients=False)
+    options = {"initial_state": state, "output_final_state": True, "config": config}
+    check(q, k, v, cu_seqlens=cu_seqlens.to(DEVICE), causal=causal, **options)
+
+
+@both_ways
+def test_packed_sequences_of_wide_values(causal):
+    lengths = [0, 1, 40, 0]
+    q, k, v, state = inputs(1, sum(lengths), 1, 16, 260, torch.float32, N=len(lengths))
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    options = {"initial_state": state, "output_final_state": True}
+    check(q, k, v, cu_seqlens=cu_seqlens, causal=causal, **options)
 
 
 @dtypes
@@ -170,7 +214,33 @@ def test_strided_inputs(dtype):
     heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv.split(K, dim=-1)]
     check(*heads_first)
     check(*(x.transpose(1, 3).contiguous().transpose(1, 3) for x in qkv.split(K, dim=-1)))
-    check(*(x[:1].expand(B, -1, -1, -1) for x in qkv.split(K, dim=-1)))
+    check(*(x[:1].expand(B, -1, -1, -1) for x in qkv.split(K, dim=-1)), gradients=False)
+
+
+def test_a_gradient_that_is_one_number_everywhere():
+    """sum().backward() passes an expanded scalar."""
+    q, k, v, _ = inputs(1, 20, 2, 16, 16, torch.float32)
+    v.requires_grad_()
+    linear_attention(q, k, v)[0].sum().backward()
+    [exact] = torch.autograd.grad(reference(q.double(), k.double(), v.double())[0].sum(), v)
+    assert worst_block_error(v.grad, exact.double()) <= budget(torch.float32, 20)
+
+
+@dtypes
+@pytest.mark.parametrize("scale", [0.0, -2.0])
+def test_any_scale(dtype, scale):
+    q, k, v, state = inputs(1, 40, 1, 16, 16, dtype)
+    q, k, v, state = (x.requires_grad_() for x in (q, k, v, state))
+    o, final = linear_attention(q, k, v, scale=scale, initial_state=state, output_final_state=True)
+    do, d_final = randn_like(o, 1), randn_like(final, 2)
+    found = torch.autograd.grad([o, final], [q, k, v, state], [do, d_final])
+    exact_in = [x.detach().double().requires_grad_() for x in (q, k, v, state)]
+    outputs = reference(
+        *exact_in[:3], scale=scale, initial_state=exact_in[3], output_final_state=True
+    )
+    wanted = torch.autograd.grad(outputs, exact_in, [do.double(), d_final.double()])
+    for gradient, exact in zip(found, wanted, strict=True):
+        assert (gradient - exact).norm() <= 2 * budget(dtype, 40) * exact.norm()
 
 
 @dtypes
@@ -190,14 +260,36 @@ def test_pieces_with_state_handed_over_equal_one_call(dtype):
 
 @dtypes
 @pytest.mark.parametrize("t", [1, 40, 64])
-def test_the_past_is_blind_to_the_future(dtype, t):
+@pytest.mark.parametrize("segments", [1, 2])
+def test_the_past_is_blind_to_the_future(dtype, t, segments):
     q, k, v, _ = inputs(1, 70, 2, 16, 16, dtype)
-    o, _ = linear_attention(q, k, v)
+    o, _ = linear_attention(q, k, v, config={"segments": segments})
     for x in (q, k, v):
         x[:, t:] = 1 - x[:, t:]
-    changed, _ = linear_attention(q, k, v)
+    changed, _ = linear_attention(q, k, v, config={"segments": segments})
     assert torch.equal(o[:, :t], changed[:, :t])
     assert not torch.equal(o[:, t], changed[:, t])
+
+
+@dtypes
+@pytest.mark.parametrize("segments", [1, 3])
+def test_same_inputs_same_bits_whatever_the_neighbours(dtype, segments):
+    q, k, v, state = inputs(2, 130, 1, 16, 16, dtype)
+
+    def results(*tensors):
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        o, final = linear_attention(
+            *leaves[:3], initial_state=leaves[3], output_final_state=True,
+            config={"segments": segments},
+        )  # fmt: skip
+        do = [randn_like(x[:1], 5).expand_as(x) for x in (o, final)]
+        return o, final, *torch.autograd.grad([o, final], leaves, do)
+
+    first, again = results(q, k, v, state), results(q, k, v, state)
+    others = results(*(torch.cat([x[:1], x[1:] * 3 - 1]) for x in (q, k, v, state)))
+    for a, b, c in zip(first, again, others, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a[0], c[0]) and not torch.equal(a[1], c[1])
 
 
 @dtypes
@@ -207,15 +299,93 @@ def test_a_large_state_does_not_overflow(dtype):
     check(q, k, v, initial_state=state * 1e6, scale=1e-4)
 
 
+def test_large_scores_do_not_overflow():
+    """Nor do scores, or their gradient's as a loss scale makes them."""
+    q, k, v, _ = inputs(1, 70, 1, 16, 16, torch.float16)
+    q, k = q * 300, k * 300
+    check(q, k, v, scale=1e-4, gradients=False)
+    v = (v * 300).requires_grad_()
+    q.requires_grad_()
+    o, _ = linear_attention(q, k, v, scale=1e-6)
+    do = randn_like(o, 3) * 300
+    dq, dv = torch.autograd.grad(o, [q, v], do)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    wanted = torch.autograd.grad(reference(*exact, scale=1e-6)[0], exact, do.double())
+    assert worst_block_error(dq, wanted[0]) <= budget(torch.float16, 70)
+    assert worst_block_error(dv, wanted[2]) <= budget(torch.float16, 70)
+
+
+@dtypes
+@both_ways
+@pytest.mark.parametrize("shape", SHAPES, ids=label)
+def test_token_by_token(shape, dtype, causal):
+    q, k, v, state = inputs(*shape, dtype)
+    options = {"function": linear_attention_recurrent, "causal": causal, "gradients": False}
+    check(q, k, v, **options)
+    check(q, k, v, scale=0.5, initial_state=state, output_final_state=True, **options)
+
+
+def test_token_by_token_packed():
+    lengths = [0, 1, 20, 0]
+    q, k, v, state = inputs(1, sum(lengths), 2, 20, 24, torch.float32, N=len(lengths))
+    check(
+        q, k, v, function=linear_attention_recurrent, gradients=False, initial_state=state,
+        output_final_state=True, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
+    )  # fmt: skip
+
+
+@dtypes
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 16, 16), (3, 1, 2, 17, 40), (2, 1, 1, 60, 130)], ids=label
+)
+def test_steps_continue_a_sequence(shape, dtype):
+    q, k, v, state = inputs(*shape, dtype)
+    exact_state = state.double()
+    for token in range(3):
+        one = [x[:, 0] + token for x in (q, k, v)]
+        kept = state
+        o = linear_attention_step(*one, state, scale=0.3)
+        assert state is kept and o.dtype == dtype
+        exact = reference_step(*(x.double() for x in one), exact_state, scale=0.3)
+        assert (o - exact).norm() <= (EPS[dtype] + 1e-6) * exact.norm()
+        assert (state - exact_state).norm() <= 1e-6 * exact_state.norm()
+
+
+def test_a_step_that_cannot_be_taken_leaves_the_state():
+    q, k, v, state = (x.squeeze(1) for x in inputs(1, 1, 2, 16, 16, torch.float32))
+    before = state.clone()
+    for match, bad in {
+        r"wanted q, k \[B, H, K\]": lambda: linear_attention_step(q[None], k, v, state),
+        "updated in place: wanted": lambda: linear_attention_step(q, k, v, state[:, :1]),
+        "in float32, contiguous": lambda: linear_attention_step(q, k, v, state.mT),
+        "in torch.float64": lambda: linear_attention_step(q, k, v, state.double()),
+        "a step has no gradient": lambda: linear_attention_step(
+            q.clone().requires_grad_(), k, v, state
+        ),
+    }.items():
+        with pytest.raises(ArgumentError, match=match):
+            bad()
+    assert torch.equal(state, before)
+
+
 @pytest.mark.parametrize("shape", [(0, 5, 1, 16, 16), (2, 0, 1, 16, 16), (2, 5, 0, 16, 16),
                                    (2, 5, 1, 16, 0)], ids=label)  # fmt: skip
-def test_nothing_in_nothing_out(shape):
-    q, k, v, state = inputs(*shape, torch.float32)
-    o, final = linear_attention(q, k, v, initial_state=state, output_final_state=True)
-    assert o.shape == v.shape
-    assert final.shape == state.shape and (shape[1] > 0 or torch.equal(final, state))
-    o, final = linear_attention(q, k, v, output_final_state=True)
-    assert not final.any() and linear_attention(q, k, v)[1] is None
+@both_ways
+def test_nothing_in_nothing_out(shape, causal):
+    q, k, v, state = (x.requires_grad_() for x in inputs(*shape, torch.float32))
+    for config in ({}, {"segments": 2}):
+        options = {"config": config, "causal": causal, "output_final_state": True}
+        o, final = linear_attention(q, k, v, initial_state=state, **options)
+        assert o.shape == v.shape
+        assert final.shape == state.shape and (shape[1] > 0 or torch.equal(final, state))
+        gradients = torch.autograd.grad([o, final], [q, k, v, state], [o, final])
+        assert [x.shape for x in gradients] == [x.shape for x in (q, k, v, state)]
+        assert shape[1] > 0 or torch.equal(gradients[3], final)
+        o, final = linear_attention(q, k, v, **options)
+        assert not final.any()
+    with torch.no_grad():
+        o, final = linear_attention_recurrent(q, k, v, initial_state=state, output_final_state=True)
+        assert o.shape == v.shape and (shape[1] > 0 or torch.equal(final, state))
 
 
 SQUARES = [(1, 300, 2, d, d) for d in (16, 64, 128, 256)]
@@ -270,30 +440,22 @@ def test_rejects_tensors_on_two_devices():
 def test_rejects_tensors_that_triton_cannot_reach(monkeypatch):
     q, k, v, _ = (x.cpu() for x in inputs(1, 4, 1, 16, 16, torch.float32))
     compiled = triton.JITFunction.__new__(triton.JITFunction)
-    monkeypatch.setattr(module, "_linear_attention_fwd_kernel", compiled)
+    monkeypatch.setattr(module, "_linear_attention_walk_kernel", compiled)
     with pytest.raises(ArgumentError, match=r"on a GPU, got cpu; .*TRITON_INTERPRET=1"):
         linear_attention(q, k, v)
-
-
-def test_rejects_what_needs_a_gradient():
-    q, k, v, state = inputs(1, 4, 1, 16, 16, torch.float32)
-    for x in (q, v, state):
-        x.requires_grad_()
-        with pytest.raises(ArgumentError, match=r"forward only so far; use torch\.no_grad"):
-            linear_attention(q, k, v, initial_state=state)
-        with torch.no_grad():
-            linear_attention(q, k, v, initial_state=state)
-        x.requires_grad_(False)
 
 
 def test_rejects_what_does_not_fit():
     q, k, v, state = inputs(2, 4, 1, 16, 16, torch.float32)
     wide = q.new_zeros(2, 4, 1, 257)
     for match, bad in {
-        "only 'fused' exists": lambda: linear_attention(q, k, v, schedule="split"),
+        "no schedule 'fast'; there are: auto, fused, split": lambda: linear_attention(
+            q, k, v, schedule="fast"
+        ),
         r"wanted q, k \[B, T, H, K\]": lambda: linear_attention(q, k[:, :3], v),
         r"and v \[B, T, H, V\]": lambda: linear_attention(q, k, v[:, :, 0]),
-        "K <= 256, got K = 257": lambda: linear_attention(wide, wide, v),
+        "K <= 256 and V <= 4096, got K = 257": lambda: linear_attention(wide, wide, v),
+        "got K = 16, V = 4097": lambda: linear_attention(q, k, q.new_zeros(2, 4, 1, 4097)),
         "convert them to one": lambda: linear_attention(q, k.half(), v),
         "in one of float32": lambda: linear_attention(q.double(), k.double(), v.double()),
         "wanted initial_state": lambda: linear_attention(q, k, v, initial_state=state[:1]),
@@ -304,7 +466,13 @@ def test_rejects_what_does_not_fit():
         "no config BLOCK_K=16; .*num_warps": lambda: linear_attention(
             q, k, v, config={"BLOCK_K": 16}
         ),
+        "no config segments=0; .*segments 1 to 1024": lambda: linear_attention(
+            q, k, v, config={"segments": 0}
+        ),
         "wanted B = 1": lambda: linear_attention(q, k, v, cu_seqlens=torch.tensor([0, 4])),
+        "the recurrent form has no gradient": lambda: linear_attention_recurrent(
+            q, k, v, initial_state=state.clone().requires_grad_()
+        ),
     }.items():
         with pytest.raises(ArgumentError, match=match):
             bad()
@@ -333,11 +501,40 @@ def test_wrong_bounds_on_the_device_stay_within_the_tensors():
 def test_hbm_bytes_are_the_floor():
     """Every input read once, every output written once: 8 d bytes a token and head in 16 bits."""
     shape = {"B": 1, "T": 16384, "H": 16, "K": 128, "V": 128}
-    assert hbm_bytes(shape, default_config(128, 128, torch.bfloat16)) == 8 * 128 * 16384 * 16
+    floor = 8 * 128 * 16384 * 16
+    assert hbm_bytes(shape, {"segments": 1}) == hbm_bytes(shape, {"schedule": "fused"}) == floor
     uneven = {"B": 2, "T": 3, "H": 5, "K": 7, "V": 11}
     q, k, v = torch.empty(2, 3, 5, 7), torch.empty(2, 3, 5, 7), torch.empty(2, 3, 5, 11)
     floor = sum(x.nbytes for x in (q, k, v, v))
     assert hbm_bytes(uneven, {}, itemsize=4) == floor
+
+
+def test_hbm_bytes_of_segments():
+    """k and v once more but for one segment in eight; states written and read twice each."""
+    shape = {"B": 1, "T": 16384, "H": 16, "K": 128, "V": 128}
+    rows, states = 256 * 16384 * 16, 16 * 8 * 128 * 128 * 4
+    moved = rows * 4 + rows * 2 * 7 // 8 + states * 4
+    assert hbm_bytes(shape, {"segments": 8}) == moved
+
+
+@pytest.mark.parametrize(
+    ("schedule", "sequences", "tokens", "segments"),
+    [
+        ("auto", 1, 16384, 9),  # 32 programs on 132 SMs: enough for two on each
+        ("auto", 1, 2048, 4),  # of no less than 512 tokens
+        ("auto", 1, 1023, 1),
+        ("auto", 4, 16384, 1),  # 128 programs are enough
+        ("fused", 1, 16384, 1),
+        ("split", 4, 16384, 3),
+        ("split", 1, 100, 2),
+        ("split", 0, 100, 2),
+    ],
+)
+def test_few_programs_are_split(schedule, sequences, tokens, segments):
+    chosen = choose_segments(
+        schedule, sequences=sequences, heads=16, tokens=tokens, slices=2, processors=132
+    )
+    assert chosen == segments
 
 
 @dtypes

@@ -53,7 +53,7 @@ def test_bad_lengths_say_what_came_and_the_way_out(text):
 
 def test_the_default_plan_has_every_implementation_at_every_length(config):
     cases = _cases(config)
-    assert len({case.key for case in cases}) == len(cases) == 7 * 2 * (9 + 1 + 3 + 1)
+    assert len({case.key for case in cases}) == len(cases) == 7 * 2 * (10 + 1 + 3 + 1)
     assert {case.shape["T"] for case in cases} == {1 << n for n in range(10, 17)}
 
 
@@ -161,7 +161,8 @@ def test_what_cannot_run_is_known_without_trying(config):
         (case.impl, case.direction): plan.unavailable(settings, case)
         for case in plan.cases(settings)
     }
-    assert reasons["triton_chunked", "fwdbwd"] == "triton_chunked has no fwdbwd; it has: fwd"
+    no_gradient = "triton_recurrent has no fwdbwd; it has: fwd"
+    assert reasons["triton_recurrent", "fwdbwd"] == no_gradient
     assert reasons["sdpa_flash", "fwd"] == "sdpa_flash takes no fp32 on a GPU; it takes: bf16, fp16"
     assert reasons["chunked", "fwd"] is None
     on_cpu = plan.resolve(config, plan.Flags(), ["cpu"])

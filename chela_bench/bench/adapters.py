@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from torch import Tensor
 from chela_bench.reference import linear_attention as attention
 from chela_bench.reference.chela import ChelaLayer
 from chela_bench.reference.short_long_conv import Order, short_long_conv
+
+if TYPE_CHECKING:
+    from chela_bench.kernels.linear_attention_config import Schedule
 
 
 def naive_cumsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -34,10 +38,18 @@ def chunked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attention.chunked(q, k, v)[0].to(q.dtype)
 
 
-def triton_chunked(q: Tensor, k: Tensor, v: Tensor, **config: int) -> Tensor:
+def triton_chunked(
+    q: Tensor, k: Tensor, v: Tensor, *, schedule: Schedule = "auto", **config: int
+) -> Tensor:
     from chela_bench.kernels.linear_attention import linear_attention
 
-    return linear_attention(q, k, v, schedule="fused", config=config or None)[0]
+    return linear_attention(q, k, v, schedule=schedule, config=config)[0]
+
+
+def triton_recurrent(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from chela_bench.kernels.linear_attention import linear_attention_recurrent
+
+    return linear_attention_recurrent(q, k, v)[0]
 
 
 def direct_conv(

@@ -150,12 +150,19 @@ OPS: tuple[Op, ...] = (
             Impl(
                 "triton_chunked",
                 f"{_ADAPTERS}:triton_chunked",
-                "Triton, schedule fused: the state stays in registers",
-                directions=("fwd",),
+                "Triton: walks over chunks, the state in registers; schedule fused or split",
                 devices=("cuda",),
-                axes=("BLOCK_T", "BLOCK_V", "num_warps", "num_stages"),
+                axes=("schedule", "segments", "BLOCK_T", "BLOCK_V", "num_warps", "num_stages"),
                 fp32_operands="tf32",
                 hbm_bytes="chela_bench.kernels.linear_attention:hbm_bytes",
+            ),
+            Impl(
+                "triton_recurrent",
+                f"{_ADAPTERS}:triton_recurrent",
+                "Triton, token by token, in float32",
+                directions=("fwd",),
+                devices=("cuda",),
+                hbm_bytes=models.recurrent_hbm_bytes,
             ),
             _fla("fla_chunk", "chunk_linear_attn", models.fla_chunk_hbm_bytes, "tf32"),
             _fla(

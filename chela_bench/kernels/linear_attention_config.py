@@ -1,0 +1,95 @@
+"""Block sizes and schedules of linear attention: what may be asked for, and the defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import torch
+import triton
+
+from chela_bench.errors import ArgumentError
+
+MAX_K = 256  # of a walk's keys: S [K, BLOCK_V] has to stay in registers
+MAX_V = 4096
+TILES = ("BLOCK_T", "BLOCK_V", "num_warps", "num_stages")  # of a walk
+Schedule = Literal["auto", "fused", "split"]
+ALLOWED_CONFIG: dict[str, tuple[int, ...]] = {
+    "BLOCK_T": (16, 32, 64, 128, 256),
+    "BLOCK_V": (16, 32, 64, 128, 256),
+    "num_warps": (1, 2, 4, 8),
+    "num_stages": (1, 2, 3, 4, 5),
+    "segments": tuple(range(1, 1025)),
+}
+_SHORTEST_SEGMENT = 512  # tokens; below, the states cost as much as what they save
+
+
+def default_config(K: int, V: int, dtype: torch.dtype) -> dict[str, int]:
+    """Of a walk. No spills when compiled for sm_90, but precise=True spills from K = 128 on."""
+    wide = K > 128
+    upcast = dtype == torch.float32 or (wide and dtype == torch.float16)  # S is a TF32 operand
+    return {
+        "BLOCK_T": 32 if upcast else 64,
+        "BLOCK_V": min(32 if wide else 64, max(16, triton.next_power_of_2(V))),
+        "num_warps": 8 if wide and dtype != torch.bfloat16 else 4,
+        "num_stages": 2,
+    }
+
+
+def sum_config(K: int, V: int, dtype: torch.dtype) -> dict[str, int]:
+    """Of the sum over a segment."""
+    return {
+        "BLOCK_T": 32 if dtype == torch.float32 else 64,
+        "BLOCK_K": min(128, max(16, triton.next_power_of_2(K))),
+        "BLOCK_V": min(64, max(16, triton.next_power_of_2(V))),
+        "num_warps": 4,
+        "num_stages": 3,
+    }
+
+
+def wide_config(dtype: torch.dtype) -> dict[str, int]:
+    """Of the walk over keys wider than registers."""
+    return {
+        "BLOCK_T": 32 if dtype == torch.float32 else 64,
+        "BLOCK_K": 32,
+        "num_warps": 4,
+        "num_stages": 2,
+    }
+
+
+def checked(config: Mapping[str, int] | None) -> Mapping[str, int]:
+    """What the caller asked for, if it is allowed."""
+    config = {} if config is None else config
+    for key, value in config.items():
+        if value not in ALLOWED_CONFIG.get(key, ()):
+            allowed = "; ".join(f"{key} {_range(values)}" for key, values in ALLOWED_CONFIG.items())
+            raise ArgumentError(f"no config {key}={value!r}; allowed: {allowed}")
+    return config
+
+
+def choose_segments(
+    schedule: str, *, sequences: int, heads: int, tokens: int, slices: int, processors: int
+) -> int:
+    """Segments of each sequence. "fused" is one; "split" enough to give every SM two programs, in
+    segments of at least 512 tokens, but at least two; "auto" splits where fewer programs than SMs
+    would run.
+    """
+    if schedule not in get_args(Schedule):
+        raise ArgumentError(f"no schedule {schedule!r}; there are: {', '.join(get_args(Schedule))}")
+    programs = max(1, sequences * heads * slices)
+    most = tokens // _SHORTEST_SEGMENT
+    if schedule == "fused" or (schedule == "auto" and (4 * programs > 3 * processors or most < 2)):
+        return 1
+    return max(2, min(-(-2 * processors // programs), most))
+
+
+def processors(device: torch.device) -> int:
+    """SMs of a GPU; a few where kernels are interpreted."""
+    if device.type != "cuda":
+        return 4
+    count: Any = torch.cuda.get_device_properties(device).multi_processor_count
+    return int(count)
+
+
+def _range(values: tuple[int, ...]) -> str:
+    return str(values) if len(values) < 10 else f"{values[0]} to {values[-1]}"

@@ -1,0 +1,340 @@
+"""The walk over chunks of tokens that linear attention and its gradients are made of.
+
+    S_t = S_{t-1} + k_t v_t^T          o_t = scale * S_t^T q_t
+
+q, k [B, T, H, K]; v, o [B, T, H, V]; S [K, V], float32. For a chunk of tokens Q, K, V and the state
+S before it:
+
+    O = scale * (tril(Q K^T) V + Q S)          then          S <- S + K^T V
+
+Back in time (`reverse`) the chunks come last to first and tril becomes triu. The gradients are
+walks too, with the tensors in other roles; R_t = R_{t+1} + q_t do_t^T is the state of the way back:
+
+    dq_t = scale * S_t   do_t    queries do, keys v,  values k     S transposed
+    dk_t = scale * R_t   v_t     queries v,  keys do, values q     R transposed, back in time
+    dv_t = scale * R_t^T k_t     queries k,  keys q,  values do    back in time
+
+One walk has a program for each head and slice of V: few, where B * H is small. Then the sequence is
+cut into segments, with a program each: `segment_states` first sums K^T V over every segment, adds
+up what lies before each (or behind it), and the walks of all segments run at once. A two-sided
+walk is that, with the sum over all segments for everyone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SEGMENT_ALIGN = 64  # tokens; a segment is a multiple of it
+_SCANNED = 1024  # elements of a state that one program adds up
+RUNTIME = [  # never specialised: a new B, T, H or layout of rows compiles nothing
+    "T", "H", "segments", "skipped", "scale",
+    *(f"stride_{x}{axis}" for x in "qkvo" for axis in "bth"),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What all the walks of one call share."""
+
+    scale: float
+    causal: bool
+    cu_seqlens: Tensor | None  # [N + 1] on the device
+    N: int  # sequences
+    segments: int
+    precise: bool
+
+    def precision(self, dtype: torch.dtype) -> dict[str, Any]:
+        """How operands multiply: UPCAST all, or (WIDEN) what is computed here, to float32.
+
+        bfloat16 rounds computed operands, S and the scores, to bfloat16. In float16 they would
+        overflow, so they meet the others as TF32, which keeps float16's ten bits.
+        """
+        return {
+            "UPCAST": self.precise,
+            "WIDEN": dtype == torch.float16,
+            "PRECISION": "tf32x3" if self.precise else "tf32",
+        }
+
+
+@triton.jit
+def _bounds(cu_seqlens_ptr, n, segment, segments, T, IS_PACKED: tl.constexpr, ALIGN: tl.constexpr):
+    """Batch row, first token and end of a segment of sequence n."""
+    if IS_PACKED:  # clamped, so that wrong bounds cannot reach outside the tensors
+        begin = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + n).to(tl.int64), 0), T)
+        end = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + n + 1).to(tl.int64), 0), T)
+        b = n * 0
+    else:
+        begin, end, b = n * 0, n * 0 + T, n
+    size = tl.cdiv(tl.cdiv(end - begin, segments), ALIGN) * ALIGN
+    start = begin + segment * size
+    return b, start, tl.minimum(start + size, end)
+
+
+@triton.jit
+def _rows(ptr, stride, t, offs_t, offs_c, mask_t, mask_c):
+    """[BLOCK_T, BLOCK_C] of tokens t + offs_t."""
+    rows = (t + offs_t) * stride
+    return tl.load(
+        ptr + rows[:, None] + offs_c[None, :], mask=mask_t[:, None] & mask_c[None, :], other=0.0
+    )
+
+
+@triton.jit
+def _columns(ptr, stride, t, offs_t, offs_c, mask_t, mask_c):
+    """The same, transposed: [BLOCK_C, BLOCK_T]."""
+    rows = (t + offs_t) * stride
+    return tl.load(
+        ptr + rows[None, :] + offs_c[:, None], mask=mask_c[:, None] & mask_t[None, :], other=0.0
+    )
+
+
+@triton.jit
+def _state_offsets(offs_k, offs_v, K: tl.constexpr, V: tl.constexpr, IS_TRANSPOSED: tl.constexpr):
+    """Of S [BLOCK_K, BLOCK_V] in memory, where it is [K, V] or transposed."""
+    if IS_TRANSPOSED:
+        return offs_v[None, :] * K + offs_k[:, None]
+    return offs_k[:, None] * V + offs_v[None, :]
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _linear_attention_walk_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, initial_ptr, final_ptr, cu_seqlens_ptr,  # pointers
+    stride_qb: tl.int64, stride_qt: tl.int64, stride_qh: tl.int64,  # in units of UNIT elements
+    stride_kb: tl.int64, stride_kt: tl.int64, stride_kh: tl.int64,
+    stride_vb: tl.int64, stride_vt: tl.int64, stride_vh: tl.int64,
+    stride_ob: tl.int64, stride_ot: tl.int64, stride_oh: tl.int64,
+    scale, T: tl.int64, H, segments,  # runtime scalars
+    K: tl.constexpr, V: tl.constexpr, UNIT: tl.constexpr,  # dimensions
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,  # tile
+    IS_CAUSAL: tl.constexpr, IS_REVERSED: tl.constexpr, IS_PACKED: tl.constexpr,
+    USE_INITIAL_STATE: tl.constexpr, STORE_FINAL_STATE: tl.constexpr,
+    STATE_IS_TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr,
+    UPCAST: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    NV: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+    pid = tl.program_id(0).to(tl.int64)
+    pid_v, pid_s, pid_nh = pid % NV, pid // NV % segments, pid // NV // segments
+    n, h = pid_nh // H, pid_nh % H
+    b, start, end = _bounds(cu_seqlens_ptr, n, pid_s, segments, T, IS_PACKED, ALIGN)
+    q_ptr += (b * stride_qb + h * stride_qh) * UNIT
+    k_ptr += (b * stride_kb + h * stride_kh) * UNIT
+    v_ptr += (b * stride_vb + h * stride_vh) * UNIT
+    o_ptr += (b * stride_ob + h * stride_oh) * UNIT
+
+    offs_t = tl.arange(0, BLOCK_T)
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_v = pid_v.to(tl.int32) * BLOCK_V + tl.arange(0, BLOCK_V)
+    mask_k, mask_v = offs_k < K, offs_v < V
+    state_offs = _state_offsets(offs_k, offs_v, K, V, STATE_IS_TRANSPOSED)
+    state_mask = mask_k[:, None] & mask_v[None, :]
+    if USE_INITIAL_STATE:
+        if IS_CAUSAL:
+            initial_ptr += (pid_nh * segments + pid_s) * K * V
+        else:
+            initial_ptr += pid_nh * K * V
+        state = tl.load(initial_ptr + state_offs, mask=state_mask, other=0.0)
+    else:
+        state = tl.zeros([BLOCK_K, BLOCK_V], dtype=tl.float32)
+
+    chunks = tl.cdiv(tl.maximum(end - start, 0), BLOCK_T).to(tl.int32)
+    for i in range(0, chunks):
+        t = start + (chunks - 1 - i if IS_REVERSED else i) * BLOCK_T
+        mask_t = t + offs_t < end
+        q = _rows(q_ptr, stride_qt * UNIT, t, offs_t, offs_k, mask_t, mask_k)
+        if UPCAST:
+            q = q.to(tl.float32)
+        if IS_CAUSAL:
+            k_t = _columns(k_ptr, stride_kt * UNIT, t, offs_t, offs_k, mask_t, mask_k)
+            v = _rows(v_ptr, stride_vt * UNIT, t, offs_t, offs_v, mask_t, mask_v)
+            if UPCAST:
+                k_t, v = k_t.to(tl.float32), v.to(tl.float32)
+            scores = tl.dot(q, k_t, input_precision=PRECISION)  # [BLOCK_T, BLOCK_T]
+            if IS_REVERSED:
+                scores = tl.where(offs_t[:, None] <= offs_t[None, :], scores, 0.0)
+            else:
+                scores = tl.where(offs_t[:, None] >= offs_t[None, :], scores, 0.0)
+            # Before Q S: in the other order ptxas 12.8, which Triton 3.6 to 3.7.1 bring along,
+            # reads a 16-bit v at wrong addresses where it is not pipelined and BLOCK_V < 64 (H100,
+            # 2026-11-24; ptxas 13.0 does not).
+            if WIDEN:
+                o = tl.dot(scores, v.to(tl.float32), input_precision=PRECISION)
+                o = tl.dot(q.to(tl.float32), state, acc=o, input_precision=PRECISION)
+            else:
+                o = tl.dot(scores.to(v.dtype), v, input_precision=PRECISION)
+                o = tl.dot(q, state.to(q.dtype), acc=o, input_precision=PRECISION)
+            state = tl.dot(k_t, v, acc=state, input_precision=PRECISION)
+        else:
+            if WIDEN:
+                o = tl.dot(q.to(tl.float32), state, input_precision=PRECISION)
+            else:
+                o = tl.dot(q, state.to(q.dtype), input_precision=PRECISION)
+        tl.store(
+            o_ptr + ((t + offs_t) * stride_ot * UNIT)[:, None] + offs_v[None, :],
+            (o * scale).to(o_ptr.dtype.element_ty),
+            mask=mask_t[:, None] & mask_v[None, :],
+        )
+
+    if STORE_FINAL_STATE:
+        tl.store(final_ptr + pid_nh * K * V + state_offs, state, mask=state_mask)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _linear_attention_sum_kernel(
+    k_ptr, v_ptr, states_ptr, cu_seqlens_ptr,  # pointers
+    stride_kb: tl.int64, stride_kt: tl.int64, stride_kh: tl.int64,  # in units of UNIT elements
+    stride_vb: tl.int64, stride_vt: tl.int64, stride_vh: tl.int64,
+    T: tl.int64, H, segments, skipped,  # runtime scalars
+    K: tl.constexpr, V: tl.constexpr, UNIT: tl.constexpr,  # dimensions
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,  # tile
+    IS_PACKED: tl.constexpr, ALIGN: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """states[n, h, segment] = K^T V of the segment's tokens, but not of segment `skipped`."""
+    NK: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    NV: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+    pid = tl.program_id(0).to(tl.int64)
+    pid_v, pid_k, pid = pid % NV, pid // NV % NK, pid // NV // NK
+    pid_s, pid_nh = pid % segments, pid // segments
+    n, h = pid_nh // H, pid_nh % H
+    if pid_s == skipped:
+        return
+    b, start, end = _bounds(cu_seqlens_ptr, n, pid_s, segments, T, IS_PACKED, ALIGN)
+    k_ptr += (b * stride_kb + h * stride_kh) * UNIT
+    v_ptr += (b * stride_vb + h * stride_vh) * UNIT
+
+    offs_t = tl.arange(0, BLOCK_T)
+    offs_k = pid_k.to(tl.int32) * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_v = pid_v.to(tl.int32) * BLOCK_V + tl.arange(0, BLOCK_V)
+    mask_k, mask_v = offs_k < K, offs_v < V
+    state = tl.zeros([BLOCK_K, BLOCK_V], dtype=tl.float32)
+    for i in range(0, tl.cdiv(tl.maximum(end - start, 0), BLOCK_T).to(tl.int32)):
+        t = start + i * BLOCK_T
+        mask_t = t + offs_t < end
+        k_t = _columns(k_ptr, stride_kt * UNIT, t, offs_t, offs_k, mask_t, mask_k)
+        v = _rows(v_ptr, stride_vt * UNIT, t, offs_t, offs_v, mask_t, mask_v)
+        if UPCAST:
+            k_t, v = k_t.to(tl.float32), v.to(tl.float32)
+        state = tl.dot(k_t, v, acc=state, input_precision=PRECISION)
+    tl.store(
+        states_ptr + pid * K * V + _state_offsets(offs_k, offs_v, K, V, False),
+        state,
+        mask=mask_k[:, None] & mask_v[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["segments"])
+def _linear_attention_scan_kernel(
+    states_ptr, initial_ptr, final_ptr,  # pointers
+    segments,  # runtime scalar
+    SIZE: tl.constexpr, BLOCK: tl.constexpr,  # elements of a state, and of them a program's
+    IS_REVERSED: tl.constexpr, SKIPS_LAST: tl.constexpr, STORE_PREFIX: tl.constexpr,
+    USE_INITIAL_STATE: tl.constexpr, STORE_FINAL_STATE: tl.constexpr,
+):  # fmt: skip
+    """states[n, h, segment] becomes what lies before it: the initial state and earlier segments."""
+    NS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
+    pid = tl.program_id(0).to(tl.int64)
+    nh, offs = pid // NS, (pid % NS) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < SIZE
+    if USE_INITIAL_STATE:
+        state = tl.load(initial_ptr + nh * SIZE + offs, mask=mask, other=0.0)
+    else:
+        state = tl.zeros([BLOCK], dtype=tl.float32)
+    for i in range(0, segments):
+        segment = segments - 1 - i if IS_REVERSED else i
+        at = states_ptr + (nh * segments + segment) * SIZE + offs
+        added = tl.load(at, mask=mask & ((i < segments - 1) | (not SKIPS_LAST)), other=0.0)
+        if STORE_PREFIX:
+            tl.store(at, state, mask=mask)
+        state += added
+    if STORE_FINAL_STATE:
+        tl.store(final_ptr + nh * SIZE + offs, state, mask=mask)
+
+
+def walk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    call: Walk,
+    config: Mapping[str, int],
+    *,
+    initial: Tensor | None = None,
+    final: Tensor | None = None,
+    transposed: bool = False,
+    reverse: bool = False,
+) -> None:
+    """Writes o, and the last state into `final`.
+
+    q, k [B, T, H, K]; v, o [B, T, H, V]; rows contiguous. `initial` is a state for each segment,
+    [N, H, segments, K, V], or two-sided one for all, [N, H, K, V]; with `transposed` states are
+    [..., V, K]. There is a `final` [N, H, K, V] of a causal walk in one segment only.
+    """
+    (K, V), H = (q.shape[-1], v.shape[-1]), q.shape[2]
+    programs = call.N * H * call.segments * triton.cdiv(V, config["BLOCK_V"])
+    unit, strides = rows_of(q, k, v, o)
+    _linear_attention_walk_kernel[(programs,)](
+        q, k, v, o, initial, final, call.cu_seqlens, *strides,
+        call.scale, q.shape[1], H, call.segments,
+        K=K, V=V, UNIT=unit, BLOCK_K=tile(K),
+        IS_CAUSAL=call.causal, IS_REVERSED=reverse, IS_PACKED=call.cu_seqlens is not None,
+        USE_INITIAL_STATE=initial is not None, STORE_FINAL_STATE=final is not None,
+        STATE_IS_TRANSPOSED=transposed, ALIGN=SEGMENT_ALIGN,
+        **call.precision(q.dtype), **config,
+    )  # fmt: skip
+
+
+def segment_states(
+    k: Tensor,
+    v: Tensor,
+    states: Tensor,
+    call: Walk,
+    config: Mapping[str, int],
+    *,
+    initial: Tensor | None = None,
+    final: Tensor | None = None,
+    reverse: bool = False,
+) -> None:
+    """Writes the state before each segment (behind it, with `reverse`) into `states` [N, H,
+    segments, K, V], and that after all of them into `final` [N, H, K, V], all float32. Two-sided,
+    `states` [N, H, K, V] is the state after all of them too.
+    """
+    K, V, H, segments = k.shape[-1], v.shape[-1], k.shape[2], call.segments
+    sums = states if call.causal else states.new_empty(call.N, H, segments, K, V)
+    whole = final if call.causal else states
+    last = 0 if reverse else segments - 1
+    tiles = triton.cdiv(K, config["BLOCK_K"]) * triton.cdiv(V, config["BLOCK_V"])
+    unit, strides = rows_of(k, v)
+    precision = call.precision(k.dtype)
+    _linear_attention_sum_kernel[(call.N * H * segments * tiles,)](
+        k, v, sums, call.cu_seqlens, *strides,
+        k.shape[1], H, segments, last if whole is None else -1,
+        K=K, V=V, UNIT=unit, IS_PACKED=call.cu_seqlens is not None, ALIGN=SEGMENT_ALIGN,
+        UPCAST=precision["UPCAST"], PRECISION=precision["PRECISION"], **config,
+    )  # fmt: skip
+    _linear_attention_scan_kernel[(call.N * H * triton.cdiv(K * V, _SCANNED),)](
+        sums, initial, whole, segments,
+        SIZE=K * V, BLOCK=_SCANNED, IS_REVERSED=reverse, SKIPS_LAST=whole is None,
+        STORE_PREFIX=call.causal, USE_INITIAL_STATE=initial is not None,
+        STORE_FINAL_STATE=whole is not None, num_warps=4,
+    )  # fmt: skip
+    if final is not None and not call.causal:
+        final.copy_(states)
+
+
+def tile(size: int) -> int:
+    return max(16, int(triton.next_power_of_2(size)))
+
+
+def rows_of(*tensors: Tensor) -> tuple[int, list[int]]:
+    """The elements that all strides and rows are multiples of (16 lets loads be whole vectors, 1
+    promises nothing), and the strides of batch, token and head in that unit."""
+    strides = [stride for x in tensors for stride in x.stride()[:3]]
+    whole = all(s % 16 == 0 for s in strides) and all(x.shape[-1] % 16 == 0 for x in tensors)
+    return (16, [s // 16 for s in strides]) if whole else (1, strides)

@@ -1,0 +1,147 @@
+"""Linear attention as a PyTorch operator: torch.compile, checkpointing, autocast, CUDA graphs."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from chela_bench.errors import ArgumentError
+from chela_bench.kernels.linear_attention import linear_attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def leaves(T=20, H=1, K=16, V=16):
+    generator = torch.Generator().manual_seed(T)
+    shapes = [(1, T, H, K), (1, T, H, K), (1, T, H, V), (1, H, K, V)]
+    tensors = [torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes]
+    return [x.requires_grad_() for x in tensors]
+
+
+def both(q, k, v, state):
+    return linear_attention(q, k, v, initial_state=state, output_final_state=True)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize("has_state", [True, False])
+def test_the_operator_keeps_pytorchs_rules(causal, segments, has_state):
+    q, k, v, state = leaves()
+    tiles = [16, 0, 0, 0]
+    arguments = (q, k, v, state if has_state else None, None, 0.25, has_state, causal, False)
+    torch.library.opcheck(
+        torch.ops.chela_bench.linear_attention_forward.default, (*arguments, segments, tiles)
+    )
+
+
+def test_compiled_whole_gives_the_same_bits():
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    inputs = leaves()
+    results = []
+    for function in (both, compiled):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            o, final = function(*inputs)
+        results.append([o, final, *torch.autograd.grad(o.sum() + final.sum(), inputs)])
+    for eager, graph in zip(*results, strict=True):
+        assert torch.equal(eager, graph)
+
+
+def test_compiled_with_dynamic_lengths_compiles_a_few_times():
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(both, fullgraph=True, backend=counter, dynamic=True)
+    for T in (20, 33, 47, 60):
+        inputs = leaves(T)
+        assert torch.equal(compiled(*inputs)[0], both(*inputs)[0])
+    assert counter.frame_count <= 2
+
+
+def test_recomputed_in_the_backward():
+    inputs = leaves()
+    kept, recomputed = (
+        torch.autograd.grad(o.sum() + final.sum(), inputs)
+        for o, final in (both(*inputs), checkpoint(both, *inputs, use_reentrant=False))
+    )
+    assert all(map(torch.equal, kept, recomputed))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+)
+def test_autocast_takes_any_mixture(dtype):
+    q, k, v, state = leaves()
+    with torch.autocast(DEVICE, dtype):
+        o, final = both(q, k.to(dtype), v, state)
+    assert o.dtype == dtype and final.dtype == torch.float32
+    gradients = torch.autograd.grad(o.float().sum(), [q, v, state])
+    assert {x.dtype for x in gradients} == {torch.float32}
+
+
+def test_a_second_derivative_is_refused():
+    q, k, v, state = leaves()
+    [dq] = torch.autograd.grad(both(q, k, v, state)[0].square().sum(), [q], create_graph=True)
+    with pytest.raises(ArgumentError, match=r"a second one: .*reference\.linear_attention"):
+        dq.sum().backward()
+
+
+def test_only_the_final_state_is_used():
+    q, k, v, state = leaves()
+    final = both(q, k, v, state)[1]
+    dk, dstate = torch.autograd.grad(final.sum(), [k, state])
+    assert torch.allclose(dk, v.sum(-1, keepdim=True).expand_as(k), atol=1e-5)
+    assert torch.equal(dstate, torch.ones_like(dstate))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("schedule", ["fused", "split"])
+def test_a_cuda_graph_replays_it(schedule):
+    inputs = leaves(T=300, H=2, K=64, V=64)
+
+    def step():
+        o, final = linear_attention(
+            *inputs[:3], initial_state=inputs[3], output_final_state=True, schedule=schedule
+        )
+        return [o, final, *torch.autograd.grad(o.sum() + final.sum(), inputs)]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for x in inputs:
+            x.copy_(torch.randn_like(x))
+    graph.replay()
+    for replayed, eager in zip(captured, step(), strict=True):
+        assert torch.equal(replayed, eager)
+
+
+@pytest.mark.gpu
+def test_a_new_length_batch_or_number_of_heads_compiles_nothing():
+    from chela_bench.kernels import linear_attention_walk as module
+
+    kernels = [
+        module._linear_attention_walk_kernel,
+        module._linear_attention_sum_kernel,
+        module._linear_attention_scan_kernel,
+    ]
+
+    def compiled():
+        return [sum(len(cache[0]) for cache in k.device_caches.values()) for k in kernels]
+
+    def run(B, T, H, K):
+        q, k, v = (torch.randn(B, T, H, K, device="cuda", requires_grad=True) for _ in range(3))
+        for schedule in ("fused", "split"):
+            linear_attention(q, k, v, schedule=schedule)[0].sum().backward()
+
+    for K in (64, 60):
+        run(1, 256, 2, K)
+        before = compiled()
+        for shape in [(1, 1000, 2, K), (2, 1, 2, K), (3, 130, 1, K), (1, 129, 16, K)]:
+            run(*shape)
+        assert compiled() == before
