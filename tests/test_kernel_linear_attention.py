@@ -22,6 +22,7 @@ import triton
 from chela_bench.bench.check import worst_block_error
 from chela_bench.errors import ArgumentError
 from chela_bench.kernels import linear_attention as module
+from chela_bench.kernels import linear_attention_ops as ops
 from chela_bench.kernels.linear_attention import (
     hbm_bytes,
     linear_attention,
@@ -33,6 +34,7 @@ from chela_bench.kernels.linear_attention_config import (
     choose_segments,
     default_config,
 )
+from chela_bench.kernels.linear_attention_walk import Walk
 from chela_bench.reference.linear_attention import linear_attention as reference
 from chela_bench.reference.linear_attention import linear_attention_step as reference_step
 
@@ -141,7 +143,7 @@ def check(q, k, v, *, function=linear_attention, initial_state=None, gradients=T
 @pytest.mark.parametrize("precise", [False, True], ids=["fast", "precise"])
 def test_matches_reference(shape, dtype, causal, precise):
     q, k, v, state = inputs(*shape, dtype)
-    check(q, k, v, causal=causal, precise=precise)
+    check(q, k, v, causal=causal, precise=precise, gradients=False)
     options = {"initial_state": state, "output_final_state": True, "scale": 0.5}
     check(q, k, v, causal=causal, precise=precise, **options)
 
@@ -155,6 +157,40 @@ def test_segments_side_by_side(shape, dtype, causal):
     check(q, k, v, causal=causal, schedule="split")
     options = {"initial_state": state, "output_final_state": True, "config": {"segments": 3}}
     check(q, k, v, causal=causal, **options)
+
+
+SWEEP = {"sweep": 1}
+
+
+@dtypes
+@pytest.mark.parametrize("segments", [1, 3])
+@pytest.mark.parametrize("shape", [(2, 130, 1, 16, 40), (1, 70, 2, 17, 16)], ids=label)
+def test_gradients_in_one_sweep(shape, dtype, segments):
+    q, k, v, state = inputs(*shape, dtype)
+    config = {**SWEEP, "segments": segments}
+    check(q, k, v, config=config)
+    options = {"initial_state": state, "output_final_state": True, "scale": 0.5}
+    check(q, k, v, config=config, **options)
+
+
+@dtypes
+def test_a_sweep_of_packed_and_strided_inputs(dtype):
+    lengths = [0, 1, 70, 59]
+    qkv, _, _, state = inputs(1, sum(lengths), 2, 48, 16, dtype, N=len(lengths))
+    state = state[:, :, :16].contiguous()
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE)
+    options = {"initial_state": state, "output_final_state": True, "cu_seqlens": cu_seqlens}
+    check(*qkv.split(16, dim=-1), config={**SWEEP, "segments": 2}, **options)
+
+
+def test_a_sweep_cuts_long_sequences_for_itself(monkeypatch):
+    """The subtraction that gives R loses digits with the length of a segment."""
+    monkeypatch.setattr(ops, "SWEPT", 64)
+    q, k, v, state = inputs(1, 130, 1, 16, 16, torch.float32)
+    check(q, k, v, initial_state=state, output_final_state=True, config=SWEEP)
+    assert ops._swept(q, 16, Walk(1.0, True, None, 1, 1, False), [-1, -1, -1, -1, 1])
+    packed = torch.tensor([0, 130])
+    assert not ops._swept(q, 16, Walk(1.0, True, packed, 1, 1, False), [-1, -1, -1, -1, 1])
 
 
 @dtypes
@@ -184,8 +220,7 @@ def test_configs(config, dtype, causal):
 
 @dtypes
 @both_ways
-@pytest.mark.parametrize("integer", [torch.int32, torch.int64])
-@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize(("integer", "segments"), [(torch.int32, 1), (torch.int64, 2)])
 def test_packed_sequences(dtype, causal, integer, segments):
     lengths = [0, 1, 70, 0, 59, 0]
     q, k, v, state = inputs(1, sum(lengths), 1, 20, 24, dtype, N=len(lengths))
@@ -228,10 +263,13 @@ def test_a_gradient_that_is_one_number_everywhere():
 
 @dtypes
 @pytest.mark.parametrize("scale", [0.0, -2.0])
-def test_any_scale(dtype, scale):
+@pytest.mark.parametrize("sweep", [0, 1])
+def test_any_scale(dtype, scale, sweep):
     q, k, v, state = inputs(1, 40, 1, 16, 16, dtype)
     q, k, v, state = (x.requires_grad_() for x in (q, k, v, state))
-    o, final = linear_attention(q, k, v, scale=scale, initial_state=state, output_final_state=True)
+    o, final = linear_attention(
+        q, k, v, scale=scale, initial_state=state, output_final_state=True, config={"sweep": sweep}
+    )
     do, d_final = randn_like(o, 1), randn_like(final, 2)
     found = torch.autograd.grad([o, final], [q, k, v, state], [do, d_final])
     exact_in = [x.detach().double().requires_grad_() for x in (q, k, v, state)]
@@ -273,14 +311,15 @@ def test_the_past_is_blind_to_the_future(dtype, t, segments):
 
 @dtypes
 @pytest.mark.parametrize("segments", [1, 3])
-def test_same_inputs_same_bits_whatever_the_neighbours(dtype, segments):
+@pytest.mark.parametrize("sweep", [0, 1])
+def test_same_inputs_same_bits_whatever_the_neighbours(dtype, segments, sweep):
     q, k, v, state = inputs(2, 130, 1, 16, 16, dtype)
 
     def results(*tensors):
         leaves = [x.clone().requires_grad_() for x in tensors]
         o, final = linear_attention(
             *leaves[:3], initial_state=leaves[3], output_final_state=True,
-            config={"segments": segments},
+            config={"segments": segments, "sweep": sweep},
         )  # fmt: skip
         do = [randn_like(x[:1], 5).expand_as(x) for x in (o, final)]
         return o, final, *torch.autograd.grad([o, final], leaves, do)
@@ -317,7 +356,7 @@ def test_large_scores_do_not_overflow():
 
 @dtypes
 @both_ways
-@pytest.mark.parametrize("shape", SHAPES, ids=label)
+@pytest.mark.parametrize("shape", [(2, 5, 1, 3, 1), (1, 20, 2, 60, 40)], ids=label)
 def test_token_by_token(shape, dtype, causal):
     q, k, v, state = inputs(*shape, dtype)
     options = {"function": linear_attention_recurrent, "causal": causal, "gradients": False}
@@ -520,12 +559,12 @@ def test_hbm_bytes_of_segments():
 @pytest.mark.parametrize(
     ("schedule", "sequences", "tokens", "segments"),
     [
-        ("auto", 1, 16384, 9),  # 32 programs on 132 SMs: enough for two on each
+        ("auto", 1, 16384, 8),  # 32 programs on 132 SMs: two on each, in one wave
         ("auto", 1, 2048, 4),  # of no less than 512 tokens
         ("auto", 1, 1023, 1),
         ("auto", 4, 16384, 1),  # 128 programs are enough
         ("fused", 1, 16384, 1),
-        ("split", 4, 16384, 3),
+        ("split", 4, 16384, 2),
         ("split", 1, 100, 2),
         ("split", 0, 100, 2),
     ],

@@ -28,12 +28,13 @@ def both(q, k, v, state):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("segments", [1, 2])
 @pytest.mark.parametrize("has_state", [True, False])
-def test_the_operator_keeps_pytorchs_rules(causal, segments, has_state):
+@pytest.mark.parametrize("sweep", [0, 1])
+def test_the_operator_keeps_pytorchs_rules(causal, segments, has_state, sweep):
     q, k, v, state = leaves()
-    tiles = [16, 0, 0, 0]
+    options = [16, -1, -1, -1, sweep]
     arguments = (q, k, v, state if has_state else None, None, 0.25, has_state, causal, False)
     torch.library.opcheck(
-        torch.ops.chela_bench.linear_attention_forward.default, (*arguments, segments, tiles)
+        torch.ops.chela_bench.linear_attention_forward.default, (*arguments, segments, options)
     )
 
 

@@ -34,7 +34,7 @@ from chela_bench.kernels.linear_attention_config import (
     default_config,
     processors,
 )
-from chela_bench.kernels.linear_attention_ops import rows_contiguous, tiles_of
+from chela_bench.kernels.linear_attention_ops import options_of, rows_contiguous
 from chela_bench.kernels.linear_attention_recurrent import recurrent_walk, step
 from chela_bench.kernels.linear_attention_walk import Walk, _linear_attention_walk_kernel
 
@@ -89,7 +89,7 @@ def linear_attention(
     segments = _segments(config, schedule, N, H, tokens, K, V, q.dtype, q.device)
     o, final, _ = torch.ops.chela_bench.linear_attention_forward(
         q, k, v, initial_state, cu_seqlens, K**-0.5 if scale is None else float(scale),
-        output_final_state, causal, precise, segments, tiles_of(config),
+        output_final_state, causal, precise, segments, options_of(config),
     )  # fmt: skip
     return o, final if output_final_state else None
 

@@ -13,6 +13,7 @@ from chela_bench.errors import ArgumentError
 MAX_K = 256  # of a walk's keys: S [K, BLOCK_V] has to stay in registers
 MAX_V = 4096
 TILES = ("BLOCK_T", "BLOCK_V", "num_warps", "num_stages")  # of a walk
+OPTIONS = (*TILES, "sweep")
 Schedule = Literal["auto", "fused", "split"]
 ALLOWED_CONFIG: dict[str, tuple[int, ...]] = {
     "BLOCK_T": (16, 32, 64, 128, 256),
@@ -20,6 +21,7 @@ ALLOWED_CONFIG: dict[str, tuple[int, ...]] = {
     "num_warps": (1, 2, 4, 8),
     "num_stages": (1, 2, 3, 4, 5),
     "segments": tuple(range(1, 1025)),
+    "sweep": (0, 1),  # gradients in one sweep, where K and V fit; else a walk for each
 }
 _SHORTEST_SEGMENT = 512  # tokens; below, the states cost as much as what they save
 
@@ -47,6 +49,11 @@ def sum_config(K: int, V: int, dtype: torch.dtype) -> dict[str, int]:
     }
 
 
+def sweep_config(K: int, V: int) -> dict[str, int]:
+    """Of the gradients' sweep. At K = V = 128 it spills 200 bytes a thread (sm_90, static)."""
+    return {"BLOCK_T": 64, "num_warps": 4 if max(K, V) <= 64 else 8, "num_stages": 2}
+
+
 def wide_config(dtype: torch.dtype) -> dict[str, int]:
     """Of the walk over keys wider than registers."""
     return {
@@ -70,8 +77,8 @@ def checked(config: Mapping[str, int] | None) -> Mapping[str, int]:
 def choose_segments(
     schedule: str, *, sequences: int, heads: int, tokens: int, slices: int, processors: int
 ) -> int:
-    """Segments of each sequence. "fused" is one; "split" enough to give every SM two programs, in
-    segments of at least 512 tokens, but at least two; "auto" splits where fewer programs than SMs
+    """Segments of each sequence. "fused" is one; "split" as many as give every SM two programs in
+    one wave, of at least 512 tokens, but at least two; "auto" splits where fewer programs than SMs
     would run.
     """
     if schedule not in get_args(Schedule):
@@ -80,7 +87,7 @@ def choose_segments(
     most = tokens // _SHORTEST_SEGMENT
     if schedule == "fused" or (schedule == "auto" and (4 * programs > 3 * processors or most < 2)):
         return 1
-    return max(2, min(-(-2 * processors // programs), most))
+    return max(2, min(2 * processors // programs, most))
 
 
 def processors(device: torch.device) -> int:

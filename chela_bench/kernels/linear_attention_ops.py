@@ -8,7 +8,7 @@ other nowhere: autograd joins them here.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,11 +17,14 @@ from torch import Tensor
 from chela_bench.errors import ArgumentError
 from chela_bench.kernels.linear_attention_config import (
     MAX_K,
+    OPTIONS,
     TILES,
     default_config,
     sum_config,
+    sweep_config,
     wide_config,
 )
+from chela_bench.kernels.linear_attention_sweep import MAX_SWEPT, SWEPT, sweep
 from chela_bench.kernels.linear_attention_walk import Walk, segment_states, walk
 from chela_bench.kernels.linear_attention_wide import wide_segments, wide_walk
 
@@ -29,24 +32,25 @@ _library = torch.library.Library("chela_bench", "FRAGMENT")
 _library.define(
     "linear_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? initial_state, "
     "Tensor? cu_seqlens, float scale, bool output_final_state, bool causal, bool precise, "
-    "int segments, int[] tiles) -> (Tensor o, Tensor final_state, Tensor states)"
+    "int segments, int[] options) -> (Tensor o, Tensor final_state, Tensor states)"
 )
 _library.define(
     "linear_attention_backward(Tensor q, Tensor k, Tensor v, Tensor? initial_state, "
     "Tensor? cu_seqlens, Tensor states, Tensor do, Tensor? d_final_state, float scale, "
-    "bool causal, bool precise, int segments, int[] tiles) "
+    "bool causal, bool precise, int segments, int[] options) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor d_initial_state)"
 )
 
 
-def tiles_of(config: Mapping[str, int]) -> list[int]:
-    """What the caller asked for, by TILES; 0 where each walk takes its default."""
-    return [config.get(name, 0) for name in TILES]
+def options_of(config: Mapping[str, int]) -> list[int]:
+    """What the caller asked for, by OPTIONS; -1 where the default holds."""
+    return [config.get(name, -1) for name in OPTIONS]
 
 
-def _config(tiles: Sequence[int], K: int, V: int, dtype: torch.dtype) -> dict[str, int]:
-    asked = {name: size for name, size in zip(TILES, tiles, strict=True) if size}
-    return {**default_config(K, V, dtype), **asked}
+def _tiles(options: Sequence[int], K: int, V: int, dtype: torch.dtype) -> dict[str, int]:
+    asked = zip(OPTIONS, options, strict=True)
+    given = {name: size for name, size in asked if size >= 0 and name in TILES}
+    return {**default_config(K, V, dtype), **given}
 
 
 def _forward(
@@ -60,20 +64,20 @@ def _forward(
     causal: bool,
     precise: bool,
     segments: int,
-    tiles: list[int],
+    options: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o; the final state; the states between segments, or two-sided the state that all read. The
     last two are empty where there are none."""
     o, final, states = _forward_outputs(
         q, k, v, initial_state, cu_seqlens, scale, output_final_state, causal, precise, segments,
-        tiles,
+        options,
     )  # fmt: skip
     N, (H, K), V = _sequences(q, cu_seqlens), q.shape[2:], v.shape[-1]
     if N * H * V == 0:
         return o, final, states
     q, k, v = rows_contiguous(q, k, v)
     call = Walk(scale, causal, cu_seqlens, N, segments, precise)
-    config = _config(tiles, K, V, q.dtype)
+    config = _tiles(options, K, V, q.dtype)
     with torch.cuda.device_of(q):
         if segments == 1 and causal:
             last = final if output_final_state else None
@@ -98,9 +102,9 @@ def _forward_outputs(
     causal: bool,
     precise: bool,
     segments: int,
-    tiles: list[int],
+    options: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    del k, initial_state, scale, precise, tiles
+    del k, initial_state, scale, precise, options
     N, (H, K), V = _sequences(q, cu_seqlens), q.shape[2:], v.shape[-1]
     o = q.new_empty(v.shape)
     final = q.new_empty((N, H, K, V) if output_final_state else (0,), dtype=torch.float32)
@@ -129,55 +133,111 @@ def _backward(
     causal: bool,
     precise: bool,
     segments: int,
-    tiles: list[int],
+    options: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv as q, k, v; the initial state's gradient, empty where there is none."""
     dq, dk, dv, d_initial = _backward_outputs(
         q, k, v, initial_state, cu_seqlens, states, do, d_final_state, scale, causal, precise,
-        segments, tiles,
+        segments, options,
     )  # fmt: skip
-    N, (H, K), V = _sequences(q, cu_seqlens), q.shape[2:], v.shape[-1]
+    N, H, V = _sequences(q, cu_seqlens), q.shape[2], v.shape[-1]
     if N * H * V == 0:
         return dq, dk, dv, d_initial
     q, k, v, do = rows_contiguous(q, k, v, do)
-    last = None if initial_state is None else d_initial
     call = Walk(scale, causal, cu_seqlens, N, segments, precise)
+    ways = _by_sweep if _swept(q, V, call, options) else _by_walks
+    last = None if initial_state is None else d_initial
     with torch.cuda.device_of(q):
-        wide = V > MAX_K
-        if wide:
-            tokens = q.shape[1] if cu_seqlens is None else q.shape[1] // N
-            call = dataclasses.replace(call, segments=wide_segments(tokens))
-        shape = states_shape(N, H, K, V, call.segments, causal)
-        sums = sum_config(K, V, q.dtype)
-
-        def states_of(a: Tensor, b: Tensor, initial: Tensor | None, **options: Any) -> Tensor:
-            found = q.new_empty(shape, dtype=torch.float32)
-            segment_states(a, b, found, call, sums, initial=initial, **options)
-            return found
-
-        walks = wide_walk if wide else walk
-        config = wide_config(q.dtype) if wide else _config(tiles, V, K, q.dtype)
-        before: Tensor | None = states
-        if shape == (0,):
-            before = initial_state
-        elif states.shape != shape:
-            before = states_of(k, v, initial_state)
-        walks(do, v, k, dq, call, config, initial=before, transposed=True)
-        del before
-        if scale == 0.0:  # R cannot hold d_final_state / scale: let q be 0 instead
-            q, call = torch.zeros_like(q), dataclasses.replace(call, scale=1.0)
-        behind = None if d_final_state is None else d_final_state.contiguous() / call.scale
-        if shape != (0,):
-            behind = states_of(q, do, behind, final=last, reverse=True)
-            last = None
-        walks(v, do, q, dk, call, config, initial=behind, transposed=True, reverse=True)
-        walk(
-            k, q, do, dv, call, _config(tiles, K, V, q.dtype),
-            initial=behind, final=last, reverse=True,
+        ways(
+            (q, k, v, do), (dq, dk, dv), call, options,
+            initial=initial_state, states=states, d_final=d_final_state, d_initial=last,
         )  # fmt: skip
-        if initial_state is not None:
-            d_initial *= call.scale
     return dq, dk, dv, d_initial
+
+
+def _swept(q: Tensor, V: int, call: Walk, options: Sequence[int]) -> bool:
+    """Whether one sweep computes all gradients. Not of packed sequences that may be long: how long
+    a segment gets is then known on the device alone. R holds d(final state) / scale."""
+    asked = dict(zip(OPTIONS, options, strict=True))["sweep"]
+    fits = max(q.shape[-1], V) <= MAX_SWEPT and call.causal and call.scale != 0.0
+    short = call.cu_seqlens is None or q.shape[1] <= SWEPT
+    return fits and short and (asked == 1 or (asked < 0 and q.dtype == torch.bfloat16))
+
+
+def _by_sweep(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+    gradients: tuple[Tensor, Tensor, Tensor],
+    call: Walk,
+    options: Sequence[int],
+    *,
+    initial: Tensor | None,
+    states: Tensor,
+    d_final: Tensor | None,
+    d_initial: Tensor | None,
+) -> None:
+    q, k, v, do = tensors
+    call = dataclasses.replace(call, segments=max(call.segments, -(-q.shape[1] // SWEPT)))
+    before = _states_before(k, v, call, initial, states)
+    behind = None if d_final is None else d_final.contiguous() / call.scale
+    behind = _states(q, do, call, behind, final=d_initial, reverse=True, inclusive=True)
+    config = sweep_config(q.shape[-1], v.shape[-1])
+    sweep(*tensors, *gradients, call, config, before=before, behind=behind)
+    if d_initial is not None:
+        d_initial *= call.scale
+
+
+def _by_walks(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+    gradients: tuple[Tensor, Tensor, Tensor],
+    call: Walk,
+    options: Sequence[int],
+    *,
+    initial: Tensor | None,
+    states: Tensor,
+    d_final: Tensor | None,
+    d_initial: Tensor | None,
+) -> None:
+    (q, k, v, do), (dq, dk, dv) = tensors, gradients
+    K, V = q.shape[-1], v.shape[-1]
+    walks: Callable[..., None] = walk
+    config = _tiles(options, V, K, q.dtype)
+    if V > MAX_K:
+        tokens = q.shape[1] if call.cu_seqlens is None else q.shape[1] // call.N
+        call = dataclasses.replace(call, segments=wide_segments(tokens))
+        walks, config = wide_walk, wide_config(q.dtype)
+    before = _states_before(k, v, call, initial, states)
+    walks(do, v, k, dq, call, config, initial=before, transposed=True)
+    del before  # large, where V is
+    if call.scale == 0.0:  # R cannot hold d(final state) / scale: let q be 0 instead
+        q, call = torch.zeros_like(q), dataclasses.replace(call, scale=1.0)
+    behind = None if d_final is None else d_final.contiguous() / call.scale
+    last = d_initial
+    if call.segments > 1 or not call.causal:
+        behind, last = _states(q, do, call, behind, final=d_initial, reverse=True), None
+    walks(v, do, q, dk, call, config, initial=behind, transposed=True, reverse=True)
+    config = _tiles(options, K, V, q.dtype)
+    walk(k, q, do, dv, call, config, initial=behind, final=last, reverse=True)
+    if d_initial is not None:
+        d_initial *= call.scale
+
+
+def _states_before(
+    k: Tensor, v: Tensor, call: Walk, initial: Tensor | None, saved: Tensor
+) -> Tensor | None:
+    """S before each segment: the forward's, if it was cut into as many."""
+    if call.segments == 1 and call.causal:
+        return initial
+    H, K = k.shape[2:]
+    wanted = states_shape(call.N, H, K, v.shape[-1], call.segments, call.causal)
+    return saved if saved.shape == wanted else _states(k, v, call, initial)
+
+
+def _states(a: Tensor, b: Tensor, call: Walk, initial: Tensor | None, **options: Any) -> Tensor:
+    K, V = a.shape[-1], b.shape[-1]
+    shape = (call.N, a.shape[2], *([call.segments] if call.causal else []), K, V)
+    found = a.new_empty(shape, dtype=torch.float32)
+    segment_states(a, b, found, call, sum_config(K, V, a.dtype), initial=initial, **options)
+    return found
 
 
 def _backward_outputs(
@@ -193,9 +253,9 @@ def _backward_outputs(
     causal: bool,
     precise: bool,
     segments: int,
-    tiles: list[int],
+    options: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    del cu_seqlens, states, do, d_final_state, scale, causal, precise, segments, tiles
+    del cu_seqlens, states, do, d_final_state, scale, causal, precise, segments, options
     d_initial = q.new_empty(
         (0,) if initial_state is None else initial_state.shape, dtype=torch.float32
     )
@@ -203,10 +263,12 @@ def _backward_outputs(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, initial_state, cu_seqlens, scale, has_final, causal, precise, segments, tiles = inputs
+    q, k, v, initial_state, cu_seqlens, scale, has_final, causal, precise, segments, options = (
+        inputs
+    )
     o, _, states = output
     ctx.save_for_backward(q, k, v, initial_state, cu_seqlens, states)
-    ctx.options = scale, causal, precise, segments, tiles
+    ctx.options = scale, causal, precise, segments, options
     ctx.o_like, ctx.has_final = (o.shape, o.dtype), has_final
     ctx.mark_non_differentiable(states)
     ctx.set_materialize_grads(False)

@@ -234,10 +234,12 @@ def _linear_attention_scan_kernel(
     states_ptr, initial_ptr, final_ptr,  # pointers
     segments,  # runtime scalar
     SIZE: tl.constexpr, BLOCK: tl.constexpr,  # elements of a state, and of them a program's
-    IS_REVERSED: tl.constexpr, SKIPS_LAST: tl.constexpr, STORE_PREFIX: tl.constexpr,
+    IS_REVERSED: tl.constexpr, SKIPS_LAST: tl.constexpr,
+    STORE_PREFIX: tl.constexpr, IS_INCLUSIVE: tl.constexpr,
     USE_INITIAL_STATE: tl.constexpr, STORE_FINAL_STATE: tl.constexpr,
 ):  # fmt: skip
-    """states[n, h, segment] becomes what lies before it: the initial state and earlier segments."""
+    """states[n, h, segment] becomes what lies before it: the initial state and earlier segments,
+    and if inclusive the segment itself."""
     NS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     pid = tl.program_id(0).to(tl.int64)
     nh, offs = pid // NS, (pid % NS) * BLOCK + tl.arange(0, BLOCK)
@@ -250,9 +252,11 @@ def _linear_attention_scan_kernel(
         segment = segments - 1 - i if IS_REVERSED else i
         at = states_ptr + (nh * segments + segment) * SIZE + offs
         added = tl.load(at, mask=mask & ((i < segments - 1) | (not SKIPS_LAST)), other=0.0)
-        if STORE_PREFIX:
+        if STORE_PREFIX and not IS_INCLUSIVE:
             tl.store(at, state, mask=mask)
         state += added
+        if STORE_PREFIX and IS_INCLUSIVE:
+            tl.store(at, state, mask=mask)
     if STORE_FINAL_STATE:
         tl.store(final_ptr + nh * SIZE + offs, state, mask=mask)
 
@@ -300,28 +304,31 @@ def segment_states(
     initial: Tensor | None = None,
     final: Tensor | None = None,
     reverse: bool = False,
+    inclusive: bool = False,
 ) -> None:
     """Writes the state before each segment (behind it, with `reverse`) into `states` [N, H,
     segments, K, V], and that after all of them into `final` [N, H, K, V], all float32. Two-sided,
-    `states` [N, H, K, V] is the state after all of them too.
+    `states` [N, H, K, V] is the state after all of them too. `inclusive` adds each segment to its
+    own state.
     """
     K, V, H, segments = k.shape[-1], v.shape[-1], k.shape[2], call.segments
     sums = states if call.causal else states.new_empty(call.N, H, segments, K, V)
     whole = final if call.causal else states
+    skips_last = whole is None and not inclusive
     last = 0 if reverse else segments - 1
     tiles = triton.cdiv(K, config["BLOCK_K"]) * triton.cdiv(V, config["BLOCK_V"])
     unit, strides = rows_of(k, v)
     precision = call.precision(k.dtype)
     _linear_attention_sum_kernel[(call.N * H * segments * tiles,)](
         k, v, sums, call.cu_seqlens, *strides,
-        k.shape[1], H, segments, last if whole is None else -1,
+        k.shape[1], H, segments, last if skips_last else -1,
         K=K, V=V, UNIT=unit, IS_PACKED=call.cu_seqlens is not None, ALIGN=SEGMENT_ALIGN,
         UPCAST=precision["UPCAST"], PRECISION=precision["PRECISION"], **config,
     )  # fmt: skip
     _linear_attention_scan_kernel[(call.N * H * triton.cdiv(K * V, _SCANNED),)](
         sums, initial, whole, segments,
-        SIZE=K * V, BLOCK=_SCANNED, IS_REVERSED=reverse, SKIPS_LAST=whole is None,
-        STORE_PREFIX=call.causal, USE_INITIAL_STATE=initial is not None,
+        SIZE=K * V, BLOCK=_SCANNED, IS_REVERSED=reverse, SKIPS_LAST=skips_last,
+        STORE_PREFIX=call.causal, IS_INCLUSIVE=inclusive, USE_INITIAL_STATE=initial is not None,
         STORE_FINAL_STATE=whole is not None, num_warps=4,
     )  # fmt: skip
     if final is not None and not call.causal:
