@@ -188,9 +188,10 @@ def test_a_sweep_cuts_long_sequences_for_itself(monkeypatch):
     monkeypatch.setattr(ops, "SWEPT", 64)
     q, k, v, state = inputs(1, 130, 1, 16, 16, torch.float32)
     check(q, k, v, initial_state=state, output_final_state=True, config=SWEEP)
-    assert ops._swept(q, 16, Walk(1.0, True, None, 1, 1, False), [-1, -1, -1, -1, 1])
+    asked = (-1, -1, -1, -1, 1)
+    assert ops._swept(q, 16, Walk(1.0, True, None, 1, 1, False, asked))
     packed = torch.tensor([0, 130])
-    assert not ops._swept(q, 16, Walk(1.0, True, packed, 1, 1, False), [-1, -1, -1, -1, 1])
+    assert not ops._swept(q, 16, Walk(1.0, True, packed, 1, 1, False, asked))
 
 
 @dtypes
@@ -480,6 +481,7 @@ def test_rejects_tensors_that_triton_cannot_reach(monkeypatch):
     q, k, v, _ = (x.cpu() for x in inputs(1, 4, 1, 16, 16, torch.float32))
     compiled = triton.JITFunction.__new__(triton.JITFunction)
     monkeypatch.setattr(module, "_linear_attention_walk_kernel", compiled)
+    monkeypatch.setattr(module, "_check_facts", module._check_facts.__wrapped__)
     with pytest.raises(ArgumentError, match=r"on a GPU, got cpu; .*TRITON_INTERPRET=1"):
         linear_attention(q, k, v)
 

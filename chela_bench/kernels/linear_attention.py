@@ -17,24 +17,27 @@ side, after a first pass over k and v (and q and do) for the states between them
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from chela_bench.errors import ArgumentError
+from chela_bench.kernels.launching import on_device_of
 from chela_bench.kernels.linear_attention_config import (
     MAX_K,
     MAX_V,
     Schedule,
+    cdiv,
     checked,
     choose_segments,
-    default_config,
+    options_of,
     processors,
+    walk_config,
 )
-from chela_bench.kernels.linear_attention_ops import options_of, rows_contiguous
+from chela_bench.kernels.linear_attention_ops import eager, is_plain, rows_contiguous
 from chela_bench.kernels.linear_attention_recurrent import recurrent_walk, step
 from chela_bench.kernels.linear_attention_walk import Walk, _linear_attention_walk_kernel
 
@@ -78,18 +81,23 @@ def linear_attention(
     q, k, v = _autocast(q, k, v)
     _check(q, k, v)
     B, T, H, K = q.shape
-    V = v.shape[-1]
-    config = checked(config)
     if cu_seqlens is not None:
         cu_seqlens = _check_cu_seqlens(cu_seqlens, q)
-    N = B if cu_seqlens is None else len(cu_seqlens) - 1
+        B, T = cu_seqlens.shape[0] - 1, T // (cu_seqlens.shape[0] - 1)
     if initial_state is not None:
-        initial_state = _check_state(initial_state, (N, H, K, V), q)
-    tokens = T if cu_seqlens is None else T // N
-    segments = _segments(config, schedule, N, H, tokens, K, V, q.dtype, q.device)
+        initial_state = _check_state(initial_state, (B, H, K, v.shape[-1]), q)
+    plan = _plan.__wrapped__ if torch.compiler.is_compiling() else _plan
+    segments, options = plan(
+        schedule, None if config is None else tuple(config.items()), B, H, T, K, v.shape[-1],
+        q.dtype, q.device,
+    )  # fmt: skip
+    scale = K**-0.5 if scale is None else float(scale)
+    if is_plain(q, k, v):
+        call = Walk(scale, causal, cu_seqlens, B, segments, precise, options)
+        return eager(q, k, v, initial_state, call, output_final_state=output_final_state)
     o, final, _ = torch.ops.chela_bench.linear_attention_forward(
-        q, k, v, initial_state, cu_seqlens, K**-0.5 if scale is None else float(scale),
-        output_final_state, causal, precise, segments, options_of(config),
+        q, k, v, initial_state, cu_seqlens, scale, output_final_state, causal, precise, segments,
+        options,
     )  # fmt: skip
     return o, final if output_final_state else None
 
@@ -126,7 +134,7 @@ def linear_attention_step(
             "linear_attention for training"
         )
     q, k, v = rows_contiguous(q, k, v)
-    with torch.cuda.device_of(q):
+    with on_device_of(q):
         return step(q, k, v, state, q.shape[-1] ** -0.5 if scale is None else float(scale))
 
 
@@ -164,8 +172,9 @@ def linear_attention_recurrent(
     o = q.new_empty(v.shape)
     final = q.new_empty(N, H, K, v.shape[-1], dtype=torch.float32) if output_final_state else None
     if N * H * v.shape[-1] > 0:
-        call = Walk(K**-0.5 if scale is None else float(scale), causal, cu_seqlens, N, 1, False)
-        with torch.cuda.device_of(q):
+        scale = K**-0.5 if scale is None else float(scale)
+        call = Walk(scale, causal, cu_seqlens, N, 1, False, ())
+        with on_device_of(q):
             recurrent_walk(q, k, v, o, call, initial=initial_state, final=final)
     return o, final
 
@@ -189,17 +198,19 @@ def hbm_bytes(
         + tokens * V  # write o
     )
     schedule = str(config.get("schedule", "auto"))
+    chosen = tuple((name, int(x)) for name, x in config.items() if name != "schedule")
     dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    segments = _segments(config, schedule, B, H, T, K, V, dtype, device)
+    segments, _ = _plan(schedule, chosen, B, H, T, K, V, dtype, device)
     again = tokens * (K + V) * (segments - 1) // segments  # k and v, for the states
     states = 4 * B * H * segments * K * V * 4 if segments > 1 else 0
     return (elements + again) * itemsize + states
 
 
-def _segments(
-    config: Mapping[str, Any],
+@functools.lru_cache(maxsize=4096)
+def _plan(
     schedule: str,
+    config: tuple[tuple[str, int], ...] | None,
     N: int,
     H: int,
     tokens: int,
@@ -207,19 +218,19 @@ def _segments(
     V: int,
     dtype: torch.dtype,
     device: torch.device,
-) -> int:
-    """Into how many a sequence is cut: as the config says, or else by the schedule."""
-    if "segments" in config:
-        return int(config["segments"])
-    block_v = config.get("BLOCK_V", default_config(K, V, dtype)["BLOCK_V"])
-    return choose_segments(
+) -> tuple[int, tuple[int, ...]]:
+    """Segments of each sequence, as the config says, or else by the schedule; other options."""
+    asked = checked({} if config is None else dict(config))
+    slices = cdiv(V, walk_config(options_of(asked), K, V, dtype)["BLOCK_V"])
+    segments = choose_segments(
         schedule,
         sequences=N,
         heads=H,
         tokens=tokens,
-        slices=triton.cdiv(V, block_v),
+        slices=slices,
         processors=processors(device),
     )
+    return asked.get("segments", segments), options_of(asked)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -231,29 +242,37 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if q.ndim != 4 or q.shape != k.shape or v.shape[:-1] != q.shape[:-1]:
+    check = _check_facts.__wrapped__ if torch.compiler.is_compiling() else _check_facts
+    check(*[(x.shape, x.dtype, x.device) for x in (q, k, v)])
+
+
+@functools.lru_cache(maxsize=4096)
+def _check_facts(*facts: tuple[torch.Size, torch.dtype, torch.device]) -> None:
+    """Of q, k and v: shape, dtype and device; remembered, since it costs as much as a launch."""
+    (q, k, v), dtypes, devices = zip(*facts, strict=True)
+    if len(q) != 4 or q != k or v[:-1] != q[:-1]:
         raise ArgumentError(
             "wanted q, k [B, T, H, K] and v [B, T, H, V], got "
-            f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}; repeat shared heads first"
+            f"q {list(q)}, k {list(k)}, v {list(v)}; repeat shared heads first"
         )
-    if not 1 <= q.shape[-1] <= MAX_K or v.shape[-1] > MAX_V:
+    if not 1 <= q[-1] <= MAX_K or v[-1] > MAX_V:
         raise ArgumentError(
-            f"wanted 1 <= K <= {MAX_K} and V <= {MAX_V}, got K = {q.shape[-1]}, "
-            f"V = {v.shape[-1]}; use more heads, or chela_bench.reference.linear_attention"
+            f"wanted 1 <= K <= {MAX_K} and V <= {MAX_V}, got K = {q[-1]}, V = {v[-1]}; use more "
+            "heads, or chela_bench.reference.linear_attention"
         )
-    if q.dtype not in DTYPES or q.dtype != k.dtype or q.dtype != v.dtype:
+    if dtypes[0] not in DTYPES or len(set(dtypes)) > 1:
         raise ArgumentError(
             "wanted q, k and v in one of float32, bfloat16, float16, got "
-            f"{q.dtype}, {k.dtype}, {v.dtype}; convert them to one"
+            f"{', '.join(map(str, dtypes))}; convert them to one"
         )
-    if q.device != k.device or q.device != v.device:
+    if len(set(devices)) > 1:
         raise ArgumentError(
-            f"wanted q, k and v on one device, got {q.device}, {k.device}, {v.device}; move them"
+            f"wanted q, k and v on one device, got {', '.join(map(str, devices))}; move them"
         )
     interpreted = not isinstance(_linear_attention_walk_kernel, triton.JITFunction)
-    if not q.is_cuda and not interpreted:
+    if devices[0].type != "cuda" and not interpreted:
         raise ArgumentError(
-            f"wanted tensors on a GPU, got {q.device}; move them, use "
+            f"wanted tensors on a GPU, got {devices[0]}; move them, use "
             "chela_bench.reference.linear_attention, or start Python with TRITON_INTERPRET=1"
         )
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
-import triton
 
 from chela_bench.errors import ArgumentError
 
@@ -32,18 +32,26 @@ def default_config(K: int, V: int, dtype: torch.dtype) -> dict[str, int]:
     upcast = dtype == torch.float32 or (wide and dtype == torch.float16)  # S is a TF32 operand
     return {
         "BLOCK_T": 32 if upcast else 64,
-        "BLOCK_V": min(32 if wide else 64, max(16, triton.next_power_of_2(V))),
+        "BLOCK_V": min(32 if wide else 64, tile(V)),
         "num_warps": 8 if wide and dtype != torch.bfloat16 else 4,
         "num_stages": 2,
     }
 
 
+def walk_config(options: Sequence[int], K: int, V: int, dtype: torch.dtype) -> dict[str, int]:
+    """The defaults, and what the caller asked for, by OPTIONS; -1 where the default holds."""
+    asked = zip(OPTIONS, options, strict=True)
+    given = {name: size for name, size in asked if size >= 0 and name in TILES}
+    return {**default_config(K, V, dtype), **given}
+
+
+@functools.lru_cache(maxsize=1024)
 def sum_config(K: int, V: int, dtype: torch.dtype) -> dict[str, int]:
     """Of the sum over a segment."""
     return {
         "BLOCK_T": 32 if dtype == torch.float32 else 64,
-        "BLOCK_K": min(128, max(16, triton.next_power_of_2(K))),
-        "BLOCK_V": min(64, max(16, triton.next_power_of_2(V))),
+        "BLOCK_K": min(128, tile(K)),
+        "BLOCK_V": min(64, tile(V)),
         "num_warps": 4,
         "num_stages": 3,
     }
@@ -64,9 +72,8 @@ def wide_config(dtype: torch.dtype) -> dict[str, int]:
     }
 
 
-def checked(config: Mapping[str, int] | None) -> Mapping[str, int]:
+def checked(config: Mapping[str, int]) -> Mapping[str, int]:
     """What the caller asked for, if it is allowed."""
-    config = {} if config is None else config
     for key, value in config.items():
         if value not in ALLOWED_CONFIG.get(key, ()):
             allowed = "; ".join(f"{key} {_range(values)}" for key, values in ALLOWED_CONFIG.items())
@@ -96,6 +103,20 @@ def processors(device: torch.device) -> int:
         return 4
     count: Any = torch.cuda.get_device_properties(device).multi_processor_count
     return int(count)
+
+
+def options_of(config: Mapping[str, int]) -> tuple[int, ...]:
+    """What the caller asked for, by OPTIONS; -1 where the default holds."""
+    return tuple([config.get(name, -1) for name in OPTIONS])
+
+
+def tile(size: int) -> int:
+    """The power of two that holds it, at least 16: what a tensor core takes."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def cdiv(size: int, block: int) -> int:
+    return -(-size // block)
 
 
 def _range(values: tuple[int, ...]) -> str:

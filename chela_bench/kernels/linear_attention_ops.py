@@ -1,29 +1,23 @@
-"""Linear attention as PyTorch operators: what torch.compile, autograd and CUDA graphs see.
+"""Linear attention for PyTorch: the operators that torch.compile and others see, and autograd.
 
-`chela_bench::linear_attention_forward` and `_backward` take checked tensors and launch walks (see
-linear_attention_walk.py, and linear_attention_wide.py for dq and dk of a wide v). They call each
-other nowhere: autograd joins them here.
+`chela_bench::linear_attention_forward` and `_backward` take checked tensors and launch walks
+(linear_attention_walk.py), or for all gradients one sweep (linear_attention_sweep.py), or for dq
+and dk of a wide v another walk (linear_attention_wide.py). `eager` does the same without the
+dispatcher, which costs the host as much as the launch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from chela_bench.errors import ArgumentError
-from chela_bench.kernels.linear_attention_config import (
-    MAX_K,
-    OPTIONS,
-    TILES,
-    default_config,
-    sum_config,
-    sweep_config,
-    wide_config,
-)
+from chela_bench.kernels.launching import on_device_of
+from chela_bench.kernels.linear_attention_config import MAX_K, OPTIONS
 from chela_bench.kernels.linear_attention_sweep import MAX_SWEPT, SWEPT, sweep
 from chela_bench.kernels.linear_attention_walk import Walk, segment_states, walk
 from chela_bench.kernels.linear_attention_wide import wide_segments, wide_walk
@@ -36,21 +30,45 @@ _library.define(
 )
 _library.define(
     "linear_attention_backward(Tensor q, Tensor k, Tensor v, Tensor? initial_state, "
-    "Tensor? cu_seqlens, Tensor states, Tensor do, Tensor? d_final_state, float scale, "
+    "Tensor? cu_seqlens, Tensor? states, Tensor do, Tensor? d_final_state, float scale, "
     "bool causal, bool precise, int segments, int[] options) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor d_initial_state)"
 )
 
 
-def options_of(config: Mapping[str, int]) -> list[int]:
-    """What the caller asked for, by OPTIONS; -1 where the default holds."""
-    return [config.get(name, -1) for name in OPTIONS]
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial: Tensor | None,
+    call: Walk,
+    *,
+    output_final_state: bool,
+    keep_states: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """o; the final state, if wanted; the states between segments, or two-sided the state that all
+    read, if there are any and they are to be kept."""
+    H, K = q.shape[2:]
+    V = v.shape[-1]
+    o = q.new_empty(v.shape)
+    final = q.new_empty(call.N, H, K, V, dtype=torch.float32) if output_final_state else None
+    states = None
+    if call.segments > 1 or not call.causal:
+        states = q.new_empty(states_shape(call, H, K, V), dtype=torch.float32)
+    if call.N * H * V > 0:
+        q, k, v = rows_contiguous(q, k, v)
+        with on_device_of(q):
+            if states is None:
+                walk(q, k, v, o, call, initial=initial, final=final)
+            else:
+                segment_states(k, v, states, call, initial=initial, final=final)
+                walk(q, k, v, o, call, initial=states)
+    return o, final, states if keep_states else None
 
 
-def _tiles(options: Sequence[int], K: int, V: int, dtype: torch.dtype) -> dict[str, int]:
-    asked = zip(OPTIONS, options, strict=True)
-    given = {name: size for name, size in asked if size >= 0 and name in TILES}
-    return {**default_config(K, V, dtype), **given}
+def states_shape(call: Walk, H: int, K: int, V: int) -> tuple[int, ...]:
+    """Of the states that walks begin with: one before each segment, or two-sided one for all."""
+    return (call.N, H, call.segments, K, V) if call.causal else (call.N, H, K, V)
 
 
 def _forward(
@@ -66,29 +84,15 @@ def _forward(
     segments: int,
     options: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """o; the final state; the states between segments, or two-sided the state that all read. The
-    last two are empty where there are none."""
-    o, final, states = _forward_outputs(
-        q, k, v, initial_state, cu_seqlens, scale, output_final_state, causal, precise, segments,
-        options,
-    )  # fmt: skip
-    N, (H, K), V = _sequences(q, cu_seqlens), q.shape[2:], v.shape[-1]
-    if N * H * V == 0:
-        return o, final, states
-    q, k, v = rows_contiguous(q, k, v)
-    call = Walk(scale, causal, cu_seqlens, N, segments, precise)
-    config = _tiles(options, K, V, q.dtype)
-    with torch.cuda.device_of(q):
-        if segments == 1 and causal:
-            last = final if output_final_state else None
-            walk(q, k, v, o, call, config, initial=initial_state, final=last)
-        else:
-            segment_states(
-                k, v, states, call, sum_config(K, V, q.dtype),
-                initial=initial_state, final=final if output_final_state else None,
-            )  # fmt: skip
-            walk(q, k, v, o, call, config, initial=states)
-    return o, final, states
+    """As `forward`, with empty tensors for what there is none of."""
+    call = Walk(
+        scale, causal, cu_seqlens, _sequences(q, cu_seqlens), segments, precise, tuple(options)
+    )
+    o, final, states = forward(
+        q, k, v, initial_state, call, output_final_state=output_final_state, keep_states=True
+    )
+    nothing = (q.new_empty(0, dtype=torch.float32) for _ in range(2))
+    return o, next(nothing) if final is None else final, next(nothing) if states is None else states
 
 
 def _forward_outputs(
@@ -104,20 +108,14 @@ def _forward_outputs(
     segments: int,
     options: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    del k, initial_state, scale, precise, options
-    N, (H, K), V = _sequences(q, cu_seqlens), q.shape[2:], v.shape[-1]
-    o = q.new_empty(v.shape)
-    final = q.new_empty((N, H, K, V) if output_final_state else (0,), dtype=torch.float32)
-    states = q.new_empty(states_shape(N, H, K, V, segments, causal), dtype=torch.float32)
-    return o, final, states
-
-
-def states_shape(N: int, H: int, K: int, V: int, segments: int, causal: bool) -> tuple[int, ...]:
-    """Of the states that walks of one call begin with: none that are not given by the caller, one
-    before each of several segments, or two-sided one for all."""
-    if not causal:
-        return (N, H, K, V)
-    return (N, H, segments, K, V) if segments > 1 else (0,)
+    del k, initial_state
+    call = Walk(scale, causal, cu_seqlens, _sequences(q, cu_seqlens), segments, precise, ())
+    H, K = q.shape[2:]
+    V = v.shape[-1]
+    has_states = segments > 1 or not causal
+    final = q.new_empty((call.N, H, K, V) if output_final_state else (0,), dtype=torch.float32)
+    states = q.new_empty(states_shape(call, H, K, V) if has_states else (0,), dtype=torch.float32)
+    return q.new_empty(v.shape), final, states
 
 
 def _backward(
@@ -126,7 +124,7 @@ def _backward(
     v: Tensor,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    states: Tensor,
+    states: Tensor | None,
     do: Tensor,
     d_final_state: Tensor | None,
     scale: float,
@@ -144,21 +142,21 @@ def _backward(
     if N * H * V == 0:
         return dq, dk, dv, d_initial
     q, k, v, do = rows_contiguous(q, k, v, do)
-    call = Walk(scale, causal, cu_seqlens, N, segments, precise)
-    ways = _by_sweep if _swept(q, V, call, options) else _by_walks
+    call = Walk(scale, causal, cu_seqlens, N, segments, precise, tuple(options))
+    ways = _by_sweep if _swept(q, V, call) else _by_walks
     last = None if initial_state is None else d_initial
-    with torch.cuda.device_of(q):
+    with on_device_of(q):
         ways(
-            (q, k, v, do), (dq, dk, dv), call, options,
+            (q, k, v, do), (dq, dk, dv), call,
             initial=initial_state, states=states, d_final=d_final_state, d_initial=last,
         )  # fmt: skip
     return dq, dk, dv, d_initial
 
 
-def _swept(q: Tensor, V: int, call: Walk, options: Sequence[int]) -> bool:
+def _swept(q: Tensor, V: int, call: Walk) -> bool:
     """Whether one sweep computes all gradients. Not of packed sequences that may be long: how long
     a segment gets is then known on the device alone. R holds d(final state) / scale."""
-    asked = dict(zip(OPTIONS, options, strict=True))["sweep"]
+    asked = call.options[OPTIONS.index("sweep")]
     fits = max(q.shape[-1], V) <= MAX_SWEPT and call.causal and call.scale != 0.0
     short = call.cu_seqlens is None or q.shape[1] <= SWEPT
     return fits and short and (asked == 1 or (asked < 0 and q.dtype == torch.bfloat16))
@@ -168,10 +166,9 @@ def _by_sweep(
     tensors: tuple[Tensor, Tensor, Tensor, Tensor],
     gradients: tuple[Tensor, Tensor, Tensor],
     call: Walk,
-    options: Sequence[int],
     *,
     initial: Tensor | None,
-    states: Tensor,
+    states: Tensor | None,
     d_final: Tensor | None,
     d_initial: Tensor | None,
 ) -> None:
@@ -179,9 +176,11 @@ def _by_sweep(
     call = dataclasses.replace(call, segments=max(call.segments, -(-q.shape[1] // SWEPT)))
     before = _states_before(k, v, call, initial, states)
     behind = None if d_final is None else d_final.contiguous() / call.scale
-    behind = _states(q, do, call, behind, final=d_initial, reverse=True, inclusive=True)
-    config = sweep_config(q.shape[-1], v.shape[-1])
-    sweep(*tensors, *gradients, call, config, before=before, behind=behind)
+    first = d_initial
+    if call.segments > 1:
+        behind = _states(q, do, call, behind, final=d_initial, reverse=True, inclusive=True)
+        first = None
+    sweep(*tensors, *gradients, call, before=before, behind=behind, first=first)
     if d_initial is not None:
         d_initial *= call.scale
 
@@ -190,23 +189,20 @@ def _by_walks(
     tensors: tuple[Tensor, Tensor, Tensor, Tensor],
     gradients: tuple[Tensor, Tensor, Tensor],
     call: Walk,
-    options: Sequence[int],
     *,
     initial: Tensor | None,
-    states: Tensor,
+    states: Tensor | None,
     d_final: Tensor | None,
     d_initial: Tensor | None,
 ) -> None:
     (q, k, v, do), (dq, dk, dv) = tensors, gradients
-    K, V = q.shape[-1], v.shape[-1]
     walks: Callable[..., None] = walk
-    config = _tiles(options, V, K, q.dtype)
-    if V > MAX_K:
+    if v.shape[-1] > MAX_K:
         tokens = q.shape[1] if call.cu_seqlens is None else q.shape[1] // call.N
         call = dataclasses.replace(call, segments=wide_segments(tokens))
-        walks, config = wide_walk, wide_config(q.dtype)
+        walks = wide_walk
     before = _states_before(k, v, call, initial, states)
-    walks(do, v, k, dq, call, config, initial=before, transposed=True)
+    walks(do, v, k, dq, call, initial=before, transposed=True)
     del before  # large, where V is
     if call.scale == 0.0:  # R cannot hold d(final state) / scale: let q be 0 instead
         q, call = torch.zeros_like(q), dataclasses.replace(call, scale=1.0)
@@ -214,29 +210,27 @@ def _by_walks(
     last = d_initial
     if call.segments > 1 or not call.causal:
         behind, last = _states(q, do, call, behind, final=d_initial, reverse=True), None
-    walks(v, do, q, dk, call, config, initial=behind, transposed=True, reverse=True)
-    config = _tiles(options, K, V, q.dtype)
-    walk(k, q, do, dv, call, config, initial=behind, final=last, reverse=True)
+    walks(v, do, q, dk, call, initial=behind, transposed=True, reverse=True)
+    walk(k, q, do, dv, call, initial=behind, final=last, reverse=True)
     if d_initial is not None:
         d_initial *= call.scale
 
 
 def _states_before(
-    k: Tensor, v: Tensor, call: Walk, initial: Tensor | None, saved: Tensor
+    k: Tensor, v: Tensor, call: Walk, initial: Tensor | None, saved: Tensor | None
 ) -> Tensor | None:
     """S before each segment: the forward's, if it was cut into as many."""
     if call.segments == 1 and call.causal:
         return initial
     H, K = k.shape[2:]
-    wanted = states_shape(call.N, H, K, v.shape[-1], call.segments, call.causal)
-    return saved if saved.shape == wanted else _states(k, v, call, initial)
+    wanted = states_shape(call, H, K, v.shape[-1])
+    return saved if saved is not None and saved.shape == wanted else _states(k, v, call, initial)
 
 
 def _states(a: Tensor, b: Tensor, call: Walk, initial: Tensor | None, **options: Any) -> Tensor:
-    K, V = a.shape[-1], b.shape[-1]
-    shape = (call.N, a.shape[2], *([call.segments] if call.causal else []), K, V)
-    found = a.new_empty(shape, dtype=torch.float32)
-    segment_states(a, b, found, call, sum_config(K, V, a.dtype), initial=initial, **options)
+    H, K = a.shape[2:]
+    found = a.new_empty(states_shape(call, H, K, b.shape[-1]), dtype=torch.float32)
+    segment_states(a, b, found, call, initial=initial, **options)
     return found
 
 
@@ -246,7 +240,7 @@ def _backward_outputs(
     v: Tensor,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    states: Tensor,
+    states: Tensor | None,
     do: Tensor,
     d_final_state: Tensor | None,
     scale: float,
@@ -262,32 +256,98 @@ def _backward_outputs(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_initial
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, initial_state, cu_seqlens, scale, has_final, causal, precise, segments, options = (
-        inputs
+def eager(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial: Tensor | None,
+    call: Walk,
+    *,
+    output_final_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """o and the final state, if wanted: the operator without the dispatcher."""
+    inputs = (q, k, v) if initial is None else (q, k, v, initial)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        o, final = _Eager.apply(q, k, v, initial, call, output_final_state)
+        return o, final
+    return forward(
+        q, k, v, initial, call, output_final_state=output_final_state, keep_states=False
+    )[:2]
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Nobody is watching that `eager` would bypass: no tracing, no mode, no tensor subclass."""
+    return (
+        not torch.compiler.is_compiling()
+        and all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
     )
-    o, _, states = output
-    ctx.save_for_backward(q, k, v, initial_state, cu_seqlens, states)
-    ctx.options = scale, causal, precise, segments, options
-    ctx.o_like, ctx.has_final = (o.shape, o.dtype), has_final
-    ctx.mark_non_differentiable(states)
+
+
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        initial: Tensor | None,
+        call: Walk,
+        output_final_state: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        o, final, states = forward(
+            q, k, v, initial, call, output_final_state=output_final_state, keep_states=True
+        )
+        options = call.scale, call.causal, call.precise, call.segments, call.options
+        _keep(ctx, (q, k, v, initial, call.cu_seqlens), o, states, options)
+        return o, final
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None, d_final: Tensor | None) -> Any:
+        return *_gradients(ctx, do, d_final), None, None
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    tensors, (scale, has_final, *options) = inputs[:5], inputs[5:]
+    _keep(ctx, tensors, output[0], output[2], (scale, *options))
+    ctx.has_final = has_final
+    ctx.mark_non_differentiable(output[2])
+
+
+def _keep(
+    ctx: Any,
+    tensors: tuple[Tensor | None, ...],
+    o: Tensor,
+    states: Tensor | None,
+    options: tuple[Any, ...],
+) -> None:
+    ctx.save_for_backward(*tensors, states)
+    ctx.options, ctx.o_like = options, (o.shape, o.dtype)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(
     ctx: Any, do: Tensor | None, d_final: Tensor | None, d_states: None
 ) -> tuple[Tensor | None, ...]:
+    d_final = d_final if ctx.has_final else None  # it is empty, and so would its gradient be
+    return *_gradients(ctx, do, d_final), *(None,) * 7
+
+
+def _gradients(ctx: Any, do: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of q, k, v and the initial state."""
     q, k, v, initial_state, cu_seqlens, states = ctx.saved_tensors
-    nothing = (None,) * 7
-    d_final = d_final if ctx.has_final else None
     if do is None and d_final is None:
-        return None, None, None, None, *nothing
+        return None, None, None, None
     if do is None:
         do = q.new_zeros(ctx.o_like[0], dtype=ctx.o_like[1])
-    dq, dk, dv, d_initial = torch.ops.chela_bench.linear_attention_backward(
+    backward: Callable[..., Any] = torch.ops.chela_bench.linear_attention_backward
+    if not torch.is_grad_enabled() and is_plain(q, k, v, do):
+        backward = _backward
+    *found, d_initial = backward(
         q, k, v, initial_state, cu_seqlens, states, do, d_final, *ctx.options
     )
-    return dq, dk, dv, None if initial_state is None else d_initial, *nothing
+    return *found, None if initial_state is None else d_initial
 
 
 def _differentiate_twice(ctx: Any, *gradients: Tensor | None) -> None:

@@ -9,18 +9,21 @@ program owns BLOCK_V columns of one head's state. A step reads and writes the st
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from chela_bench.kernels.launching import Launcher
+from chela_bench.kernels.linear_attention_config import cdiv, tile
 from chela_bench.kernels.linear_attention_walk import (
     RUNTIME,
     SEGMENT_ALIGN,
     Walk,
     _bounds,
     rows_of,
-    tile,
 )
 
 BLOCK_V = 32
@@ -81,6 +84,9 @@ def _linear_attention_recurrent_kernel(
         tl.store(final_ptr + state_offs, state, mask=state_mask)
 
 
+_recurrent = Launcher(_linear_attention_recurrent_kernel)
+
+
 def recurrent_walk(
     q: Tensor,
     k: Tensor,
@@ -92,15 +98,27 @@ def recurrent_walk(
     final: Tensor | None,
 ) -> None:
     """Writes o, and the last state into `final`. Rows contiguous, states [N, H, K, V]."""
-    (K, V), H = (q.shape[-1], v.shape[-1]), q.shape[2]
+    _, T, H, K = q.shape
+    V = v.shape[-1]
     unit, strides = rows_of(q, k, v, o)
-    _linear_attention_recurrent_kernel[(call.N * H * triton.cdiv(V, BLOCK_V),)](
-        q, k, v, o, initial, final, call.cu_seqlens, *strides,
-        call.scale, q.shape[1], H,
-        K=K, V=V, UNIT=unit, BLOCK_K=tile(K), BLOCK_V=BLOCK_V,
-        IS_CAUSAL=call.causal, IS_PACKED=call.cu_seqlens is not None,
-        USE_INITIAL_STATE=initial is not None, STORE_FINAL_STATE=final is not None,
-        ALIGN=SEGMENT_ALIGN, num_warps=4 if K > 64 else 2,
+    constants = _recurrent_constants(
+        K, V, unit, call.causal, call.cu_seqlens is not None, initial is not None, final is not None
+    )
+    _recurrent(
+        call.N * H * cdiv(V, BLOCK_V),
+        (q, k, v, o, initial, final, call.cu_seqlens),
+        (*strides, call.scale, T, H),
+        constants, 4 if K > 64 else 2, 3,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _recurrent_constants(
+    K: int, V: int, unit: int, causal: bool, packed: bool, has_initial: bool, has_final: bool
+) -> tuple[object, ...]:
+    return _recurrent.constants(
+        K=K, V=V, UNIT=unit, BLOCK_K=tile(K), BLOCK_V=BLOCK_V, IS_CAUSAL=causal, IS_PACKED=packed,
+        USE_INITIAL_STATE=has_initial, STORE_FINAL_STATE=has_final, ALIGN=SEGMENT_ALIGN,
     )  # fmt: skip
 
 
@@ -109,6 +127,6 @@ def step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, scale: float) -> Tensor
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     if o.numel():
         q, k, v, row = (x.unsqueeze(1) for x in (q, k, v, o))  # [B, 1, H, K or V]
-        call = Walk(scale, True, None, q.shape[0], 1, precise=False)
+        call = Walk(scale, True, None, q.shape[0], 1, False, ())
         recurrent_walk(q, k, v, row, call, initial=state, final=state)
     return o

@@ -22,14 +22,16 @@ walk is that, with the sum over all segments for everyone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from chela_bench.kernels.launching import Launcher
+from chela_bench.kernels.linear_attention_config import cdiv, sum_config, tile, walk_config
 
 SEGMENT_ALIGN = 64  # tokens; a segment is a multiple of it
 _SCANNED = 1024  # elements of a state that one program adds up
@@ -49,18 +51,7 @@ class Walk:
     N: int  # sequences
     segments: int
     precise: bool
-
-    def precision(self, dtype: torch.dtype) -> dict[str, Any]:
-        """How operands multiply: UPCAST all, or (WIDEN) what is computed here, to float32.
-
-        bfloat16 rounds computed operands, S and the scores, to bfloat16. In float16 they would
-        overflow, so they meet the others as TF32, which keeps float16's ten bits.
-        """
-        return {
-            "UPCAST": self.precise,
-            "WIDEN": dtype == torch.float16,
-            "PRECISION": "tf32x3" if self.precise else "tf32",
-        }
+    options: tuple[int, ...]  # what the caller asked for, by linear_attention_config.OPTIONS
 
 
 @triton.jit
@@ -261,13 +252,17 @@ def _linear_attention_scan_kernel(
         tl.store(final_ptr + nh * SIZE + offs, state, mask=mask)
 
 
+_walk = Launcher(_linear_attention_walk_kernel)
+_sum = Launcher(_linear_attention_sum_kernel)
+_scan = Launcher(_linear_attention_scan_kernel)
+
+
 def walk(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     o: Tensor,
     call: Walk,
-    config: Mapping[str, int],
     *,
     initial: Tensor | None = None,
     final: Tensor | None = None,
@@ -280,18 +275,45 @@ def walk(
     [N, H, segments, K, V], or two-sided one for all, [N, H, K, V]; with `transposed` states are
     [..., V, K]. There is a `final` [N, H, K, V] of a causal walk in one segment only.
     """
-    (K, V), H = (q.shape[-1], v.shape[-1]), q.shape[2]
-    programs = call.N * H * call.segments * triton.cdiv(V, config["BLOCK_V"])
+    _, T, H, K = q.shape
+    V = v.shape[-1]
     unit, strides = rows_of(q, k, v, o)
-    _linear_attention_walk_kernel[(programs,)](
-        q, k, v, o, initial, final, call.cu_seqlens, *strides,
-        call.scale, q.shape[1], H, call.segments,
-        K=K, V=V, UNIT=unit, BLOCK_K=tile(K),
-        IS_CAUSAL=call.causal, IS_REVERSED=reverse, IS_PACKED=call.cu_seqlens is not None,
-        USE_INITIAL_STATE=initial is not None, STORE_FINAL_STATE=final is not None,
-        STATE_IS_TRANSPOSED=transposed, ALIGN=SEGMENT_ALIGN,
-        **call.precision(q.dtype), **config,
+    constants, slices, num_warps, num_stages = _walk_plan(
+        K, V, unit, q.dtype, call.options, call.precise, call.causal, reverse,
+        call.cu_seqlens is not None, initial is not None, final is not None, transposed,
     )  # fmt: skip
+    _walk(
+        call.N * H * call.segments * slices,
+        (q, k, v, o, initial, final, call.cu_seqlens),
+        (*strides, call.scale, T, H, call.segments),
+        constants, num_warps, num_stages,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def _walk_plan(
+    K: int,
+    V: int,
+    unit: int,
+    dtype: torch.dtype,
+    options: tuple[int, ...],
+    precise: bool,
+    causal: bool,
+    reverse: bool,
+    packed: bool,
+    has_initial: bool,
+    has_final: bool,
+    transposed: bool,
+) -> tuple[tuple[object, ...], int, int, int]:
+    """The walk's constants, slices of V, num_warps and num_stages."""
+    config = walk_config(options, K, V, dtype)
+    constants = _walk.constants(
+        K=K, V=V, UNIT=unit, BLOCK_T=config["BLOCK_T"], BLOCK_K=tile(K), BLOCK_V=config["BLOCK_V"],
+        IS_CAUSAL=causal, IS_REVERSED=reverse, IS_PACKED=packed, USE_INITIAL_STATE=has_initial,
+        STORE_FINAL_STATE=has_final, STATE_IS_TRANSPOSED=transposed, ALIGN=SEGMENT_ALIGN,
+        **precision(dtype, precise),
+    )  # fmt: skip
+    return constants, cdiv(V, config["BLOCK_V"]), config["num_warps"], config["num_stages"]
 
 
 def segment_states(
@@ -299,7 +321,6 @@ def segment_states(
     v: Tensor,
     states: Tensor,
     call: Walk,
-    config: Mapping[str, int],
     *,
     initial: Tensor | None = None,
     final: Tensor | None = None,
@@ -311,37 +332,59 @@ def segment_states(
     `states` [N, H, K, V] is the state after all of them too. `inclusive` adds each segment to its
     own state.
     """
-    K, V, H, segments = k.shape[-1], v.shape[-1], k.shape[2], call.segments
+    _, T, H, K = k.shape
+    V, segments = v.shape[-1], call.segments
     sums = states if call.causal else states.new_empty(call.N, H, segments, K, V)
     whole = final if call.causal else states
     skips_last = whole is None and not inclusive
     last = 0 if reverse else segments - 1
-    tiles = triton.cdiv(K, config["BLOCK_K"]) * triton.cdiv(V, config["BLOCK_V"])
     unit, strides = rows_of(k, v)
-    precision = call.precision(k.dtype)
-    _linear_attention_sum_kernel[(call.N * H * segments * tiles,)](
-        k, v, sums, call.cu_seqlens, *strides,
-        k.shape[1], H, segments, last if skips_last else -1,
-        K=K, V=V, UNIT=unit, IS_PACKED=call.cu_seqlens is not None, ALIGN=SEGMENT_ALIGN,
-        UPCAST=precision["UPCAST"], PRECISION=precision["PRECISION"], **config,
+    config = sum_config(K, V, k.dtype)
+    precisely = precision(k.dtype, call.precise)
+    del precisely["WIDEN"]
+    constants = _sum.constants(
+        K=K, V=V, UNIT=unit, BLOCK_T=config["BLOCK_T"], BLOCK_K=config["BLOCK_K"],
+        BLOCK_V=config["BLOCK_V"], IS_PACKED=call.cu_seqlens is not None, ALIGN=SEGMENT_ALIGN,
+        **precisely,
     )  # fmt: skip
-    _linear_attention_scan_kernel[(call.N * H * triton.cdiv(K * V, _SCANNED),)](
-        sums, initial, whole, segments,
+    _sum(
+        call.N * H * segments * cdiv(K, config["BLOCK_K"]) * cdiv(V, config["BLOCK_V"]),
+        (k, v, sums, call.cu_seqlens),
+        (*strides, T, H, segments, last if skips_last else -1),
+        constants, config["num_warps"], config["num_stages"],
+    )  # fmt: skip
+    constants = _scan.constants(
         SIZE=K * V, BLOCK=_SCANNED, IS_REVERSED=reverse, SKIPS_LAST=skips_last,
-        STORE_PREFIX=call.causal, IS_INCLUSIVE=inclusive, USE_INITIAL_STATE=initial is not None,
-        STORE_FINAL_STATE=whole is not None, num_warps=4,
+        STORE_PREFIX=call.causal, IS_INCLUSIVE=inclusive,
+        USE_INITIAL_STATE=initial is not None, STORE_FINAL_STATE=whole is not None,
     )  # fmt: skip
+    programs = call.N * H * cdiv(K * V, _SCANNED)
+    _scan(programs, (sums, initial, whole), (segments,), constants, 4, 3)
     if final is not None and not call.causal:
         final.copy_(states)
 
 
-def tile(size: int) -> int:
-    return max(16, int(triton.next_power_of_2(size)))
+def precision(dtype: torch.dtype, precise: bool) -> dict[str, object]:
+    """How operands multiply: UPCAST all, or (WIDEN) what is computed here, to float32.
+
+    bfloat16 rounds computed operands, S and the scores, to bfloat16. In float16 they would
+    overflow, so they meet the others as TF32, which keeps float16's ten bits.
+    """
+    return {
+        "UPCAST": precise,
+        "WIDEN": dtype == torch.float16,
+        "PRECISION": "tf32x3" if precise else "tf32",
+    }
 
 
-def rows_of(*tensors: Tensor) -> tuple[int, list[int]]:
+def rows_of(*tensors: Tensor) -> tuple[int, tuple[int, ...]]:
     """The elements that all strides and rows are multiples of (16 lets loads be whole vectors, 1
     promises nothing), and the strides of batch, token and head in that unit."""
-    strides = [stride for x in tensors for stride in x.stride()[:3]]
-    whole = all(s % 16 == 0 for s in strides) and all(x.shape[-1] % 16 == 0 for x in tensors)
-    return (16, [s // 16 for s in strides]) if whole else (1, strides)
+    return _rows_of(*[(x.stride(), x.shape[-1]) for x in tensors])
+
+
+@functools.lru_cache(maxsize=4096)
+def _rows_of(*layouts: tuple[tuple[int, ...], int]) -> tuple[int, tuple[int, ...]]:
+    strides = [stride for layout, _ in layouts for stride in layout[:3]]
+    whole = all(s % 16 == 0 for s in strides) and all(row % 16 == 0 for _, row in layouts)
+    return (16, tuple(s // 16 for s in strides)) if whole else (1, tuple(strides))

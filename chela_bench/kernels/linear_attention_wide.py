@@ -14,13 +14,13 @@ L * L / 2 * (K + V) times: L of a few hundred keeps both small.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from chela_bench.kernels.launching import Launcher
+from chela_bench.kernels.linear_attention_config import tile, wide_config
 from chela_bench.kernels.linear_attention_walk import (
     RUNTIME,
     SEGMENT_ALIGN,
@@ -29,8 +29,8 @@ from chela_bench.kernels.linear_attention_walk import (
     _columns,
     _rows,
     _state_offsets,
+    precision,
     rows_of,
-    tile,
 )
 
 SEGMENT = 256  # tokens between states kept
@@ -112,30 +112,38 @@ def _linear_attention_wide_kernel(
         )
 
 
+_wide = Launcher(_linear_attention_wide_kernel)
+
+
 def wide_walk(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     o: Tensor,
     call: Walk,
-    config: Mapping[str, int],
     *,
     initial: Tensor | None = None,
     transposed: bool = False,
     reverse: bool = False,
 ) -> None:
     """Writes o. `initial` as in `walk`: a state for each segment, or two-sided one for all."""
-    H = q.shape[2]
+    _, T, H, K = q.shape
+    V = v.shape[-1]
     if initial is None:
-        initial = q.new_zeros(call.N, H, q.shape[-1], v.shape[-1], dtype=torch.float32)
+        initial = q.new_zeros(call.N, H, K, V, dtype=torch.float32)
     unit, strides = rows_of(q, k, v, o)
-    _linear_attention_wide_kernel[(call.N * H * call.segments * PARTS,)](
-        q, k, v, o, initial, call.cu_seqlens, *strides,
-        call.scale, q.shape[1], H, call.segments,
-        K=q.shape[-1], V=v.shape[-1], UNIT=unit, BLOCK_V=tile(v.shape[-1]), PARTS=PARTS,
-        IS_CAUSAL=call.causal, IS_REVERSED=reverse, IS_PACKED=call.cu_seqlens is not None,
-        STATE_IS_TRANSPOSED=transposed, ALIGN=SEGMENT_ALIGN,
-        **call.precision(q.dtype), **config,
+    config = wide_config(q.dtype)
+    constants = _wide.constants(
+        K=K, V=V, UNIT=unit, BLOCK_T=config["BLOCK_T"], BLOCK_K=config["BLOCK_K"], BLOCK_V=tile(V),
+        PARTS=PARTS, IS_CAUSAL=call.causal, IS_REVERSED=reverse,
+        IS_PACKED=call.cu_seqlens is not None, STATE_IS_TRANSPOSED=transposed, ALIGN=SEGMENT_ALIGN,
+        **precision(q.dtype, call.precise),
+    )  # fmt: skip
+    _wide(
+        call.N * H * call.segments * PARTS,
+        (q, k, v, o, initial, call.cu_seqlens),
+        (*strides, call.scale, T, H, call.segments),
+        constants, config["num_warps"], config["num_stages"],
     )  # fmt: skip
 
 
