@@ -23,6 +23,7 @@ from chela_bench.bench.check import worst_block_error
 from chela_bench.errors import ArgumentError
 from chela_bench.kernels import linear_attention as module
 from chela_bench.kernels import linear_attention_ops as ops
+from chela_bench.kernels import linear_attention_sweep as sweeps
 from chela_bench.kernels.linear_attention import (
     hbm_bytes,
     linear_attention,
@@ -188,19 +189,25 @@ def test_a_sweep_cuts_long_sequences_for_itself(monkeypatch):
     monkeypatch.setattr(ops, "SWEPT", 64)
     q, k, v, state = inputs(1, 130, 1, 16, 16, torch.float32)
     check(q, k, v, initial_state=state, output_final_state=True, config=SWEEP)
-    asked = (-1, -1, -1, -1, 1)
-    assert ops._swept(q, 16, Walk(1.0, True, None, 1, 1, False, asked))
-    packed = torch.tensor([0, 130])
-    assert not ops._swept(q, 16, Walk(1.0, True, packed, 1, 1, False, asked))
+    packed, half = torch.tensor([0, 130]), q.bfloat16()
+    assert ops._swept(half, 16, Walk(1.0, True, None, 1, 1, False, (-1,) * 5))
+    assert not ops._swept(half, 16, Walk(1.0, True, packed, 1, 1, False, (-1,) * 5))
+    assert not ops._swept(q, 16, Walk(1.0, True, None, 1, 1, False, (-1,) * 5))
 
 
 @dtypes
 @both_ways
 def test_values_wider_than_keys_may_be(dtype, causal):
-    """dq and dk sum over V: beyond 256 they are computed another way."""
-    q, k, v, state = inputs(1, 300 if dtype == torch.float32 else 40, 1, 16, 272, dtype)
+    """dq and dk sum over blocks of V, dv over those of K."""
+    q, k, v, state = inputs(1, 70, 1, 70 if dtype == torch.float32 else 16, 272, dtype)
     check(q, k, v, causal=causal, initial_state=state, output_final_state=True)
-    check(q[:, :20], k[:, :20], v[:, :20], causal=causal)
+    check(q[:, :20], k[:, :20], v[:, :20], causal=causal, schedule="split")
+
+
+def test_so_many_blocks_are_added_up_in_rounds(monkeypatch):
+    monkeypatch.setattr(sweeps, "ADDED", 2)
+    q, k, v, state = inputs(1, 40, 1, 16, 300, torch.float32)
+    check(q, k, v, initial_state=state, output_final_state=True)
 
 
 CONFIGS = [

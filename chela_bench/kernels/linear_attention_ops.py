@@ -1,9 +1,8 @@
 """Linear attention for PyTorch: the operators that torch.compile and others see, and autograd.
 
 `chela_bench::linear_attention_forward` and `_backward` take checked tensors and launch walks
-(linear_attention_walk.py), or for all gradients one sweep (linear_attention_sweep.py), or for dq
-and dk of a wide v another walk (linear_attention_wide.py). `eager` does the same without the
-dispatcher, which costs the host as much as the launch.
+(linear_attention_walk.py), or for all gradients one sweep (linear_attention_sweep.py). `eager` does
+the same without the dispatcher, which costs the host as much as the launch.
 """
 
 from __future__ import annotations
@@ -17,10 +16,15 @@ from torch import Tensor
 
 from chela_bench.errors import ArgumentError
 from chela_bench.kernels.launching import on_device_of
-from chela_bench.kernels.linear_attention_config import MAX_K, OPTIONS
-from chela_bench.kernels.linear_attention_sweep import MAX_SWEPT, SWEPT, sweep
+from chela_bench.kernels.linear_attention_config import (
+    MAX_K,
+    OPTIONS,
+    SHORTEST_SEGMENT,
+    cdiv,
+    processors,
+)
+from chela_bench.kernels.linear_attention_sweep import SWEPT, blocks, sweep
 from chela_bench.kernels.linear_attention_walk import Walk, segment_states, walk
-from chela_bench.kernels.linear_attention_wide import wide_segments, wide_walk
 
 _library = torch.library.Library("chela_bench", "FRAGMENT")
 _library.define(
@@ -142,7 +146,10 @@ def _backward(
     if N * H * V == 0:
         return dq, dk, dv, d_initial
     q, k, v, do = rows_contiguous(q, k, v, do)
-    call = Walk(scale, causal, cu_seqlens, N, segments, precise, tuple(options))
+    zero = scale == 0.0  # R cannot hold d(final state) / scale: let q and do's part be 0 instead
+    call = Walk(1.0 if zero else scale, causal, cu_seqlens, N, segments, precise, tuple(options))
+    if zero:
+        q, do = torch.zeros_like(q), torch.zeros_like(do)
     ways = _by_sweep if _swept(q, V, call) else _by_walks
     last = None if initial_state is None else d_initial
     with on_device_of(q):
@@ -154,12 +161,17 @@ def _backward(
 
 
 def _swept(q: Tensor, V: int, call: Walk) -> bool:
-    """Whether one sweep computes all gradients. Not of packed sequences that may be long: how long
-    a segment gets is then known on the device alone. R holds d(final state) / scale."""
+    """Whether one sweep computes all gradients: always of a v too wide for a walk's keys. Else in
+    bfloat16 where a block of states is a whole one, and not of packed sequences that may be long:
+    how long a segment gets is known on the device alone."""
+    if V > MAX_K:
+        return True
     asked = call.options[OPTIONS.index("sweep")]
-    fits = max(q.shape[-1], V) <= MAX_SWEPT and call.causal and call.scale != 0.0
+    if asked >= 0:
+        return asked == 1
     short = call.cu_seqlens is None or q.shape[1] <= SWEPT
-    return fits and short and (asked == 1 or (asked < 0 and q.dtype == torch.bfloat16))
+    fits = max(q.shape[-1], V) <= 128 and q.dtype == torch.bfloat16
+    return fits and short and call.causal
 
 
 def _by_sweep(
@@ -173,16 +185,28 @@ def _by_sweep(
     d_initial: Tensor | None,
 ) -> None:
     q, k, v, do = tensors
-    call = dataclasses.replace(call, segments=max(call.segments, -(-q.shape[1] // SWEPT)))
+    if call.causal:
+        call = dataclasses.replace(call, segments=_swept_segments(q, v.shape[-1], call))
     before = _states_before(k, v, call, initial, states)
     behind = None if d_final is None else d_final.contiguous() / call.scale
     first = d_initial
-    if call.segments > 1:
-        behind = _states(q, do, call, behind, final=d_initial, reverse=True, inclusive=True)
+    if call.segments > 1 or not call.causal:
+        behind = _states(q, do, call, behind, final=d_initial, reverse=True, inclusive=call.causal)
         first = None
     sweep(*tensors, *gradients, call, before=before, behind=behind, first=first)
     if d_initial is not None:
         d_initial *= call.scale
+
+
+def _swept_segments(q: Tensor, V: int, call: Walk) -> int:
+    """The forward's, whose states are kept; more where one would be too long for the subtraction,
+    or where less than half of the SMs would have a program."""
+    _, T, H, K = q.shape
+    programs = call.N * H * blocks(K, V, q.dtype)
+    segments = max(call.segments, cdiv(T, SWEPT))
+    if call.cu_seqlens is None and 2 * programs * segments <= processors(q.device):
+        segments = max(segments, min(processors(q.device) // programs, T // SHORTEST_SEGMENT))
+    return segments
 
 
 def _by_walks(
@@ -196,21 +220,13 @@ def _by_walks(
     d_initial: Tensor | None,
 ) -> None:
     (q, k, v, do), (dq, dk, dv) = tensors, gradients
-    walks: Callable[..., None] = walk
-    if v.shape[-1] > MAX_K:
-        tokens = q.shape[1] if call.cu_seqlens is None else q.shape[1] // call.N
-        call = dataclasses.replace(call, segments=wide_segments(tokens))
-        walks = wide_walk
     before = _states_before(k, v, call, initial, states)
-    walks(do, v, k, dq, call, initial=before, transposed=True)
-    del before  # large, where V is
-    if call.scale == 0.0:  # R cannot hold d(final state) / scale: let q be 0 instead
-        q, call = torch.zeros_like(q), dataclasses.replace(call, scale=1.0)
+    walk(do, v, k, dq, call, initial=before, transposed=True)
     behind = None if d_final is None else d_final.contiguous() / call.scale
     last = d_initial
     if call.segments > 1 or not call.causal:
         behind, last = _states(q, do, call, behind, final=d_initial, reverse=True), None
-    walks(v, do, q, dk, call, initial=behind, transposed=True, reverse=True)
+    walk(v, do, q, dk, call, initial=behind, transposed=True, reverse=True)
     walk(k, q, do, dv, call, initial=behind, final=last, reverse=True)
     if d_initial is not None:
         d_initial *= call.scale

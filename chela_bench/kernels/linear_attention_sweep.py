@@ -1,4 +1,4 @@
-"""dq, dk and dv of linear attention in one sweep over the tokens, for K and V that fit registers.
+"""dq, dk and dv of linear attention in one sweep over the tokens.
 
     dq_t = scale * S_t do_t        dk_t = scale * R_t v_t        dv_t = scale * R_t^T k_t
 
@@ -11,11 +11,16 @@ once, where three walks read them three times. For a chunk of tokens, S before i
     dK = scale * (triu(V dO^T) Q + V R^T)
     dV = scale * (triu(K Q^T) dO + K R)
 
-Grid (N * H * segments): a program keeps S and -R [K, V] of one head in float32 registers. R comes
-summed over the segment; a single segment's program sums it itself, before the sweep. Within a
-segment the subtraction costs digits: the error of R is that of the sum over the whole segment. So
-segments stay short (SWEPT tokens), and S, whose k and v may all be positive, is the one that is
-summed up.
+Two-sided, S and R are those of the whole sequence, and the first terms fall away.
+
+A program keeps a block of S and -R [BLOCK_K, BLOCK_V] of one head in float32 registers. Attention
+is linear in blocks of K and of V too: dq and dk are sums over the blocks of V, dv over those of K.
+Each block writes its part, and the parts are added up after. Grid (N * H * segments * NK * NV).
+
+R comes summed over the segment; a single segment's programs sum it themselves, before the sweep.
+Within a segment the subtraction costs digits: the error of R is that of the sum over the whole
+segment. So segments stay short (SWEPT tokens), and S, whose k and v may all be positive, is the one
+that is summed up.
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chela_bench.kernels.launching import Launcher
-from chela_bench.kernels.linear_attention_config import sweep_config, tile
+from chela_bench.kernels.linear_attention_config import cdiv, sweep_config
 from chela_bench.kernels.linear_attention_walk import (
     RUNTIME,
     SEGMENT_ALIGN,
@@ -40,8 +45,8 @@ from chela_bench.kernels.linear_attention_walk import (
     rows_of,
 )
 
-MAX_SWEPT = 128  # K and V
 SWEPT = 16384  # tokens in a segment at most
+ADDED = 8  # parts of a gradient in memory at once
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -52,14 +57,17 @@ def _linear_attention_sweep_kernel(
     stride_kb: tl.int64, stride_kt: tl.int64, stride_kh: tl.int64,
     stride_vb: tl.int64, stride_vt: tl.int64, stride_vh: tl.int64,
     stride_ob: tl.int64, stride_ot: tl.int64, stride_oh: tl.int64,  # of do; the others contiguous
-    scale, T: tl.int64, H, segments,  # runtime scalars
+    scale, T: tl.int64, H, segments, first_v,  # runtime scalars; first_v: the first block of V
     K: tl.constexpr, V: tl.constexpr, UNIT: tl.constexpr,  # dimensions
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,  # tile
+    NV: tl.constexpr, IS_CAUSAL: tl.constexpr,  # NV: blocks of V in this grid
     IS_PACKED: tl.constexpr, USE_BEFORE: tl.constexpr, USE_BEHIND: tl.constexpr,
     SUM_BEHIND: tl.constexpr, STORE_FIRST: tl.constexpr, ALIGN: tl.constexpr,
     UPCAST: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    NK: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     pid = tl.program_id(0).to(tl.int64)
+    pid_v, pid_k, pid = pid % NV, pid // NV % NK, pid // NV // NK
     pid_s, pid_nh = pid % segments, pid // segments
     n, h = pid_nh // H, pid_nh % H
     b, start, end = _bounds(cu_seqlens_ptr, n, pid_s, segments, T, IS_PACKED, ALIGN)
@@ -67,14 +75,16 @@ def _linear_attention_sweep_kernel(
     k_ptr += (b * stride_kb + h * stride_kh) * UNIT
     v_ptr += (b * stride_vb + h * stride_vh) * UNIT
     do_ptr += (b * stride_ob + h * stride_oh) * UNIT
-    dq_ptr += (b * T * H + h) * K
-    dk_ptr += (b * T * H + h) * K
-    dv_ptr += (b * T * H + h) * V
+    rows = T * H if IS_PACKED else tl.num_programs(0) // (NV * NK * segments) * T  # B * T * H
+    dq_ptr += (pid_v * rows + b * T * H + h) * K
+    dk_ptr += (pid_v * rows + b * T * H + h) * K
+    dv_ptr += (pid_k * rows + b * T * H + h) * V
 
     offs_t = tl.arange(0, BLOCK_T)
-    offs_k, offs_v = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+    offs_k = pid_k.to(tl.int32) * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_v = (first_v + pid_v.to(tl.int32)) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask_k, mask_v = offs_k < K, offs_v < V
-    state_offs = pid * K * V + offs_k[:, None] * V + offs_v[None, :]
+    state_offs = (pid if IS_CAUSAL else pid_nh) * K * V + offs_k[:, None] * V + offs_v[None, :]
     state_mask = mask_k[:, None] & mask_v[None, :]
     if USE_BEFORE:
         before = tl.load(before_ptr + state_offs, mask=state_mask, other=0.0)
@@ -110,28 +120,37 @@ def _linear_attention_sweep_kernel(
         if UPCAST or WIDEN:
             q, k, v, do = q.to(tl.float32), k.to(tl.float32), v.to(tl.float32), do.to(tl.float32)
 
-        scores = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [queries, keys]
-        scores = tl.where(offs_t[:, None] >= offs_t[None, :], scores, 0.0).to(q.dtype)
-        dq = tl.dot(scores, k, input_precision=PRECISION)
-        dq = tl.dot(do, tl.trans(before.to(q.dtype)), acc=dq, input_precision=PRECISION)
+        if IS_CAUSAL:
+            scores = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [queries, keys]
+            scores = tl.where(offs_t[:, None] >= offs_t[None, :], scores, 0.0).to(q.dtype)
+            dq = tl.dot(scores, k, input_precision=PRECISION)
+            dq = tl.dot(do, tl.trans(before.to(q.dtype)), acc=dq, input_precision=PRECISION)
+        else:
+            dq = tl.dot(do, tl.trans(before.to(q.dtype)), input_precision=PRECISION)
         _store_rows(dq_ptr, H * K, t, offs_t, offs_k, mask_t, mask_k, dq * scale)
 
-        minus_behind = tl.dot(tl.trans(q), do, acc=minus_behind, input_precision=PRECISION)
+        if IS_CAUSAL:
+            minus_behind = tl.dot(tl.trans(q), do, acc=minus_behind, input_precision=PRECISION)
         r = (-minus_behind).to(q.dtype)
-        # The transposes of the scores as products of their own, not as tl.trans of accumulators.
-        scores = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [keys, queries]
-        scores = tl.where(upper, scores, 0.0).to(q.dtype)
-        dk = tl.dot(scores, q, input_precision=PRECISION)
-        dk = tl.dot(v, tl.trans(r), acc=dk, input_precision=PRECISION)
+        if IS_CAUSAL:
+            # Transposed scores as products of their own, not as tl.trans of accumulators.
+            scores = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [keys, queries]
+            scores = tl.where(upper, scores, 0.0).to(q.dtype)
+            dk = tl.dot(scores, q, input_precision=PRECISION)
+            dk = tl.dot(v, tl.trans(r), acc=dk, input_precision=PRECISION)
+        else:
+            dk = tl.dot(v, tl.trans(r), input_precision=PRECISION)
         _store_rows(dk_ptr, H * K, t, offs_t, offs_k, mask_t, mask_k, dk * scale)
 
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [keys, queries]
-        scores = tl.where(upper, scores, 0.0).to(q.dtype)
-        dv = tl.dot(scores, do, input_precision=PRECISION)
-        dv = tl.dot(k, r, acc=dv, input_precision=PRECISION)
+        if IS_CAUSAL:
+            scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [keys, queries]
+            scores = tl.where(upper, scores, 0.0).to(q.dtype)
+            dv = tl.dot(scores, do, input_precision=PRECISION)
+            dv = tl.dot(k, r, acc=dv, input_precision=PRECISION)
+            before = tl.dot(tl.trans(k), v, acc=before, input_precision=PRECISION)
+        else:
+            dv = tl.dot(k, r, input_precision=PRECISION)
         _store_rows(dv_ptr, H * V, t, offs_t, offs_v, mask_t, mask_v, dv * scale)
-
-        before = tl.dot(tl.trans(k), v, acc=before, input_precision=PRECISION)
 
 
 @triton.jit
@@ -162,23 +181,47 @@ def sweep(
 ) -> None:
     """Writes dq, dk, dv, which are contiguous; rows of the others are.
 
-    q, k [B, T, H, K]; v, do [B, T, H, V]; K, V <= MAX_SWEPT. States [N, H, segments, K, V] in
-    float32: S before each segment (none: zero); R at the start of each of several segments, or
-    behind a single one (none: zero), whose R at its first token goes into `first`, if given.
+    q, k [B, T, H, K]; v, do [B, T, H, V]. States [N, H, segments, K, V] in float32: S before each
+    segment (none: zero); R at the start of each of several segments, or behind a single one (none:
+    zero), whose R at its first token goes into `first`, if given. Two-sided, whole S and R.
     """
     _, T, H, K = q.shape
     V = v.shape[-1]
     unit, strides = rows_of(q, k, v, do)
-    constants, num_warps, num_stages = _sweep_plan(
-        K, V, unit, q.dtype, call.precise, call.cu_seqlens is not None,
-        before is not None, behind is not None, call.segments == 1, first is not None,
-    )  # fmt: skip
-    _sweep(
-        call.N * H * call.segments,
-        (q, k, v, do, dq, dk, dv, before, behind, first, call.cu_seqlens),
-        (*strides, call.scale, T, H, call.segments),
-        constants, num_warps, num_stages,
-    )  # fmt: skip
+    config = sweep_config(K, V, q.dtype)
+    parts_v, parts_k = cdiv(V, config["BLOCK_V"]), cdiv(K, config["BLOCK_K"])
+    at_once = min(parts_v, ADDED)
+    dv_parts = dv if parts_k == 1 else dv.new_empty(parts_k, *dv.shape)
+    sums: list[Tensor] = []
+    for first_v in range(0, parts_v, at_once):
+        count = min(at_once, parts_v - first_v)
+        whole = parts_v == 1
+        parts = (dq, dk) if whole else tuple(q.new_empty(count, *q.shape) for _ in range(2))
+        constants, num_warps, num_stages = _sweep_plan(
+            K, V, unit, q.dtype, call.precise, call.causal, call.cu_seqlens is not None, count,
+            before is not None, behind is not None, first is not None, call.segments == 1,
+        )  # fmt: skip
+        _sweep(
+            call.N * H * call.segments * count * parts_k,
+            (q, k, v, do, *parts, dv_parts, before, behind, first, call.cu_seqlens),
+            (*strides, call.scale, T, H, call.segments, first_v),
+            constants, num_warps, num_stages,
+        )  # fmt: skip
+        if not whole:
+            added = [x.sum(0, dtype=torch.float32) for x in parts]
+            sums = [a + b for a, b in zip(sums, added, strict=True)] if sums else added
+        del parts
+    if sums:
+        dq.copy_(sums[0])
+        dk.copy_(sums[1])
+    if parts_k > 1:
+        torch.sum(dv_parts, 0, out=dv)
+
+
+def blocks(K: int, V: int, dtype: torch.dtype) -> int:
+    """Blocks of a head's state that are swept side by side."""
+    config = sweep_config(K, V, dtype)
+    return cdiv(K, config["BLOCK_K"]) * min(cdiv(V, config["BLOCK_V"]), ADDED)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -188,17 +231,20 @@ def _sweep_plan(
     unit: int,
     dtype: torch.dtype,
     precise: bool,
+    causal: bool,
     packed: bool,
+    blocks_v: int,
     has_before: bool,
     has_behind: bool,
-    sums: bool,
     has_first: bool,
+    sums: bool,
 ) -> tuple[tuple[object, ...], int, int]:
     """The sweep's constants, num_warps and num_stages."""
-    config = sweep_config(K, V)
+    config = sweep_config(K, V, dtype)
     constants = _sweep.constants(
-        K=K, V=V, UNIT=unit, BLOCK_T=config["BLOCK_T"], BLOCK_K=tile(K), BLOCK_V=tile(V),
-        IS_PACKED=packed, USE_BEFORE=has_before, USE_BEHIND=has_behind, SUM_BEHIND=sums,
-        STORE_FIRST=has_first, ALIGN=SEGMENT_ALIGN, **precision(dtype, precise),
+        K=K, V=V, UNIT=unit, BLOCK_T=config["BLOCK_T"], BLOCK_K=config["BLOCK_K"],
+        BLOCK_V=config["BLOCK_V"], NV=blocks_v, IS_CAUSAL=causal, IS_PACKED=packed,
+        USE_BEFORE=has_before, USE_BEHIND=has_behind, SUM_BEHIND=sums and causal,
+        STORE_FIRST=has_first and causal, ALIGN=SEGMENT_ALIGN, **precision(dtype, precise),
     )  # fmt: skip
     return constants, config["num_warps"], config["num_stages"]
