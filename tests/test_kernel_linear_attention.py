@@ -35,7 +35,7 @@ from chela_bench.kernels.linear_attention_config import (
     choose_segments,
     default_config,
 )
-from chela_bench.kernels.linear_attention_walk import Walk
+from chela_bench.kernels.linear_attention_walk import Walk, rows_of
 from chela_bench.reference.linear_attention import linear_attention as reference
 from chela_bench.reference.linear_attention import linear_attention_step as reference_step
 
@@ -141,12 +141,20 @@ def check(q, k, v, *, function=linear_attention, initial_state=None, gradients=T
 @dtypes
 @both_ways
 @pytest.mark.parametrize("shape", SHAPES, ids=label)
-@pytest.mark.parametrize("precise", [False, True], ids=["fast", "precise"])
-def test_matches_reference(shape, dtype, causal, precise):
+def test_matches_reference(shape, dtype, causal):
     q, k, v, state = inputs(*shape, dtype)
-    check(q, k, v, causal=causal, precise=precise, gradients=False)
+    check(q, k, v, causal=causal, gradients=False)
     options = {"initial_state": state, "output_final_state": True, "scale": 0.5}
-    check(q, k, v, causal=causal, precise=precise, **options)
+    check(q, k, v, causal=causal, **options)
+    check(q, k, v, causal=causal, precise=True, gradients=shape[1] <= 5, **options)
+
+
+def test_rows_are_promised_to_be_aligned_only_if_they_always_are():
+    """A row of 60 is, where there are 4 heads: a promise would make 3 heads another kernel."""
+    aligned, odd = torch.empty(2, 5, 4, 64), torch.empty(2, 5, 4, 60)
+    assert rows_of(aligned) == (16, (5 * 4 * 4, 4 * 4, 4))
+    assert rows_of(odd) == (1, odd.stride()[:3]) and odd.stride(1) % 16 == 0
+    assert rows_of(aligned, odd)[0] == rows_of(aligned[..., 1:, :56])[0] == 1
 
 
 @dtypes
@@ -188,7 +196,9 @@ def test_a_sweep_cuts_long_sequences_for_itself(monkeypatch):
     """The subtraction that gives R loses digits with the length of a segment."""
     monkeypatch.setattr(ops, "SWEPT", 64)
     q, k, v, state = inputs(1, 130, 1, 16, 16, torch.float32)
-    check(q, k, v, initial_state=state, output_final_state=True, config=SWEEP)
+    options = {"initial_state": state, "output_final_state": True}
+    check(q, k, v, config=SWEEP, **options)
+    check(q, k, v, config={**SWEEP, "segments": 2}, **options)  # the forward's states do not fit
     packed, half = torch.tensor([0, 130]), q.bfloat16()
     assert ops._swept(half, 16, Walk(1.0, True, None, 1, 1, False, (-1,) * 5))
     assert not ops._swept(half, 16, Walk(1.0, True, packed, 1, 1, False, (-1,) * 5))

@@ -1,0 +1,77 @@
+"""A compiled kernel is found again by what it was compiled for, and by nothing less."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from chela_bench.kernels.launching import Launcher
+
+
+class Kernel:
+    """As triton.jit leaves one: indexed by a grid, called, and it returns what it compiled."""
+
+    def __init__(self):
+        self.arg_names = ["x_ptr", "y_ptr", "T", "BLOCK", "IS_CAUSAL"]
+        self.compiled, self.launched = [], []
+
+    def __getitem__(self, grid):
+        def run(*arguments, num_warps, num_stages):
+            self.compiled.append((grid, arguments, num_warps, num_stages))
+            return Compiled(self)
+
+        return run
+
+
+class Compiled:
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.kernel.launched.append((grid, arguments))
+
+
+@pytest.fixture
+def launch(monkeypatch):
+    monkeypatch.setattr(Launcher, "interpreted", False)
+    return Launcher(Kernel())
+
+
+def test_constants_come_in_the_kernels_order(launch):
+    assert launch.constants(IS_CAUSAL=True, BLOCK=64) == (64, True)
+    with pytest.raises(AssertionError):
+        launch.constants(BLOCK=64)
+
+
+def test_the_second_launch_goes_straight_to_the_compiled_kernel(launch):
+    x, y = torch.zeros(64), torch.zeros(64)
+    launch(7, (x, None), (100,), (64, True), 4, 2)
+    launch(9, (y, None), (200,), (64, True), 4, 2)
+    assert launch.kernel.compiled == [((7,), (x, None, 100, 64, True), 4, 2)]
+    [(grid, arguments)] = launch.kernel.launched
+    assert grid == (9, 1, 1)
+    assert arguments[0] is y and arguments[1:] == (None, 200, 64, True)
+
+
+def test_whatever_it_was_compiled_for_tells_kernels_apart(launch):
+    x = torch.zeros(64)
+    different = [
+        ((x, None), (64, True), 4, 2),
+        ((x, x), (64, True), 4, 2),
+        ((x.half(), None), (64, True), 4, 2),
+        ((x[1:], None), (64, True), 4, 2),  # not aligned to 16 bytes
+        ((x, None), (32, True), 4, 2),
+        ((x, None), (64, True), 8, 2),
+        ((x, None), (64, True), 4, 3),
+    ]
+    for _ in range(2):
+        for tensors, constants, num_warps, num_stages in different:
+            launch(1, tensors, (1,), constants, num_warps, num_stages)
+    assert len(launch.kernel.compiled) == len(launch.kernel.launched) == len(different)
+
+
+def test_an_interpreted_kernel_is_always_called(launch, monkeypatch):
+    monkeypatch.setattr(Launcher, "interpreted", True)
+    for _ in range(2):
+        launch(1, (torch.zeros(4),), (1,), (64, True), 4, 2)
+    assert len(launch.kernel.compiled) == 2
