@@ -200,18 +200,30 @@ def test_every_convention_gives_a_time_near_the_others(tmp_path, timer_name, l2)
 
 MEMCHECK = """
 import sys, torch
-from chela_bench.kernels.linear_attention import linear_attention
+from chela_bench.kernels.linear_attention import (
+    linear_attention, linear_attention_recurrent, linear_attention_step,
+)
 torch.manual_seed(0)
-for dtype in (torch.float32, torch.bfloat16, torch.float16):
+for dtype in (torch.float32, torch.bfloat16):
     for B, T, H, K, V in [(1, 1, 1, 16, 16), (2, 65, 3, 60, 130), (1, 100, 2, 128, 64)]:
         for causal in (True, False):
             q, k = torch.randn(2, B, T, H, K, device="cuda", dtype=dtype)
             v = torch.randn(B, T, H, V, device="cuda", dtype=dtype)
             h0 = torch.randn(B, H, K, V, device="cuda")
-            linear_attention(q, k, v, initial_state=h0, output_final_state=True, causal=causal)
+            inputs = [x.requires_grad_() for x in (q, k, v, h0)]
+            for config in ({"sweep": 0}, {"sweep": 1, "segments": 2}):
+                results = linear_attention(
+                    q, k, v, initial_state=h0, output_final_state=True, causal=causal, config=config
+                )
+                torch.autograd.grad(results, inputs, [torch.ones_like(x) for x in results])
+            with torch.no_grad():
+                linear_attention_recurrent(q, k, v, initial_state=h0, causal=causal)
+                linear_attention_step(q[:, 0], k[:, 0], v[:, 0], h0)
     bounds = torch.tensor([0, 0, 1, 64, 100], device="cuda")
-    q, k, v = torch.randn(3, 1, 100, 2, 64, device="cuda", dtype=dtype)
-    linear_attention(q, k, v, cu_seqlens=bounds, output_final_state=True)
+    q, k, v = (torch.randn(1, 100, 2, 64, device="cuda", dtype=dtype) for _ in range(3))
+    v.requires_grad_()
+    o, _ = linear_attention(q, k, v, cu_seqlens=bounds, output_final_state=True)
+    torch.autograd.grad(o, v, torch.ones_like(o))
 torch.cuda.synchronize()
 if sys.argv[1:] == ["plant"]:  # the checker must be able to see an overrun
     import triton, triton.language as tl
@@ -231,7 +243,7 @@ def test_memcheck(tmp_path, plant):
         ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9",
          sys.executable, str(script), *plant],
         env=environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1", **GPU),
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     report = done.stdout + done.stderr[-2000:]
     if plant:

@@ -12,6 +12,7 @@ half a dtype's spacing; tensor cores truncate TF32 operands, which costs a whole
 Float32 sums add 1e-6; a tensor core's truncate, at worst by 2^-23 for every 8 tokens added to S.
 """
 
+import itertools
 from contextlib import contextmanager
 from functools import partial
 
@@ -38,6 +39,7 @@ from chela_bench.kernels.linear_attention_config import (
 from chela_bench.kernels.linear_attention_walk import Walk, rows_of
 from chela_bench.reference.linear_attention import linear_attention as reference
 from chela_bench.reference.linear_attention import linear_attention_step as reference_step
+from tests.pairwise import pairwise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -445,6 +447,103 @@ def test_nothing_in_nothing_out(shape, causal):
         assert o.shape == v.shape and (shape[1] > 0 or torch.equal(final, state))
 
 
+def test_inner_products_agree():
+    """With zero states o is linear in q, in k and in v: <q, dq> = <k, dk> = <v, dv> = <o, do>."""
+    for sweep, segments in [(0, 1), (0, 2), (1, 1), (1, 2)]:
+        q, k, v, _ = (x.requires_grad_() for x in inputs(1, 130, 2, 16, 40, torch.float32))
+        o, _ = linear_attention(q, k, v, config={"sweep": sweep, "segments": segments})
+        do = randn_like(o, 4)
+        gradients = torch.autograd.grad(o, [q, k, v], do)
+        whole = (o.double() * do).sum()
+        size = o.double().norm() * do.double().norm()
+        for x, gradient in zip((q, k, v), gradients, strict=True):
+            difference = (x.double() * gradient).sum() - whole
+            assert difference.abs() <= budget(torch.float32, 130) * size
+
+
+LENGTHS = [0, 1, 15, 63, 64, 65, 127, 1000, 4097]
+MEETING = pairwise(
+    {
+        "T": LENGTHS,
+        "K": [16, 60, 64, 96, 128, 256],
+        "V": [16, 60, 64, 96, 128, 256, 2048],
+        "BH": [(1, 1), (3, 1), (1, 3)],
+        "dtype": [torch.float32, torch.float16, torch.bfloat16],
+        "schedule": ["fused", "split"],
+        "causal": [True, False],
+        "has_state": [True, False],
+        "mean": [0.0, 1.0],
+    }
+)
+
+
+def case_label(case):
+    words = {**case, "dtype": str(case["dtype"]).removeprefix("torch.")}
+    return "-".join(f"{name}{value}".replace(" ", "") for name, value in words.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", MEETING, ids=case_label)
+def test_every_two_values_that_can_meet(case):
+    (B, H), dtype = case["BH"], case["dtype"]
+    q, k, v, state = inputs(B, case["T"], H, case["K"], case["V"], dtype, mean=case["mean"])
+    options = {"initial_state": state, "output_final_state": True} if case["has_state"] else {}
+    scale = case["K"] ** -0.5 / (1 + 63 * case["mean"])  # o of coherent inputs fits float16
+    check(
+        q, k, v, schedule=case["schedule"], causal=case["causal"], scale=scale,
+        gradients=case["T"] >= 15 and not (case["mean"] and dtype == torch.float16), **options,
+    )  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("schedule", ["fused", "split"])
+@dtypes
+@pytest.mark.parametrize("d", [64, 128])
+def test_every_length_and_batch_of_the_usual_sizes(d, dtype, schedule):
+    for T in LENGTHS:
+        for B, H in [(1, 1), (1, 3), (3, 1)]:
+            for has_state in (True, False):
+                q, k, v, state = inputs(B, T, H, d, d, dtype)
+                options = {"initial_state": state, "output_final_state": True} if has_state else {}
+                check(q, k, v, schedule=schedule, gradients=T >= 15, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("segments", [1, 3])
+@dtypes
+@pytest.mark.parametrize("d", [64, 128])
+def test_packed_lengths(d, dtype, segments):
+    lengths = [0, 1, 63, 64, 129, 1000]
+    q, k, v, state = inputs(1, sum(lengths), 2, d, d, dtype, N=len(lengths))
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE)
+    options = {"initial_state": state, "output_final_state": True, "cu_seqlens": cu_seqlens}
+    check(q, k, v, config={"segments": segments}, gradients=False, **options)
+    o, final = linear_attention(q, k, v, initial_state=state, output_final_state=True,
+                                cu_seqlens=cu_seqlens, config={"segments": segments})  # fmt: skip
+    for n, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        alone, alone_final = linear_attention(
+            *(x[:, start:end] for x in (q, k, v)), initial_state=state[n : n + 1],
+            output_final_state=True, config={"segments": segments},
+        )  # fmt: skip
+        assert torch.equal(o[:, start:end], alone)
+        assert torch.equal(final[n : n + 1], alone_final)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", [4096, 65536, 262144])
+@pytest.mark.parametrize("mean", [0.0, 1.0])
+@pytest.mark.parametrize("schedule", ["fused", "split"])
+def test_the_error_is_flat_in_length(T, mean, schedule):
+    q, k, v, _ = inputs(1, T, 1, 128, 128, torch.bfloat16, mean=mean)
+    check(q, k, v, schedule=schedule, output_final_state=True)
+
+
+@pytest.mark.gpu
+def test_a_million_coherent_tokens():
+    q, k, v, _ = inputs(1, 1 << 20, 1, 64, 64, torch.bfloat16, mean=1.0)
+    check(q, k, v, output_final_state=True, gradients=False)
+
+
 SQUARES = [(1, 300, 2, d, d) for d in (16, 64, 128, 256)]
 ODD = [(2, 1, 3, 60, 130), (1, 257, 1, 100, 33), (1, 190, 2, 200, 64)]
 
@@ -458,6 +557,7 @@ def test_every_config(shape, dtype, BLOCK_T, BLOCK_V):
     """Not the winner alone: Triton has miscompiled single configs of such kernels."""
     q, k, v, state = inputs(*shape, dtype)
     options = {"initial_state": state, "output_final_state": True}
+    options["gradients"] = max(shape[3:]) <= 128  # kernels of wider ones take minutes to compile
     try:
         check(q, k, v, config={"BLOCK_T": BLOCK_T, "BLOCK_V": BLOCK_V}, **options)
     except triton.runtime.errors.OutOfResources as error:
@@ -520,6 +620,9 @@ def test_rejects_what_does_not_fit():
         "in float32": lambda: linear_attention(q, k, v, initial_state=state.half()),
         "no config BLOCK_T=48; allowed: BLOCK_T": lambda: linear_attention(
             q, k, v, config={"BLOCK_T": 48}
+        ),
+        r"no config BLOCK_T=\[64\]; allowed": lambda: linear_attention(
+            q, k, v, config={"BLOCK_T": [64]}
         ),
         "no config BLOCK_K=16; .*num_warps": lambda: linear_attention(
             q, k, v, config={"BLOCK_K": 16}

@@ -86,13 +86,11 @@ def linear_attention(
         B, T = cu_seqlens.shape[0] - 1, T // (cu_seqlens.shape[0] - 1)
     if initial_state is not None:
         initial_state = _check_state(initial_state, (B, H, K, v.shape[-1]), q)
+    asked = () if config is None else tuple(checked(config).items())
     plan = _plan.__wrapped__ if torch.compiler.is_compiling() else _plan
-    segments, options = plan(
-        schedule, None if config is None else tuple(config.items()), B, H, T, K, v.shape[-1],
-        q.dtype, q.device,
-    )  # fmt: skip
+    segments, options = plan(schedule, asked, B, H, T, K, v.shape[-1], q.dtype, q.device)
     scale = K**-0.5 if scale is None else float(scale)
-    if is_plain(q, k, v):
+    if is_plain(q, k, v, *(() if initial_state is None else (initial_state,))):
         call = Walk(scale, causal, cu_seqlens, B, segments, precise, options)
         return eager(q, k, v, initial_state, call, output_final_state=output_final_state)
     o, final, _ = torch.ops.chela_bench.linear_attention_forward(
@@ -210,7 +208,7 @@ def hbm_bytes(
 @functools.lru_cache(maxsize=4096)
 def _plan(
     schedule: str,
-    config: tuple[tuple[str, int], ...] | None,
+    config: tuple[tuple[str, int], ...],
     N: int,
     H: int,
     tokens: int,
@@ -220,7 +218,7 @@ def _plan(
     device: torch.device,
 ) -> tuple[int, tuple[int, ...]]:
     """Segments of each sequence, as the config says, or else by the schedule; other options."""
-    asked = checked({} if config is None else dict(config))
+    asked = checked(dict(config))
     slices = cdiv(V, walk_config(options_of(asked), K, V, dtype)["BLOCK_V"])
     segments = choose_segments(
         schedule,
