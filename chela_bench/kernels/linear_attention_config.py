@@ -58,10 +58,10 @@ def sum_config(K: int, V: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 @functools.lru_cache(maxsize=1024)
-def sweep_config(K: int, V: int, dtype: torch.dtype) -> dict[str, int]:
+def sweep_config(K: int, V: int, dtype: torch.dtype, precise: bool) -> dict[str, int]:
     """Of the gradients' sweep. Two blocks of states of 128 x 128 fill the registers of 8 warps: in
     bfloat16 200 bytes a thread spill (sm_90, static)."""
-    half = dtype == torch.bfloat16
+    half = dtype == torch.bfloat16 and not precise  # operands of two bytes
     block_k, block_v = (min(128 if half else 64, tile(size)) for size in (K, V))
     return {
         "BLOCK_T": 64 if half else 32,

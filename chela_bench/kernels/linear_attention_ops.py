@@ -170,7 +170,7 @@ def _swept(q: Tensor, V: int, call: Walk) -> bool:
     if asked >= 0:
         return asked == 1
     short = call.cu_seqlens is None or q.shape[1] <= SWEPT
-    fits = max(q.shape[-1], V) <= 128 and q.dtype == torch.bfloat16
+    fits = max(q.shape[-1], V) <= 128 and q.dtype == torch.bfloat16 and not call.precise
     return fits and short and call.causal
 
 
@@ -202,7 +202,7 @@ def _swept_segments(q: Tensor, V: int, call: Walk) -> int:
     """The forward's, whose states are kept; more where one would be too long for the subtraction,
     or where less than half of the SMs would have a program."""
     _, T, H, K = q.shape
-    programs = call.N * H * blocks(K, V, q.dtype)
+    programs = call.N * H * blocks(K, V, q.dtype, call.precise)
     segments = max(call.segments, cdiv(T, SWEPT))
     if call.cu_seqlens is None and 2 * programs * segments <= processors(q.device):
         segments = max(segments, min(processors(q.device) // programs, T // SHORTEST_SEGMENT))

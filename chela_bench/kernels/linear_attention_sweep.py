@@ -188,7 +188,7 @@ def sweep(
     _, T, H, K = q.shape
     V = v.shape[-1]
     unit, strides = rows_of(q, k, v, do)
-    config = sweep_config(K, V, q.dtype)
+    config = sweep_config(K, V, q.dtype, call.precise)
     parts_v, parts_k = cdiv(V, config["BLOCK_V"]), cdiv(K, config["BLOCK_K"])
     at_once = min(parts_v, ADDED)
     dv_parts = dv if parts_k == 1 else dv.new_empty(parts_k, *dv.shape)
@@ -218,9 +218,9 @@ def sweep(
         torch.sum(dv_parts, 0, out=dv)
 
 
-def blocks(K: int, V: int, dtype: torch.dtype) -> int:
+def blocks(K: int, V: int, dtype: torch.dtype, precise: bool) -> int:
     """Blocks of a head's state that are swept side by side."""
-    config = sweep_config(K, V, dtype)
+    config = sweep_config(K, V, dtype, precise)
     return cdiv(K, config["BLOCK_K"]) * min(cdiv(V, config["BLOCK_V"]), ADDED)
 
 
@@ -240,7 +240,7 @@ def _sweep_plan(
     sums: bool,
 ) -> tuple[tuple[object, ...], int, int]:
     """The sweep's constants, num_warps and num_stages."""
-    config = sweep_config(K, V, dtype)
+    config = sweep_config(K, V, dtype, precise)
     constants = _sweep.constants(
         K=K, V=V, UNIT=unit, BLOCK_T=config["BLOCK_T"], BLOCK_K=config["BLOCK_K"],
         BLOCK_V=config["BLOCK_V"], NV=blocks_v, IS_CAUSAL=causal, IS_PACKED=packed,
