@@ -43,12 +43,12 @@ def tiles() -> Iterator[Trial]:
 def segments(points: int, seed: int) -> Iterator[Trial]:
     """Log-uniform: 1 to 128 programs of a head, 1k to 256k tokens, at most 2^21 rows."""
     generator = random.Random(seed)
-    for _ in range(points):
-        d = generator.choice((64, 128))
-        while True:
-            H, T = round(2 ** generator.uniform(0, 7)), 2 ** generator.randint(10, 18)
-            if H * T <= 1 << 21:
-                break
+    shapes: dict[tuple[int, int, int], None] = {}
+    while len(shapes) < points:
+        H, T = round(2 ** generator.uniform(0, 7)), 2 ** generator.randint(10, 18)
+        if H * T <= 1 << 21:
+            shapes[H, T, generator.choice((64, 128))] = None
+    for H, T, d in shapes:
         for direction, count in itertools.product(
             ("fwd", "fwdbwd"), (1, 2, 3, 4, 6, 8, 12, 16, 32)
         ):

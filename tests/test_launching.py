@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
+from chela_bench.kernels import (
+    linear_attention_recurrent,
+    linear_attention_sweep,
+    linear_attention_walk,
+)
 from chela_bench.kernels.launching import Launcher
 
 
@@ -75,3 +82,24 @@ def test_an_interpreted_kernel_is_always_called(launch, monkeypatch):
     for _ in range(2):
         launch(1, (torch.zeros(4),), (1,), (64, True), 4, 2)
     assert len(launch.kernel.compiled) == 2
+
+
+LAUNCHERS = [
+    linear_attention_walk._walk,
+    linear_attention_walk._sum,
+    linear_attention_walk._scan,
+    linear_attention_sweep._sweep,
+    linear_attention_recurrent._recurrent,
+]
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda x: x.kernel.fn.__name__)
+def test_no_runtime_scalar_makes_another_kernel(launcher):
+    """The launcher does not look at them: one that Triton specialised would be launched wrongly."""
+    parameters = inspect.signature(launcher.kernel.fn).parameters.values()
+    scalars = [
+        parameter.name
+        for parameter in parameters
+        if not parameter.name.endswith("_ptr") and "constexpr" not in str(parameter.annotation)
+    ]
+    assert scalars and set(scalars) <= set(linear_attention_walk.RUNTIME)

@@ -72,26 +72,22 @@ def linear_attention(
 
     The state is float32. As an operand it rounds to bfloat16 or, for float32 and float16, to TF32.
     precise=True makes every product three TF32 products: about float32, before o rounds. schedule:
-    "fused", "split" or "auto". config overrides `default_config` in part or whole, for the forward
-    and for the backward; "segments" in it says into how many the sequence is cut.
+    "fused", "split" or "auto". config overrides, in part or whole, the block sizes of all walks
+    (BLOCK_T, BLOCK_V, num_warps, num_stages), into how many "segments" the sequence is cut, and
+    whether the gradients are one "sweep", which has block sizes of its own, or a walk each.
 
     Source: arXiv 2406.08128, section 3; the schedules and the backward are ours. Raises
     ArgumentError.
     """
-    q, k, v = _autocast(q, k, v)
-    _check(q, k, v)
-    B, T, H, K = q.shape
-    if cu_seqlens is not None:
-        cu_seqlens = _check_cu_seqlens(cu_seqlens, q)
-        B, T = cu_seqlens.shape[0] - 1, T // (cu_seqlens.shape[0] - 1)
-    if initial_state is not None:
-        initial_state = _check_state(initial_state, (B, H, K, v.shape[-1]), q)
+    q, k, v, initial_state, cu_seqlens, N = _prepared(q, k, v, initial_state, cu_seqlens)
+    _, T, H, K = q.shape
     asked = () if config is None else tuple(checked(config).items())
     plan = _plan.__wrapped__ if torch.compiler.is_compiling() else _plan
-    segments, options = plan(schedule, asked, B, H, T, K, v.shape[-1], q.dtype, q.device)
+    tokens = T if cu_seqlens is None else T // N
+    segments, options = plan(schedule, asked, N, H, tokens, K, v.shape[-1], q.dtype, q.device)
     scale = K**-0.5 if scale is None else float(scale)
     if is_plain(q, k, v, *(() if initial_state is None else (initial_state,))):
-        call = Walk(scale, causal, cu_seqlens, B, segments, precise, options)
+        call = Walk(scale, causal, cu_seqlens, N, segments, precise, options)
         return eager(q, k, v, initial_state, call, output_final_state=output_final_state)
     o, final, _ = torch.ops.chela_bench.linear_attention_forward(
         q, k, v, initial_state, cu_seqlens, scale, output_final_state, causal, precise, segments,
@@ -151,9 +147,8 @@ def linear_attention_recurrent(
 
     For sequences of a few tokens, and as the yardstick that chunks are measured against.
     """
-    q, k, v = _autocast(q, k, v)
-    _check(q, k, v)
-    B, _, H, K = q.shape
+    q, k, v, initial_state, cu_seqlens, N = _prepared(q, k, v, initial_state, cu_seqlens)
+    H, K = q.shape[2:]
     if torch.is_grad_enabled() and any(
         x.requires_grad for x in (q, k, v, initial_state) if x is not None
     ):
@@ -161,11 +156,6 @@ def linear_attention_recurrent(
             "the recurrent form has no gradient, and an input requires one; use "
             "torch.no_grad(), or linear_attention"
         )
-    if cu_seqlens is not None:
-        cu_seqlens = _check_cu_seqlens(cu_seqlens, q)
-    N = B if cu_seqlens is None else len(cu_seqlens) - 1
-    if initial_state is not None:
-        initial_state = _check_state(initial_state, (N, H, K, v.shape[-1]), q)
     q, k, v = rows_contiguous(q, k, v)
     o = q.new_empty(v.shape)
     final = q.new_empty(N, H, K, v.shape[-1], dtype=torch.float32) if output_final_state else None
@@ -219,6 +209,11 @@ def _plan(
 ) -> tuple[int, tuple[int, ...]]:
     """Segments of each sequence, as the config says, or else by the schedule; other options."""
     asked = checked(dict(config))
+    if V > MAX_K and asked.get("sweep") == 0:
+        raise ArgumentError(
+            f"wanted V <= {MAX_K} for sweep=0, since a walk for dq takes V as its keys, got "
+            f"V = {V}; leave sweep out"
+        )
     slices = cdiv(V, walk_config(options_of(asked), K, V, dtype)["BLOCK_V"])
     segments = choose_segments(
         schedule,
@@ -229,6 +224,20 @@ def _plan(
         processors=processors(device),
     )
     return asked.get("segments", segments), options_of(asked)
+
+
+def _prepared(
+    q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, int]:
+    """The arguments, checked and in the dtype of autocast, and the number of sequences."""
+    q, k, v = _autocast(q, k, v)
+    _check(q, k, v)
+    if cu_seqlens is not None:
+        cu_seqlens = _check_cu_seqlens(cu_seqlens, q)
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if initial_state is not None:
+        initial_state = _check_state(initial_state, (N, *q.shape[2:], v.shape[-1]), q)
+    return q, k, v, initial_state, cu_seqlens, N
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -21,7 +21,7 @@ ALLOWED_CONFIG: dict[str, tuple[int, ...]] = {
     "num_warps": (1, 2, 4, 8),
     "num_stages": (1, 2, 3, 4, 5),
     "segments": tuple(range(1, 1025)),
-    "sweep": (0, 1),  # gradients in one sweep, where K and V fit; else a walk for each
+    "sweep": (0, 1),  # 1: gradients in one sweep; 0: a walk for each, where V <= MAX_K
 }
 SHORTEST_SEGMENT = 512  # tokens; below, the states cost as much as what they save
 

@@ -95,8 +95,10 @@ def _forward(
     o, final, states = forward(
         q, k, v, initial_state, call, output_final_state=output_final_state, keep_states=True
     )
-    nothing = (q.new_empty(0, dtype=torch.float32) for _ in range(2))
-    return o, next(nothing) if final is None else final, next(nothing) if states is None else states
+    final, states = (
+        q.new_empty(0, dtype=torch.float32) if x is None else x for x in (final, states)
+    )
+    return o, final, states
 
 
 def _forward_outputs(
@@ -358,7 +360,8 @@ def _gradients(ctx: Any, do: Tensor | None, d_final: Tensor | None) -> tuple[Ten
     if do is None:
         do = q.new_zeros(ctx.o_like[0], dtype=ctx.o_like[1])
     backward: Callable[..., Any] = torch.ops.chela_bench.linear_attention_backward
-    if not torch.is_grad_enabled() and is_plain(q, k, v, do):
+    watched = [x for x in (q, k, v, do, d_final) if x is not None]
+    if not torch.is_grad_enabled() and is_plain(*watched):
         backward = _backward
     *found, d_initial = backward(
         q, k, v, initial_state, cu_seqlens, states, do, d_final, *ctx.options

@@ -36,7 +36,7 @@ from chela_bench.kernels.linear_attention_config import cdiv, sum_config, tile, 
 SEGMENT_ALIGN = 64  # tokens; a segment is a multiple of it
 _SCANNED = 1024  # elements of a state that one program adds up
 RUNTIME = [  # never specialised: a new B, T, H or layout of rows compiles nothing
-    "T", "H", "segments", "skipped", "scale",
+    "T", "H", "segments", "skipped", "first_v", "scale",
     *(f"stride_{x}{axis}" for x in "qkvo" for axis in "bth"),
 ]  # fmt: skip
 
@@ -220,7 +220,7 @@ def _linear_attention_sum_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["segments"])
+@triton.jit(do_not_specialize=RUNTIME)
 def _linear_attention_scan_kernel(
     states_ptr, initial_ptr, final_ptr,  # pointers
     segments,  # runtime scalar
