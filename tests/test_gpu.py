@@ -204,7 +204,7 @@ from chela_bench.kernels.linear_attention import (
     linear_attention, linear_attention_recurrent, linear_attention_step,
 )
 torch.manual_seed(0)
-for dtype in (torch.float32, torch.bfloat16):
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for B, T, H, K, V in [(1, 1, 1, 16, 16), (2, 65, 3, 60, 130), (1, 100, 2, 128, 64)]:
         for causal in (True, False):
             q, k = torch.randn(2, B, T, H, K, device="cuda", dtype=dtype)

@@ -1,20 +1,4 @@
-"""kernels/linear_attention.py against the float64 reference: interpreted on the CPU, or on a GPU.
-
-The budget of one block's relative error counts roundings, each of its largest size and none
-cancelling another. A gradient is a walk over chunks as the output is, with the same budget. EPS is
-half a dtype's spacing; tensor cores truncate TF32 operands, which costs a whole one, 2^-10.
-
-    float16    state and q, or scores and v, truncate to TF32; the output rounds
-    bfloat16   operand (state and scores share the output between them) and output round
-    float32    state and q truncate, or the scores' q and k, then the scores and v
-    precise    the output rounds; products are float32's, as they are in the interpreter
-
-Float32 sums add 1e-6; a tensor core's truncate, at worst by 2^-23 for every 8 tokens added to S.
-"""
-
-import itertools
-from contextlib import contextmanager
-from functools import partial
+"""kernels/linear_attention.py against the float64 reference: interpreted, or on a GPU."""
 
 import pytest
 import torch
@@ -29,7 +13,6 @@ from chela_bench.kernels.linear_attention import (
     hbm_bytes,
     linear_attention,
     linear_attention_recurrent,
-    linear_attention_step,
 )
 from chela_bench.kernels.linear_attention_config import (
     ALLOWED_CONFIG,
@@ -38,106 +21,17 @@ from chela_bench.kernels.linear_attention_config import (
 )
 from chela_bench.kernels.linear_attention_walk import Walk, rows_of
 from chela_bench.reference.linear_attention import linear_attention as reference
-from chela_bench.reference.linear_attention import linear_attention_step as reference_step
-from tests.pairwise import pairwise
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-TF32 = 2.0**-10
-ON_GPU = {
-    torch.float32: 4 * TF32,
-    torch.float16: 2 * TF32 + EPS[torch.float16],
-    torch.bfloat16: 2 * EPS[torch.bfloat16],
-}
-SHAPES = [  # B, T, H, K, V
-    (1, 1, 1, 16, 16),
-    (2, 5, 1, 3, 1),
-    (1, 63, 3, 64, 32),
-    (2, 65, 1, 60, 130),
-    (1, 100, 2, 17, 40),
-]
-dtypes = pytest.mark.parametrize(
-    "dtype",
-    [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)],
-    ids=lambda dtype: str(dtype).removeprefix("torch."),
+from tests.attention import (
+    DEVICE,
+    SHAPES,
+    both_ways,
+    budget,
+    check,
+    dtypes,
+    inputs,
+    label,
+    randn_like,
 )
-both_ways = pytest.mark.parametrize("causal", [True, False], ids=["causal", "two-sided"])
-
-
-def label(shape):
-    return "-".join(f"{name}{size}" for name, size in zip("BTHKV", shape, strict=True))
-
-
-def budget(dtype, T, *, precise=False):
-    if precise:
-        return EPS[dtype] + sums(T)
-    return (ON_GPU[dtype] if DEVICE == "cuda" else 2 * EPS[dtype]) + sums(T)
-
-
-def sums(T):
-    return 1e-6 + (T / 8 * 2.0**-23 if DEVICE == "cuda" else 0)
-
-
-def inputs(B, T, H, K, V, dtype, *, N=None, mean=0.0):
-    generator = torch.Generator().manual_seed(T + K)
-
-    def randn(*shape):
-        return torch.randn(shape, generator=generator)
-
-    q, k, v = randn(B, T, H, K), randn(B, T, H, K) + mean, randn(B, T, H, V) + mean
-    state = randn(B if N is None else N, H, K, V)
-    return *(x.to(DEVICE, dtype) for x in (q, k, v)), state.to(DEVICE)
-
-
-def randn_like(x, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(x.shape, generator=generator).to(x.device, x.dtype)
-
-
-@contextmanager
-def new_memory_is_nan():
-    """torch.empty returns NaN inside: what the kernel does not write is seen."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        assert torch.empty(1, device=DEVICE).isnan()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
-def check(q, k, v, *, function=linear_attention, initial_state=None, gradients=True, **options):
-    """Output, final state and all gradients are within the budget of the float64 reference."""
-    shared = {n: x for n, x in options.items() if n in ("scale", "causal", "cu_seqlens")}
-    shared["output_final_state"] = options.setdefault("output_final_state", False)
-    given = [x.detach() for x in (q, k, v, initial_state) if x is not None]
-    found, wanted = [], []
-    for results, call, tensors in (
-        (found, partial(function, **options), given),
-        (wanted, partial(reference, **shared), [x.double() for x in given]),
-    ):
-        leaves = [x.requires_grad_(gradients) for x in tensors]
-        state = leaves[3] if initial_state is not None else None
-        with new_memory_is_nan():
-            o, final = call(*leaves[:3], initial_state=state)
-            assert (final is None) != shared["output_final_state"]
-            outputs = [o] if final is None else [o, final]
-            results += [x.detach() for x in outputs]
-            if gradients:
-                do = [randn_like(x, 7).to(q.dtype if x is o else torch.float32) for x in outputs]
-                do = [x.to(y.dtype) for x, y in zip(do, outputs, strict=True)]
-                results += torch.autograd.grad(outputs, leaves, do)
-    assert [x.shape for x in found] == [x.shape for x in wanted]
-    T, dtype, precise = q.shape[1], q.dtype, options.get("precise", False)
-    truncated = DEVICE == "cuda" and dtype == torch.float32 and not precise
-    for actual, exact in zip(found, wanted, strict=True):
-        if actual.ndim == 4 and actual.shape[1] == T and actual.shape[:3] == q.shape[:3]:
-            assert actual.dtype == dtype
-            assert worst_block_error(actual, exact) <= budget(dtype, T, precise=precise)
-        else:  # a state: fp32 inputs truncate to TF32, 16-bit ones are exact
-            assert actual.dtype == torch.float32
-            error = (actual - exact).norm()
-            assert error <= (2 * TF32 * truncated + 2e-7 + sums(T)) * exact.norm()
 
 
 @dtypes
@@ -145,7 +39,8 @@ def check(q, k, v, *, function=linear_attention, initial_state=None, gradients=T
 @pytest.mark.parametrize("shape", SHAPES, ids=label)
 def test_matches_reference(shape, dtype, causal):
     q, k, v, state = inputs(*shape, dtype)
-    check(q, k, v, causal=causal, gradients=False)
+    for precise in (False, True):
+        check(q, k, v, causal=causal, precise=precise, gradients=False)
     options = {"initial_state": state, "output_final_state": True, "scale": 0.5}
     check(q, k, v, causal=causal, **options)
     check(q, k, v, causal=causal, precise=True, gradients=shape[1] <= 5, **options)
@@ -374,59 +269,6 @@ def test_large_scores_do_not_overflow():
     assert worst_block_error(dv, wanted[2]) <= budget(torch.float16, 70)
 
 
-@dtypes
-@both_ways
-@pytest.mark.parametrize("shape", [(2, 5, 1, 3, 1), (1, 20, 2, 60, 40)], ids=label)
-def test_token_by_token(shape, dtype, causal):
-    q, k, v, state = inputs(*shape, dtype)
-    options = {"function": linear_attention_recurrent, "causal": causal, "gradients": False}
-    check(q, k, v, **options)
-    check(q, k, v, scale=0.5, initial_state=state, output_final_state=True, **options)
-
-
-def test_token_by_token_packed():
-    lengths = [0, 1, 20, 0]
-    q, k, v, state = inputs(1, sum(lengths), 2, 20, 24, torch.float32, N=len(lengths))
-    check(
-        q, k, v, function=linear_attention_recurrent, gradients=False, initial_state=state,
-        output_final_state=True, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
-    )  # fmt: skip
-
-
-@dtypes
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 1, 16, 16), (3, 1, 2, 17, 40), (2, 1, 1, 60, 130)], ids=label
-)
-def test_steps_continue_a_sequence(shape, dtype):
-    q, k, v, state = inputs(*shape, dtype)
-    exact_state = state.double()
-    for token in range(3):
-        one = [x[:, 0] + token for x in (q, k, v)]
-        kept = state
-        o = linear_attention_step(*one, state, scale=0.3)
-        assert state is kept and o.dtype == dtype
-        exact = reference_step(*(x.double() for x in one), exact_state, scale=0.3)
-        assert (o - exact).norm() <= (EPS[dtype] + 1e-6) * exact.norm()
-        assert (state - exact_state).norm() <= 1e-6 * exact_state.norm()
-
-
-def test_a_step_that_cannot_be_taken_leaves_the_state():
-    q, k, v, state = (x.squeeze(1) for x in inputs(1, 1, 2, 16, 16, torch.float32))
-    before = state.clone()
-    for match, bad in {
-        r"wanted q, k \[B, H, K\]": lambda: linear_attention_step(q[None], k, v, state),
-        "updated in place: wanted": lambda: linear_attention_step(q, k, v, state[:, :1]),
-        "in float32, contiguous": lambda: linear_attention_step(q, k, v, state.mT),
-        "in torch.float64": lambda: linear_attention_step(q, k, v, state.double()),
-        "a step has no gradient": lambda: linear_attention_step(
-            q.clone().requires_grad_(), k, v, state
-        ),
-    }.items():
-        with pytest.raises(ArgumentError, match=match):
-            bad()
-    assert torch.equal(state, before)
-
-
 @pytest.mark.parametrize("shape", [(0, 5, 1, 16, 16), (2, 0, 1, 16, 16), (2, 5, 0, 16, 16),
                                    (2, 5, 1, 16, 0)], ids=label)  # fmt: skip
 @both_ways
@@ -459,132 +301,6 @@ def test_inner_products_agree():
         for x, gradient in zip((q, k, v), gradients, strict=True):
             difference = (x.double() * gradient).sum() - whole
             assert difference.abs() <= budget(torch.float32, 130) * size
-
-
-LENGTHS = [0, 1, 15, 63, 64, 65, 127, 1000, 4097]
-MEETING = pairwise(
-    {
-        "T": LENGTHS,
-        "K": [16, 60, 64, 96, 128, 256],
-        "V": [16, 60, 64, 96, 128, 256, 2048],
-        "BH": [(1, 1), (3, 1), (1, 3)],
-        "dtype": [torch.float32, torch.float16, torch.bfloat16],
-        "schedule": ["fused", "split"],
-        "causal": [True, False],
-        "has_state": [True, False],
-        "mean": [0.0, 1.0],
-    }
-)
-
-
-def case_label(case):
-    words = {**case, "dtype": str(case["dtype"]).removeprefix("torch.")}
-    return "-".join(f"{name}{value}".replace(" ", "") for name, value in words.items())
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("case", MEETING, ids=case_label)
-def test_every_two_values_that_can_meet(case):
-    (B, H), dtype = case["BH"], case["dtype"]
-    q, k, v, state = inputs(B, case["T"], H, case["K"], case["V"], dtype, mean=case["mean"])
-    options = {"initial_state": state, "output_final_state": True} if case["has_state"] else {}
-    scale = case["K"] ** -0.5 / (1 + 63 * case["mean"])  # o of coherent inputs fits float16
-    check(
-        q, k, v, schedule=case["schedule"], causal=case["causal"], scale=scale,
-        gradients=case["T"] >= 15 and not (case["mean"] and dtype == torch.float16), **options,
-    )  # fmt: skip
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("schedule", ["fused", "split"])
-@dtypes
-@pytest.mark.parametrize("d", [64, 128])
-def test_every_length_and_batch_of_the_usual_sizes(d, dtype, schedule):
-    for T in LENGTHS:
-        for B, H in [(1, 1), (1, 3), (3, 1)]:
-            for has_state in (True, False):
-                q, k, v, state = inputs(B, T, H, d, d, dtype)
-                options = {"initial_state": state, "output_final_state": True} if has_state else {}
-                check(q, k, v, schedule=schedule, gradients=T >= 15, **options)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("segments", [1, 3])
-@dtypes
-@pytest.mark.parametrize("d", [64, 128])
-def test_packed_lengths(d, dtype, segments):
-    lengths = [0, 1, 63, 64, 129, 1000]
-    q, k, v, state = inputs(1, sum(lengths), 2, d, d, dtype, N=len(lengths))
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE)
-    options = {"initial_state": state, "output_final_state": True, "cu_seqlens": cu_seqlens}
-    check(q, k, v, config={"segments": segments}, gradients=False, **options)
-    o, final = linear_attention(q, k, v, initial_state=state, output_final_state=True,
-                                cu_seqlens=cu_seqlens, config={"segments": segments})  # fmt: skip
-    for n, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
-        alone, alone_final = linear_attention(
-            *(x[:, start:end] for x in (q, k, v)), initial_state=state[n : n + 1],
-            output_final_state=True, config={"segments": segments},
-        )  # fmt: skip
-        assert torch.equal(o[:, start:end], alone)
-        assert torch.equal(final[n : n + 1], alone_final)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("T", [4096, 65536, 262144])
-@pytest.mark.parametrize("mean", [0.0, 1.0])
-@pytest.mark.parametrize("schedule", ["fused", "split"])
-def test_the_error_is_flat_in_length(T, mean, schedule):
-    q, k, v, _ = inputs(1, T, 1, 128, 128, torch.bfloat16, mean=mean)
-    check(q, k, v, schedule=schedule, output_final_state=True)
-
-
-@pytest.mark.gpu
-def test_a_million_coherent_tokens():
-    q, k, v, _ = inputs(1, 1 << 20, 1, 64, 64, torch.bfloat16, mean=1.0)
-    check(q, k, v, output_final_state=True, gradients=False)
-
-
-SQUARES = [(1, 300, 2, d, d) for d in (16, 64, 128, 256)]
-ODD = [(2, 1, 3, 60, 130), (1, 257, 1, 100, 33), (1, 190, 2, 200, 64)]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("BLOCK_V", [32, 64, 128])
-@pytest.mark.parametrize("BLOCK_T", [16, 32, 64, 128])
-@dtypes
-@pytest.mark.parametrize("shape", SQUARES + ODD, ids=label)
-def test_every_config(shape, dtype, BLOCK_T, BLOCK_V):
-    """Not the winner alone: Triton has miscompiled single configs of such kernels."""
-    q, k, v, state = inputs(*shape, dtype)
-    options = {"initial_state": state, "output_final_state": True}
-    options["gradients"] = max(shape[3:]) <= 128  # kernels of wider ones take minutes to compile
-    try:
-        check(q, k, v, config={"BLOCK_T": BLOCK_T, "BLOCK_V": BLOCK_V}, **options)
-    except triton.runtime.errors.OutOfResources as error:
-        pytest.skip(str(error))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("num_warps", [4, 8])
-@pytest.mark.parametrize("BLOCK_V", [16, 32])
-@pytest.mark.parametrize("BLOCK_T", [64, 128])
-@pytest.mark.parametrize("V", [33, 64])
-@dtypes
-def test_narrow_slices_that_are_not_pipelined(dtype, V, BLOCK_T, BLOCK_V, num_warps):
-    """Read wrong addresses with ptxas 12.8 when S was read before the scores met v."""
-    q, k, v, state = inputs(1, 257, 2, 60, V, dtype)
-    config = {"BLOCK_T": BLOCK_T, "BLOCK_V": BLOCK_V, "num_warps": num_warps, "num_stages": 1}
-    check(q, k, v, initial_state=state, output_final_state=True, config=config)
-
-
-@pytest.mark.gpu
-@both_ways
-@dtypes
-@pytest.mark.parametrize("d", [64, 128, 256])
-def test_many_coherent_tokens(d, dtype, causal):
-    """k and v with mean 1, as SiLU makes them: S grows with t, and float32 sums must not drift."""
-    q, k, v, _ = inputs(1, 16384, 2, d, d, dtype, mean=1.0)
-    check(q, k, v, scale=d**-0.5 / 64, output_final_state=True, causal=causal)
 
 
 @pytest.mark.gpu
@@ -626,6 +342,9 @@ def test_rejects_what_does_not_fit():
         ),
         "no config BLOCK_K=16; .*num_warps": lambda: linear_attention(
             q, k, v, config={"BLOCK_K": 16}
+        ),
+        "wanted V <= 256 for sweep=0, .* got V = 300; leave sweep out": lambda: linear_attention(
+            q, k, q.new_zeros(2, 4, 1, 300), config={"sweep": 0}
         ),
         "no config segments=0; .*segments 1 to 1024": lambda: linear_attention(
             q, k, v, config={"segments": 0}

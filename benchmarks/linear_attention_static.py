@@ -1,0 +1,114 @@
+"""What Triton's compiler says of linear attention's kernels, for a GPU that need not be there.
+
+    python benchmarks/linear_attention_static.py [--arch 90]
+
+Registers a thread, stack (spills lie there) in bytes, dynamic shared memory in KB, and counts of a
+few instructions, at K = V = 64 and 128 in bfloat16. The tables in docs/results/linear-attention.md
+come from here; figures move with Triton's version, which is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from chela_bench.kernels import linear_attention_sweep as sweeps
+from chela_bench.kernels import linear_attention_walk as walks
+
+BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+INSTRUCTIONS = ("HGMMA", "HMMA", "LDGSTS", "LDL", "STL", "BAR", "SHFL")
+
+
+def compiled(kernel: Any, constants: dict[str, Any], warps: int, stages: int, arch: int) -> Any:
+    """As the launcher would have it: 16-byte aligned pointers, scalars not specialised."""
+    signature, attributes = {}, {}
+    for i, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            states = ("states_ptr", "initial_ptr", "final_ptr", "before_ptr", "behind_ptr")
+            signature[name] = "*fp32" if name in states else "*bf16"
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif name == "scale":
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i64" if name == "T" or name.startswith("stride") else "i32"
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    return triton.compile(
+        ASTSource(kernel, signature, values, attributes),
+        target=GPUTarget("cuda", arch, 32),
+        options={"num_warps": warps, "num_stages": stages},
+    )
+
+
+def facts(kernel: Any) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage, listing = (
+            subprocess.run([BIN / tool, flag, file.name], capture_output=True, text=True).stdout
+            for tool, flag in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    words = re.findall(r"\b[A-Z]+", listing)
+    counts = " ".join(f"{name} {words.count(name)}" for name in INSTRUCTIONS)
+    shared = kernel.metadata.shared / 1024
+    return f"{found[1]:>4} registers {found[2]:>5} stack {shared:>4.0f} KB   {counts}"
+
+
+def cases() -> Iterator[tuple[str, Any, dict[str, Any], int, int]]:
+    shared = {
+        "UNIT": 16, "IS_CAUSAL": True, "IS_PACKED": False, "cu_seqlens_ptr": None,
+        "ALIGN": walks.SEGMENT_ALIGN, **walks.precision(torch.bfloat16, False),
+    }  # fmt: skip
+    for d, tokens, columns, warps, stages in [
+        (128, 64, 64, 4, 2), (128, 64, 64, 4, 3), (128, 64, 64, 8, 2), (128, 64, 128, 4, 2),
+        (128, 64, 128, 8, 2), (128, 64, 128, 8, 3), (128, 128, 64, 8, 2), (128, 128, 128, 8, 2),
+        (64, 64, 64, 4, 2), (64, 128, 64, 8, 2),
+    ]:  # fmt: skip
+        constants = {
+            **shared, "K": d, "V": d, "BLOCK_T": tokens, "BLOCK_K": d, "BLOCK_V": columns,
+            "IS_REVERSED": False, "STATE_IS_TRANSPOSED": False, "USE_INITIAL_STATE": False,
+            "STORE_FINAL_STATE": False, "initial_ptr": None, "final_ptr": None,
+        }  # fmt: skip
+        name = f"walk  d {d:<3} BLOCK_T {tokens:<3} BLOCK_V {columns:<3}"
+        yield name, walks._linear_attention_walk_kernel, constants, warps, stages
+    for d, tokens, warps, sums in [
+        (128, 64, 8, False), (128, 64, 8, True), (128, 32, 8, False), (128, 64, 4, False),
+        (64, 64, 4, True),
+    ]:  # fmt: skip
+        constants = {
+            **shared, "K": d, "V": d, "BLOCK_T": tokens, "BLOCK_K": d, "BLOCK_V": d, "NV": 1,
+            "USE_BEFORE": not sums, "USE_BEHIND": not sums, "SUM_BEHIND": sums,
+            "STORE_FIRST": False, "first_ptr": None,
+        }  # fmt: skip
+        if sums:
+            constants |= {"before_ptr": None, "behind_ptr": None}
+        name = f"sweep d {d:<3} BLOCK_T {tokens:<3} {'sums R' if sums else ''}"
+        yield name, sweeps._linear_attention_sweep_kernel, constants, warps, 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, default=90, help="compute capability times ten")
+    arch = parser.parse_args().arch
+    print(f"sm_{arch}, Triton {triton.__version__}")
+    for name, kernel, constants, warps, stages in cases():
+        made = compiled(kernel, constants, warps, stages, arch)
+        print(f"{name:<34} warps {warps} stages {stages} {facts(made)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
