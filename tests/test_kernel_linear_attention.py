@@ -49,8 +49,8 @@ def test_matches_reference(shape, dtype, causal):
 def test_rows_are_promised_to_be_aligned_only_if_they_always_are():
     """A row of 60 is, where there are 4 heads: a promise would make 3 heads another kernel."""
     aligned, odd = torch.empty(2, 5, 4, 64), torch.empty(2, 5, 4, 60)
-    assert rows_of(aligned) == (16, (5 * 4 * 4, 4 * 4, 4))
-    assert rows_of(odd) == (1, odd.stride()[:3]) and odd.stride(1) % 16 == 0
+    assert rows_of(aligned) == (16, (5 * 4 * 4, 4 * 4, 4), True)
+    assert rows_of(odd) == (1, odd.stride()[:3], True) and odd.stride(1) % 16 == 0
     assert rows_of(aligned, odd)[0] == rows_of(aligned[..., 1:, :56])[0] == 1
 
 
@@ -97,9 +97,9 @@ def test_a_sweep_cuts_long_sequences_for_itself(monkeypatch):
     check(q, k, v, config=SWEEP, **options)
     check(q, k, v, config={**SWEEP, "segments": 2}, **options)  # the forward's states do not fit
     packed, half = torch.tensor([0, 130]), q.bfloat16()
-    assert ops._swept(half, 16, Walk(1.0, True, None, 1, 1, False, (-1,) * 5))
-    assert not ops._swept(half, 16, Walk(1.0, True, packed, 1, 1, False, (-1,) * 5))
-    assert not ops._swept(q, 16, Walk(1.0, True, None, 1, 1, False, (-1,) * 5))
+    assert ops._swept(half, 16, Walk(1.0, True, None, 1, 1, 1, False, (-1,) * 6))
+    assert not ops._swept(half, 16, Walk(1.0, True, packed, 1, 1, 1, False, (-1,) * 6))
+    assert not ops._swept(q, 16, Walk(1.0, True, None, 1, 1, 1, False, (-1,) * 6))
 
 
 @dtypes

@@ -29,16 +29,22 @@ from chela_bench.kernels.launching import on_device_of
 from chela_bench.kernels.linear_attention_config import (
     MAX_K,
     MAX_V,
+    SHORTEST_SEGMENT,
     Schedule,
+    best_segments,
     cdiv,
     checked,
     choose_segments,
+    has_wgmma,
     options_of,
     processors,
+    sum_pieces,
     walk_config,
+    wgmma_config,
 )
 from chela_bench.kernels.linear_attention_ops import eager, is_plain, rows_contiguous
 from chela_bench.kernels.linear_attention_recurrent import recurrent_walk, step
+from chela_bench.kernels.linear_attention_sweep import blocks
 from chela_bench.kernels.linear_attention_walk import Walk, _linear_attention_walk_kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -84,14 +90,19 @@ def linear_attention(
     asked = () if config is None else tuple(checked(config).items())
     plan = _plan.__wrapped__ if torch.compiler.is_compiling() else _plan
     tokens = T if cu_seqlens is None else T // N
-    segments, options = plan(schedule, asked, N, H, tokens, K, v.shape[-1], q.dtype, q.device)
+    trained = torch.is_grad_enabled() and any(
+        x.requires_grad for x in (q, k, v, initial_state) if x is not None
+    )
+    segments, pieces, options = plan(
+        schedule, asked, N, H, tokens, K, v.shape[-1], q.dtype, q.device, trained
+    )
     scale = K**-0.5 if scale is None else float(scale)
     if is_plain(q, k, v, *(() if initial_state is None else (initial_state,))):
-        call = Walk(scale, causal, cu_seqlens, N, segments, precise, options)
+        call = Walk(scale, causal, cu_seqlens, N, segments, pieces, precise, options)
         return eager(q, k, v, initial_state, call, output_final_state=output_final_state)
     o, final, _ = torch.ops.chela_bench.linear_attention_forward(
         q, k, v, initial_state, cu_seqlens, scale, output_final_state, causal, precise, segments,
-        options,
+        pieces, options,
     )  # fmt: skip
     return o, final if output_final_state else None
 
@@ -161,7 +172,7 @@ def linear_attention_recurrent(
     final = q.new_empty(N, H, K, v.shape[-1], dtype=torch.float32) if output_final_state else None
     if N * H * v.shape[-1] > 0:
         scale = K**-0.5 if scale is None else float(scale)
-        call = Walk(scale, causal, cu_seqlens, N, 1, False, ())
+        call = Walk(scale, causal, cu_seqlens, N, 1, 1, False, ())
         with on_device_of(q):
             recurrent_walk(q, k, v, o, call, initial=initial_state, final=final)
     return o, final
@@ -189,9 +200,9 @@ def hbm_bytes(
     chosen = tuple((name, int(x)) for name, x in config.items() if name != "schedule")
     dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    segments, _ = _plan(schedule, chosen, B, H, T, K, V, dtype, device)
+    segments, pieces, _ = _plan(schedule, chosen, B, H, T, K, V, dtype, device, False)
     again = tokens * (K + V) * (segments - 1) // segments  # k and v, for the states
-    states = 4 * B * H * segments * K * V * 4 if segments > 1 else 0
+    states = 4 * B * H * segments * pieces * K * V * 4 if segments > 1 else 0
     return (elements + again) * itemsize + states
 
 
@@ -206,24 +217,35 @@ def _plan(
     V: int,
     dtype: torch.dtype,
     device: torch.device,
-) -> tuple[int, tuple[int, ...]]:
-    """Segments of each sequence, as the config says, or else by the schedule; other options."""
+    trained: bool,
+) -> tuple[int, int, tuple[int, ...]]:
+    """Segments of each sequence, as the config says, or else by the schedule; pieces of them for
+    the sums; other options."""
     asked = checked(dict(config))
     if V > MAX_K and asked.get("sweep") == 0:
         raise ArgumentError(
             f"wanted V <= {MAX_K} for sweep=0, since a walk for dq takes V as its keys, got "
             f"V = {V}; leave sweep out"
         )
-    slices = cdiv(V, walk_config(options_of(asked), K, V, dtype)["BLOCK_V"])
+    options = options_of(asked)
+    available = processors(device)
+    slices = cdiv(V, walk_config(options, K, V, dtype)["BLOCK_V"])
     segments = choose_segments(
-        schedule,
-        sequences=N,
-        heads=H,
-        tokens=tokens,
-        slices=slices,
-        processors=processors(device),
+        schedule, sequences=N, heads=H, tokens=tokens, slices=slices, processors=available
     )
-    return asked.get("segments", segments), options_of(asked)
+    by_hand = has_wgmma(device) and wgmma_config(options, K, V, dtype, N * H, available)
+    if by_hand and N * H * V > 0:
+        segments = best_segments(
+            schedule, heads=N * H, tokens=tokens, K=K, V=V, processors=available
+        )
+    segments = asked.get("segments", segments)
+    if segments == 1 or not by_hand:
+        return segments, 1, options
+    pieces = sum_pieces(N * H, segments, tokens, K, V, available)
+    if trained:  # the sweep over the gradients has a program for all of V, and wants S for each
+        swept = available // max(1, N * H * blocks(K, V, dtype, False))
+        pieces = max(1, min(swept // segments, tokens // segments // SHORTEST_SEGMENT))
+    return segments, pieces, options
 
 
 def _prepared(

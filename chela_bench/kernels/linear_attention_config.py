@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,7 +14,12 @@ from chela_bench.errors import ArgumentError
 MAX_K = 256  # of a walk's keys: S [K, BLOCK_V] has to stay in registers
 MAX_V = 4096
 TILES = ("BLOCK_T", "BLOCK_V", "num_warps", "num_stages")  # of a walk
-OPTIONS = (*TILES, "sweep")
+OPTIONS = (*TILES, "sweep", "wgmma")
+SEGMENT_ALIGN = 64  # tokens; a segment is a multiple of it
+RUNTIME = [  # never specialised: a new B, T, H or layout of rows compiles nothing
+    "T", "H", "segments", "pieces", "skip_from", "skip_to", "summed", "first_v", "scale",
+    *(f"stride_{x}{axis}" for x in "qkvo" for axis in "bth"),
+]  # fmt: skip
 Schedule = Literal["auto", "fused", "split"]
 ALLOWED_CONFIG: dict[str, tuple[int, ...]] = {
     "BLOCK_T": (16, 32, 64, 128, 256),
@@ -22,6 +28,7 @@ ALLOWED_CONFIG: dict[str, tuple[int, ...]] = {
     "num_stages": (1, 2, 3, 4, 5),
     "segments": tuple(range(1, 1025)),
     "sweep": (0, 1),  # 1: gradients in one sweep; 0: a walk for each, where V <= MAX_K
+    "wgmma": (0, 1),  # 1: walks scheduled by hand for sm_90, where they can be; 0: by Triton
 }
 SHORTEST_SEGMENT = 512  # tokens; below, the states cost as much as what they save
 
@@ -45,6 +52,86 @@ def walk_config(options: Sequence[int], K: int, V: int, dtype: torch.dtype) -> d
     return {**default_config(K, V, dtype), **given}
 
 
+@dataclass(frozen=True)
+class Tile:
+    """A way to walk on sm_90, and what it takes (H100, measured by benchmarks/
+    linear_attention_configs.py): microseconds for a chunk of 64 tokens, where every SM walks as many
+    programs as fit."""
+
+    BLOCK_V: int
+    num_warps: int
+    num_stages: int
+    programs: int  # on an SM
+    chunk_us: float
+
+
+# By the tile of K. Two programs an SM hide each other's waits, three stages those of one.
+SM90_WALKS = {
+    64: (Tile(64, 4, 3, programs=2, chunk_us=1.2),),
+    128: (
+        Tile(64, 4, 3, programs=1, chunk_us=1.07),
+        Tile(64, 4, 2, programs=2, chunk_us=2.17),
+        Tile(128, 8, 3, programs=1, chunk_us=1.8),
+    ),
+    256: (
+        Tile(128, 8, 2, programs=1, chunk_us=4.0),
+        Tile(64, 8, 2, programs=1, chunk_us=2.5),
+    ),
+}
+COPY_TB = 3.0  # of HBM, terabytes a second
+SUM_TB = 2.7  # as the sum over segments reads it
+SUM_CHUNK_US = 0.56  # of it, where it waits for loads
+LAUNCH_US = 2.5
+
+
+def tile_time(tile: Tile, V: int, heads: int, processors: int) -> float:
+    """Microseconds a chunk of all heads' walks; `heads` counts each segment."""
+    programs = heads * cdiv(V, tile.BLOCK_V)
+    return cdiv(programs, tile.programs * processors) * tile.chunk_us
+
+
+@functools.lru_cache(maxsize=4096)
+def best_tile(K: int, V: int, heads: int, processors: int) -> Tile:
+    """Of SM90_WALKS the one whose waves take least."""
+    tiles = SM90_WALKS[max(64, tile(K))]
+    fitting = [x for x in tiles if x.BLOCK_V <= max(64, tile(V))]
+    return min(fitting, key=lambda x: tile_time(x, V, heads, processors))
+
+
+def wgmma_config(
+    options: Sequence[int], K: int, V: int, dtype: torch.dtype, heads: int, processors: int
+) -> dict[str, int] | None:
+    """Of a walk for sm_90, if that is to walk it; `heads` counts each segment."""
+    given = dict(zip(OPTIONS, options, strict=True))
+    if dtype != torch.bfloat16 or K <= 32 or given["wgmma"] == 0:
+        return None
+    best = best_tile(K, V, heads, processors)
+    config = {
+        "BLOCK_T": 64,
+        "BLOCK_V": min(best.BLOCK_V, tile(V)),
+        "num_warps": best.num_warps,
+        "num_stages": best.num_stages,
+    }
+    config |= {name: given[name] for name in TILES if given[name] >= 0}
+    wide = config["num_warps"] == 8 and tile(K) >= 128 and config["BLOCK_V"] >= 64
+    narrow = config["num_warps"] == 4 and config["BLOCK_V"] <= 64
+    fits = config["BLOCK_T"] == 64 and config["num_stages"] > 1 and (wide or narrow)
+    return config if fits else None
+
+
+@functools.lru_cache(maxsize=1024)
+def wgmma_sweep_config(K: int, V: int) -> dict[str, int]:
+    """Of the gradients' sweep on sm_90."""
+    size = max(64, min(128, tile(max(K, V))))
+    return {
+        "BLOCK_T": 64,
+        "BLOCK_K": size,
+        "BLOCK_V": size,
+        "num_warps": 8,
+        "num_stages": 2 if size == 128 else 3,
+    }
+
+
 @functools.lru_cache(maxsize=1024)
 def sum_config(K: int, V: int, dtype: torch.dtype) -> dict[str, int]:
     """Of the sum over a segment."""
@@ -53,7 +140,7 @@ def sum_config(K: int, V: int, dtype: torch.dtype) -> dict[str, int]:
         "BLOCK_K": min(128, tile(K)),
         "BLOCK_V": min(64, tile(V)),
         "num_warps": 4,
-        "num_stages": 3,
+        "num_stages": 4,
     }
 
 
@@ -95,6 +182,55 @@ def choose_segments(
     if schedule == "fused" or (schedule == "auto" and (4 * programs > 3 * processors or most < 2)):
         return 1
     return max(2, min(2 * processors // programs, most))
+
+
+def best_segments(
+    schedule: str, *, heads: int, tokens: int, K: int, V: int, processors: int
+) -> int:
+    """The same where walks are for sm_90: what `forward_time` says takes least."""
+    if schedule == "fused":
+        return 1
+    most = max(2, tokens // SHORTEST_SEGMENT)
+    per_head = {cdiv(V, x.BLOCK_V) for x in SM90_WALKS[max(64, tile(K))]}
+    filling = {wave * processors // max(1, heads * n) for n in per_head for wave in (1, 2)}
+    counts = [x for x in sorted({*filling, 1, 2, 3, 4, 6, 8}) if 1 <= x <= most]
+    if schedule == "split":
+        counts.remove(1)
+    return min(counts, key=lambda x: forward_time(heads, tokens, K, V, x, processors))
+
+
+def forward_time(
+    heads: int, tokens: int, K: int, V: int, segments: int, processors: int
+) -> float:
+    """Microseconds of a forward for sm_90 in bfloat16, modelled: of each kernel the longer of the
+    bytes and of the waves of chunks. `heads` are those of all sequences."""
+    chunks = cdiv(cdiv(tokens, segments), 64)
+    best = best_tile(K, V, heads * segments, processors)
+    waves = tile_time(best, V, heads * segments, processors) * chunks
+    bytes_us = 2 * heads * tokens * (2 * K + 2 * V) / COPY_TB / 1e6
+    walk = max(waves, bytes_us) + LAUNCH_US
+    if segments == 1:
+        return walk
+    pieces = sum_pieces(heads, segments, tokens, K, V, processors)
+    programs = heads * (segments - 1) * pieces * cdiv(K, 128) * cdiv(V, 64)
+    waves = cdiv(programs, 2 * processors) * cdiv(chunks, pieces) * SUM_CHUNK_US
+    read = 2 * heads * tokens * (K + V) * (segments - 1) / segments
+    states = 4 * heads * segments * pieces * K * V
+    total = max(waves, read / SUM_TB / 1e6) + 2 * states / COPY_TB / 1e6
+    return walk + total + 2 * LAUNCH_US + 0.08 * segments * pieces
+
+
+def sum_pieces(heads: int, segments: int, tokens: int, K: int, V: int, processors: int) -> int:
+    """Into how many a segment is cut for its sum, which alone may not fill the SMs."""
+    programs = max(1, heads * (segments - 1) * cdiv(K, 128) * cdiv(V, 64))
+    if segments == 1 or 10 * programs >= 9 * processors:
+        return 1
+    return max(1, min(2 * processors // programs, tokens // segments // SHORTEST_SEGMENT, 8))
+
+
+@functools.lru_cache(maxsize=64)
+def has_wgmma(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def processors(device: torch.device) -> int:

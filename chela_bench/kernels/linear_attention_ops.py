@@ -30,12 +30,12 @@ _library = torch.library.Library("chela_bench", "FRAGMENT")
 _library.define(
     "linear_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? initial_state, "
     "Tensor? cu_seqlens, float scale, bool output_final_state, bool causal, bool precise, "
-    "int segments, int[] options) -> (Tensor o, Tensor final_state, Tensor states)"
+    "int segments, int pieces, int[] options) -> (Tensor o, Tensor final_state, Tensor states)"
 )
 _library.define(
     "linear_attention_backward(Tensor q, Tensor k, Tensor v, Tensor? initial_state, "
     "Tensor? cu_seqlens, Tensor? states, Tensor do, Tensor? d_final_state, float scale, "
-    "bool causal, bool precise, int segments, int[] options) "
+    "bool causal, bool precise, int segments, int pieces, int[] options) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor d_initial_state)"
 )
 
@@ -65,14 +65,16 @@ def forward(
             if states is None:
                 walk(q, k, v, o, call, initial=initial, final=final)
             else:
-                segment_states(k, v, states, call, initial=initial, final=final)
+                segment_states(
+                    k, v, states, call, initial=initial, final=final, every_piece=keep_states
+                )
                 walk(q, k, v, o, call, initial=states)
     return o, final, states if keep_states else None
 
 
 def states_shape(call: Walk, H: int, K: int, V: int) -> tuple[int, ...]:
-    """Of the states that walks begin with: one before each segment, or two-sided one for all."""
-    return (call.N, H, call.segments, K, V) if call.causal else (call.N, H, K, V)
+    """Of the states that are summed: one before each piece, or two-sided one for all."""
+    return (call.N, H, call.segments * call.pieces, K, V) if call.causal else (call.N, H, K, V)
 
 
 def _forward(
@@ -86,12 +88,12 @@ def _forward(
     causal: bool,
     precise: bool,
     segments: int,
+    pieces: int,
     options: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `forward`, with empty tensors for what there is none of."""
-    call = Walk(
-        scale, causal, cu_seqlens, _sequences(q, cu_seqlens), segments, precise, tuple(options)
-    )
+    N = _sequences(q, cu_seqlens)
+    call = Walk(scale, causal, cu_seqlens, N, segments, pieces, precise, tuple(options))
     o, final, states = forward(
         q, k, v, initial_state, call, output_final_state=output_final_state, keep_states=True
     )
@@ -112,10 +114,12 @@ def _forward_outputs(
     causal: bool,
     precise: bool,
     segments: int,
+    pieces: int,
     options: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     del k, initial_state
-    call = Walk(scale, causal, cu_seqlens, _sequences(q, cu_seqlens), segments, precise, ())
+    N = _sequences(q, cu_seqlens)
+    call = Walk(scale, causal, cu_seqlens, N, segments, pieces, precise, ())
     H, K = q.shape[2:]
     V = v.shape[-1]
     has_states = segments > 1 or not causal
@@ -137,19 +141,21 @@ def _backward(
     causal: bool,
     precise: bool,
     segments: int,
+    pieces: int,
     options: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv as q, k, v; the initial state's gradient, empty where there is none."""
     dq, dk, dv, d_initial = _backward_outputs(
         q, k, v, initial_state, cu_seqlens, states, do, d_final_state, scale, causal, precise,
-        segments, options,
+        segments, pieces, options,
     )  # fmt: skip
     N, H, V = _sequences(q, cu_seqlens), q.shape[2], v.shape[-1]
     if N * H * V == 0:
         return dq, dk, dv, d_initial
     q, k, v, do = rows_contiguous(q, k, v, do)
     zero = scale == 0.0  # R cannot hold d(final state) / scale: let q and do's part be 0 instead
-    call = Walk(1.0 if zero else scale, causal, cu_seqlens, N, segments, precise, tuple(options))
+    factor = 1.0 if zero else scale
+    call = Walk(factor, causal, cu_seqlens, N, segments, pieces, precise, tuple(options))
     if zero:
         q, do = torch.zeros_like(q), torch.zeros_like(do)
     ways = _by_sweep if _swept(q, V, call) else _by_walks
@@ -188,7 +194,8 @@ def _by_sweep(
 ) -> None:
     q, k, v, do = tensors
     if call.causal:
-        call = dataclasses.replace(call, segments=_swept_segments(q, v.shape[-1], call))
+        segments = _swept_segments(q, v.shape[-1], call)
+        call = dataclasses.replace(call, segments=segments, pieces=1)
     before = _states_before(k, v, call, initial, states)
     behind = None if d_final is None else d_final.contiguous() / call.scale
     first = d_initial
@@ -205,7 +212,7 @@ def _swept_segments(q: Tensor, V: int, call: Walk) -> int:
     or where less than half of the SMs would have a program."""
     _, T, H, K = q.shape
     programs = call.N * H * blocks(K, V, q.dtype, call.precise)
-    segments = max(call.segments, cdiv(T, SWEPT))
+    segments = max(call.segments * call.pieces, cdiv(T, SWEPT))
     if call.cu_seqlens is None and 2 * programs * segments <= processors(q.device):
         segments = max(segments, min(processors(q.device) // programs, T // SHORTEST_SEGMENT))
     return segments
@@ -265,9 +272,10 @@ def _backward_outputs(
     causal: bool,
     precise: bool,
     segments: int,
+    pieces: int,
     options: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    del cu_seqlens, states, do, d_final_state, scale, causal, precise, segments, options
+    del cu_seqlens, states, do, d_final_state, scale, causal, precise, segments, pieces, options
     d_initial = q.new_empty(
         (0,) if initial_state is None else initial_state.shape, dtype=torch.float32
     )
@@ -317,7 +325,9 @@ class _Eager(torch.autograd.Function):
         o, final, states = forward(
             q, k, v, initial, call, output_final_state=output_final_state, keep_states=True
         )
-        options = call.scale, call.causal, call.precise, call.segments, call.options
+        options = (
+            call.scale, call.causal, call.precise, call.segments, call.pieces, call.options
+        )  # fmt: skip
         _keep(ctx, (q, k, v, initial, call.cu_seqlens), o, states, options)
         return o, final
 
@@ -349,7 +359,7 @@ def _differentiate(
     ctx: Any, do: Tensor | None, d_final: Tensor | None, d_states: None
 ) -> tuple[Tensor | None, ...]:
     d_final = d_final if ctx.has_final else None  # it is empty, and so would its gradient be
-    return *_gradients(ctx, do, d_final), *(None,) * 7
+    return *_gradients(ctx, do, d_final), *(None,) * 8
 
 
 def _gradients(ctx: Any, do: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -100,7 +100,7 @@ def recurrent_walk(
     """Writes o, and the last state into `final`. Rows contiguous, states [N, H, K, V]."""
     _, T, H, K = q.shape
     V = v.shape[-1]
-    unit, strides = rows_of(q, k, v, o)
+    unit, strides, _ = rows_of(q, k, v, o)
     constants = _recurrent_constants(
         K, V, unit, call.causal, call.cu_seqlens is not None, initial is not None, final is not None
     )
@@ -127,6 +127,6 @@ def step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, scale: float) -> Tensor
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     if o.numel():
         q, k, v, row = (x.unsqueeze(1) for x in (q, k, v, o))  # [B, 1, H, K or V]
-        call = Walk(scale, True, None, q.shape[0], 1, False, ())
+        call = Walk(scale, True, None, q.shape[0], 1, 1, False, ())
         recurrent_walk(q, k, v, row, call, initial=state, final=state)
     return o

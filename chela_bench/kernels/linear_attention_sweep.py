@@ -33,10 +33,17 @@ import triton.language as tl
 from torch import Tensor
 
 from chela_bench.kernels.launching import Launcher
-from chela_bench.kernels.linear_attention_config import cdiv, sweep_config
-from chela_bench.kernels.linear_attention_walk import (
+from chela_bench.kernels.linear_attention_config import (
+    OPTIONS,
     RUNTIME,
     SEGMENT_ALIGN,
+    cdiv,
+    has_wgmma,
+    sweep_config,
+    wgmma_sweep_config,
+)
+from chela_bench.kernels.linear_attention_hopper import _linear_attention_wgmma_sweep_kernel
+from chela_bench.kernels.linear_attention_walk import (
     Walk,
     _bounds,
     _columns,
@@ -70,7 +77,7 @@ def _linear_attention_sweep_kernel(
     pid_v, pid_k, pid = pid % NV, pid // NV % NK, pid // NV // NK
     pid_s, pid_nh = pid % segments, pid // segments
     n, h = pid_nh // H, pid_nh % H
-    b, start, end = _bounds(cu_seqlens_ptr, n, pid_s, segments, T, IS_PACKED, ALIGN)
+    b, start, end = _bounds(cu_seqlens_ptr, n, pid_s, segments, 1, T, IS_PACKED, ALIGN)
     q_ptr += (b * stride_qb + h * stride_qh) * UNIT
     k_ptr += (b * stride_kb + h * stride_kh) * UNIT
     v_ptr += (b * stride_vb + h * stride_vh) * UNIT
@@ -163,6 +170,7 @@ def _store_rows(ptr, stride, t, offs_t, offs_c, mask_t, mask_c, rows):
 
 
 _sweep = Launcher(_linear_attention_sweep_kernel)
+_sweep_wgmma = Launcher(_linear_attention_wgmma_sweep_kernel)
 
 
 def sweep(
@@ -187,8 +195,14 @@ def sweep(
     """
     _, T, H, K = q.shape
     V = v.shape[-1]
-    unit, strides = rows_of(q, k, v, do)
-    config = sweep_config(K, V, q.dtype, call.precise)
+    unit, strides, near = rows_of(q, k, v, do)
+    wgmma = (
+        has_wgmma(q.device) and q.dtype == torch.bfloat16 and not call.precise and call.causal
+        and unit == 16 and near and H * max(K, V) < 1 << 22
+        and call.options[OPTIONS.index("wgmma")] != 0
+    )  # fmt: skip
+    config = wgmma_sweep_config(K, V) if wgmma else sweep_config(K, V, q.dtype, call.precise)
+    alike = strides[0:3] * 4 == strides and max(K, V) <= config["BLOCK_V"] and K == V
     parts_v, parts_k = cdiv(V, config["BLOCK_V"]), cdiv(K, config["BLOCK_K"])
     at_once = min(parts_v, ADDED)
     dv_parts = dv if parts_k == 1 else dv.new_empty(parts_k, *dv.shape)
@@ -197,11 +211,11 @@ def sweep(
         count = min(at_once, parts_v - first_v)
         whole = parts_v == 1
         parts = (dq, dk) if whole else tuple(q.new_empty(count, *q.shape) for _ in range(2))
-        constants, num_warps, num_stages = _sweep_plan(
-            K, V, unit, q.dtype, call.precise, call.causal, call.cu_seqlens is not None, count,
+        launcher, constants, num_warps, num_stages = _sweep_plan(
+            wgmma, alike, K, V, unit, q.dtype, call.precise, call.causal, call.cu_seqlens is not None, count,
             before is not None, behind is not None, first is not None, call.segments == 1,
         )  # fmt: skip
-        _sweep(
+        launcher(
             call.N * H * call.segments * count * parts_k,
             (q, k, v, do, *parts, dv_parts, before, behind, first, call.cu_seqlens),
             (*strides, call.scale, T, H, call.segments, first_v),
@@ -226,6 +240,8 @@ def blocks(K: int, V: int, dtype: torch.dtype, precise: bool) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def _sweep_plan(
+    wgmma: bool,
+    alike: bool,
     K: int,
     V: int,
     unit: int,
@@ -238,13 +254,21 @@ def _sweep_plan(
     has_behind: bool,
     has_first: bool,
     sums: bool,
-) -> tuple[tuple[object, ...], int, int]:
+) -> tuple[Launcher, tuple[object, ...], int, int]:
     """The sweep's constants, num_warps and num_stages."""
-    config = sweep_config(K, V, dtype, precise)
-    constants = _sweep.constants(
-        K=K, V=V, UNIT=unit, BLOCK_T=config["BLOCK_T"], BLOCK_K=config["BLOCK_K"],
-        BLOCK_V=config["BLOCK_V"], NV=blocks_v, IS_CAUSAL=causal, IS_PACKED=packed,
+    config = wgmma_sweep_config(K, V) if wgmma else sweep_config(K, V, dtype, precise)
+    shared = dict(
+        K=K, V=V, BLOCK_T=config["BLOCK_T"], BLOCK_K=config["BLOCK_K"],
+        BLOCK_V=config["BLOCK_V"], NV=blocks_v, IS_PACKED=packed, ALIGN=SEGMENT_ALIGN,
         USE_BEFORE=has_before, USE_BEHIND=has_behind, SUM_BEHIND=sums and causal,
-        STORE_FIRST=has_first and causal, ALIGN=SEGMENT_ALIGN, **precision(dtype, precise),
+        STORE_FIRST=has_first and causal,
     )  # fmt: skip
-    return constants, config["num_warps"], config["num_stages"]
+    if wgmma:
+        constants = _sweep_wgmma.constants(
+            GROUPS=config["num_warps"] // 4, STAGES=config["num_stages"], IS_ALIKE=alike, **shared
+        )
+        return _sweep_wgmma, constants, config["num_warps"], config["num_stages"]
+    constants = _sweep.constants(
+        UNIT=unit, IS_CAUSAL=causal, **precision(dtype, precise), **shared
+    )
+    return _sweep, constants, config["num_warps"], config["num_stages"]

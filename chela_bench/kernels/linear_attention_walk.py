@@ -31,14 +31,20 @@ import triton.language as tl
 from torch import Tensor
 
 from chela_bench.kernels.launching import Launcher
-from chela_bench.kernels.linear_attention_config import cdiv, sum_config, tile, walk_config
+from chela_bench.kernels.linear_attention_config import (
+    RUNTIME,
+    SEGMENT_ALIGN,
+    cdiv,
+    has_wgmma,
+    processors,
+    sum_config,
+    tile,
+    walk_config,
+    wgmma_config,
+)
+from chela_bench.kernels.linear_attention_hopper import _linear_attention_wgmma_kernel
 
-SEGMENT_ALIGN = 64  # tokens; a segment is a multiple of it
 _SCANNED = 1024  # elements of a state that one program adds up
-RUNTIME = [  # never specialised: a new B, T, H or layout of rows compiles nothing
-    "T", "H", "segments", "skipped", "first_v", "scale",
-    *(f"stride_{x}{axis}" for x in "qkvo" for axis in "bth"),
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,13 +55,17 @@ class Walk:
     causal: bool
     cu_seqlens: Tensor | None  # [N + 1] on the device
     N: int  # sequences
-    segments: int
+    segments: int  # walked side by side
+    pieces: int  # of a segment, whose states are summed side by side
     precise: bool
     options: tuple[int, ...]  # what the caller asked for, by linear_attention_config.OPTIONS
 
 
 @triton.jit
-def _bounds(cu_seqlens_ptr, n, segment, segments, T, IS_PACKED: tl.constexpr, ALIGN: tl.constexpr):
+def _bounds(
+    cu_seqlens_ptr, n, segment, segments, pieces, T,
+    IS_PACKED: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
     """Batch row, first token and end of a segment of sequence n."""
     if IS_PACKED:  # clamped, so that wrong bounds cannot reach outside the tensors
         begin = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + n).to(tl.int64), 0), T)
@@ -63,7 +73,7 @@ def _bounds(cu_seqlens_ptr, n, segment, segments, T, IS_PACKED: tl.constexpr, AL
         b = n * 0
     else:
         begin, end, b = n * 0, n * 0 + T, n
-    size = tl.cdiv(tl.cdiv(end - begin, segments), ALIGN) * ALIGN
+    size = tl.cdiv(tl.cdiv(end - begin, segments * pieces), ALIGN) * ALIGN * pieces
     start = begin + segment * size
     return b, start, tl.minimum(start + size, end)
 
@@ -101,7 +111,7 @@ def _linear_attention_walk_kernel(
     stride_kb: tl.int64, stride_kt: tl.int64, stride_kh: tl.int64,
     stride_vb: tl.int64, stride_vt: tl.int64, stride_vh: tl.int64,
     stride_ob: tl.int64, stride_ot: tl.int64, stride_oh: tl.int64,
-    scale, T: tl.int64, H, segments,  # runtime scalars
+    scale, T: tl.int64, H, segments, pieces,  # runtime scalars
     K: tl.constexpr, V: tl.constexpr, UNIT: tl.constexpr,  # dimensions
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,  # tile
     IS_CAUSAL: tl.constexpr, IS_REVERSED: tl.constexpr, IS_PACKED: tl.constexpr,
@@ -113,7 +123,7 @@ def _linear_attention_walk_kernel(
     pid = tl.program_id(0).to(tl.int64)
     pid_v, pid_s, pid_nh = pid % NV, pid // NV % segments, pid // NV // segments
     n, h = pid_nh // H, pid_nh % H
-    b, start, end = _bounds(cu_seqlens_ptr, n, pid_s, segments, T, IS_PACKED, ALIGN)
+    b, start, end = _bounds(cu_seqlens_ptr, n, pid_s, segments, pieces, T, IS_PACKED, ALIGN)
     q_ptr += (b * stride_qb + h * stride_qh) * UNIT
     k_ptr += (b * stride_kb + h * stride_kh) * UNIT
     v_ptr += (b * stride_vb + h * stride_vh) * UNIT
@@ -127,7 +137,9 @@ def _linear_attention_walk_kernel(
     state_mask = mask_k[:, None] & mask_v[None, :]
     if USE_INITIAL_STATE:
         if IS_CAUSAL:
-            initial_ptr += (pid_nh * segments + pid_s) * K * V
+            initial_ptr += ((pid_nh * segments + pid_s) * pieces) * K * V
+            if IS_REVERSED:
+                initial_ptr += (pieces - 1) * K * V
         else:
             initial_ptr += pid_nh * K * V
         state = tl.load(initial_ptr + state_offs, mask=state_mask, other=0.0)
@@ -178,25 +190,25 @@ def _linear_attention_walk_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _linear_attention_sum_kernel(
-    k_ptr, v_ptr, states_ptr, cu_seqlens_ptr,  # pointers
+    k_ptr, v_ptr, sums_ptr, cu_seqlens_ptr,  # pointers
     stride_kb: tl.int64, stride_kt: tl.int64, stride_kh: tl.int64,  # in units of UNIT elements
     stride_vb: tl.int64, stride_vt: tl.int64, stride_vh: tl.int64,
-    T: tl.int64, H, segments, skipped,  # runtime scalars
+    T: tl.int64, H, segments, skip_from, skip_to,  # runtime scalars
     K: tl.constexpr, V: tl.constexpr, UNIT: tl.constexpr,  # dimensions
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,  # tile
-    IS_PACKED: tl.constexpr, ALIGN: tl.constexpr,
+    IS_BACKWARD: tl.constexpr, IS_PACKED: tl.constexpr, ALIGN: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """states[n, h, segment] = K^T V of the segment's tokens, but not of segment `skipped`."""
+    """sums[n, h, segment] = K^T V of the segment's tokens, but not from skip_from to skip_to."""
     NK: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     NV: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     pid = tl.program_id(0).to(tl.int64)
     pid_v, pid_k, pid = pid % NV, pid // NV % NK, pid // NV // NK
     pid_s, pid_nh = pid % segments, pid // segments
     n, h = pid_nh // H, pid_nh % H
-    if pid_s == skipped:
+    if (pid_s >= skip_from) & (pid_s < skip_to):
         return
-    b, start, end = _bounds(cu_seqlens_ptr, n, pid_s, segments, T, IS_PACKED, ALIGN)
+    b, start, end = _bounds(cu_seqlens_ptr, n, pid_s, segments, 1, T, IS_PACKED, ALIGN)
     k_ptr += (b * stride_kb + h * stride_kh) * UNIT
     v_ptr += (b * stride_vb + h * stride_vh) * UNIT
 
@@ -205,8 +217,9 @@ def _linear_attention_sum_kernel(
     offs_v = pid_v.to(tl.int32) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask_k, mask_v = offs_k < K, offs_v < V
     state = tl.zeros([BLOCK_K, BLOCK_V], dtype=tl.float32)
-    for i in range(0, tl.cdiv(tl.maximum(end - start, 0), BLOCK_T).to(tl.int32)):
-        t = start + i * BLOCK_T
+    chunks = tl.cdiv(tl.maximum(end - start, 0), BLOCK_T).to(tl.int32)
+    for i in range(0, chunks):
+        t = start + (chunks - 1 - i if IS_BACKWARD else i) * BLOCK_T
         mask_t = t + offs_t < end
         k_t = _columns(k_ptr, stride_kt * UNIT, t, offs_t, offs_k, mask_t, mask_k)
         v = _rows(v_ptr, stride_vt * UNIT, t, offs_t, offs_v, mask_t, mask_v)
@@ -214,7 +227,7 @@ def _linear_attention_sum_kernel(
             k_t, v = k_t.to(tl.float32), v.to(tl.float32)
         state = tl.dot(k_t, v, acc=state, input_precision=PRECISION)
     tl.store(
-        states_ptr + pid * K * V + _state_offsets(offs_k, offs_v, K, V, False),
+        sums_ptr + pid * K * V + _state_offsets(offs_k, offs_v, K, V, False),
         state,
         mask=mask_k[:, None] & mask_v[None, :],
     )
@@ -222,15 +235,15 @@ def _linear_attention_sum_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _linear_attention_scan_kernel(
-    states_ptr, initial_ptr, final_ptr,  # pointers
-    segments,  # runtime scalar
+    sums_ptr, states_ptr, initial_ptr, final_ptr,  # pointers
+    segments, summed,  # runtime scalars: how many, and of how many there are sums
     SIZE: tl.constexpr, BLOCK: tl.constexpr,  # elements of a state, and of them a program's
-    IS_REVERSED: tl.constexpr, SKIPS_LAST: tl.constexpr,
+    STAGES: tl.constexpr, IS_REVERSED: tl.constexpr,
     STORE_PREFIX: tl.constexpr, IS_INCLUSIVE: tl.constexpr,
     USE_INITIAL_STATE: tl.constexpr, STORE_FINAL_STATE: tl.constexpr,
 ):  # fmt: skip
-    """states[n, h, segment] becomes what lies before it: the initial state and earlier segments,
-    and if inclusive the segment itself."""
+    """states[n, h, segment] becomes what lies before it: the initial state and the sums of earlier
+    segments, and if inclusive of the segment itself."""
     NS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     pid = tl.program_id(0).to(tl.int64)
     nh, offs = pid // NS, (pid % NS) * BLOCK + tl.arange(0, BLOCK)
@@ -239,20 +252,20 @@ def _linear_attention_scan_kernel(
         state = tl.load(initial_ptr + nh * SIZE + offs, mask=mask, other=0.0)
     else:
         state = tl.zeros([BLOCK], dtype=tl.float32)
-    for i in range(0, segments):
-        segment = segments - 1 - i if IS_REVERSED else i
-        at = states_ptr + (nh * segments + segment) * SIZE + offs
-        added = tl.load(at, mask=mask & ((i < segments - 1) | (not SKIPS_LAST)), other=0.0)
+    for i in tl.range(0, segments, num_stages=STAGES):
+        at = (nh * segments + (segments - 1 - i if IS_REVERSED else i)) * SIZE + offs
+        added = tl.load(sums_ptr + at, mask=mask & (i < summed), other=0.0)
         if STORE_PREFIX and not IS_INCLUSIVE:
-            tl.store(at, state, mask=mask)
+            tl.store(states_ptr + at, state, mask=mask)
         state += added
         if STORE_PREFIX and IS_INCLUSIVE:
-            tl.store(at, state, mask=mask)
+            tl.store(states_ptr + at, state, mask=mask)
     if STORE_FINAL_STATE:
         tl.store(final_ptr + nh * SIZE + offs, state, mask=mask)
 
 
 _walk = Launcher(_linear_attention_walk_kernel)
+_walk_wgmma = Launcher(_linear_attention_wgmma_kernel)
 _sum = Launcher(_linear_attention_sum_kernel)
 _scan = Launcher(_linear_attention_scan_kernel)
 
@@ -277,15 +290,15 @@ def walk(
     """
     _, T, H, K = q.shape
     V = v.shape[-1]
-    unit, strides = rows_of(q, k, v, o)
-    constants, slices, num_warps, num_stages = _walk_plan(
-        K, V, unit, q.dtype, call.options, call.precise, call.causal, reverse,
+    unit, strides, near = rows_of(q, k, v, o)
+    launcher, constants, slices, num_warps, num_stages = _walk_plan(
+        K, V, call.N * H * call.segments, unit, near, q.dtype, q.device, call.options, call.precise, call.causal, reverse,
         call.cu_seqlens is not None, initial is not None, final is not None, transposed,
     )  # fmt: skip
-    _walk(
+    launcher(
         call.N * H * call.segments * slices,
         (q, k, v, o, initial, final, call.cu_seqlens),
-        (*strides, call.scale, T, H, call.segments),
+        (*strides, call.scale, T, H, call.segments, call.pieces),
         constants, num_warps, num_stages,
     )  # fmt: skip
 
@@ -294,8 +307,11 @@ def walk(
 def _walk_plan(
     K: int,
     V: int,
+    heads: int,
     unit: int,
+    near: bool,
     dtype: torch.dtype,
+    device: torch.device,
     options: tuple[int, ...],
     precise: bool,
     causal: bool,
@@ -304,16 +320,32 @@ def _walk_plan(
     has_initial: bool,
     has_final: bool,
     transposed: bool,
-) -> tuple[tuple[object, ...], int, int, int]:
-    """The walk's constants, slices of V, num_warps and num_stages."""
-    config = walk_config(options, K, V, dtype)
-    constants = _walk.constants(
-        K=K, V=V, UNIT=unit, BLOCK_T=config["BLOCK_T"], BLOCK_K=tile(K), BLOCK_V=config["BLOCK_V"],
-        IS_CAUSAL=causal, IS_REVERSED=reverse, IS_PACKED=packed, USE_INITIAL_STATE=has_initial,
+) -> tuple[Launcher, tuple[object, ...], int, int, int]:
+    """The kernel, its constants, slices of V, num_warps and num_stages."""
+    shared = dict(
+        K=K, V=V, IS_REVERSED=reverse, IS_PACKED=packed, USE_INITIAL_STATE=has_initial,
         STORE_FINAL_STATE=has_final, STATE_IS_TRANSPOSED=transposed, ALIGN=SEGMENT_ALIGN,
-        **precision(dtype, precise),
     )  # fmt: skip
-    return constants, cdiv(V, config["BLOCK_V"]), config["num_warps"], config["num_stages"]
+    config = None
+    if has_wgmma(device) and unit == 16 and near and causal and not precise:
+        config = wgmma_config(options, K, V, dtype, heads, processors(device))
+    if config is not None:
+        stages = config["num_stages"]
+        constants = _walk_wgmma.constants(
+            BLOCK_T=config["BLOCK_T"], BLOCK_K=max(64, tile(K)), BLOCK_V=config["BLOCK_V"],
+            STAGES=stages, GROUPS=config["num_warps"] // 4,
+            Q_STAGES=1 if K > 128 and config["BLOCK_V"] > 64 else stages, **shared,
+        )  # fmt: skip
+        launcher = _walk_wgmma
+    else:
+        config = walk_config(options, K, V, dtype)
+        constants = _walk.constants(
+            UNIT=unit, BLOCK_T=config["BLOCK_T"], BLOCK_K=tile(K), BLOCK_V=config["BLOCK_V"],
+            IS_CAUSAL=causal, **precision(dtype, precise), **shared,
+        )  # fmt: skip
+        launcher = _walk
+    slices = cdiv(V, config["BLOCK_V"])
+    return launcher, constants, slices, config["num_warps"], config["num_stages"]
 
 
 def segment_states(
@@ -326,40 +358,43 @@ def segment_states(
     final: Tensor | None = None,
     reverse: bool = False,
     inclusive: bool = False,
+    every_piece: bool = False,
 ) -> None:
-    """Writes the state before each segment (behind it, with `reverse`) into `states` [N, H,
-    segments, K, V], and that after all of them into `final` [N, H, K, V], all float32. Two-sided,
-    `states` [N, H, K, V] is the state after all of them too. `inclusive` adds each segment to its
-    own state.
+    """Writes the state before each piece of each segment (behind it, with `reverse`) into `states`
+    [N, H, segments * pieces, K, V], and that after all of them into `final` [N, H, K, V], all
+    float32. Two-sided, `states` [N, H, K, V] is the state after all of them too. `inclusive` adds
+    each piece to its own state. Without `every_piece`, only states of whole segments hold.
     """
     _, T, H, K = k.shape
-    V, segments = v.shape[-1], call.segments
+    V, segments = v.shape[-1], call.segments * call.pieces
     sums = states if call.causal else states.new_empty(call.N, H, segments, K, V)
     whole = final if call.causal else states
-    skips_last = whole is None and not inclusive
-    last = 0 if reverse else segments - 1
-    unit, strides = rows_of(k, v)
+    skipped = 1 if every_piece else call.pieces  # nobody reads what the last ones add
+    if inclusive or whole is not None:
+        skipped = 0
+    first = 0 if reverse else segments - skipped
     config = sum_config(K, V, k.dtype)
+    unit, strides, _ = rows_of(k, v)
     precisely = precision(k.dtype, call.precise)
     del precisely["WIDEN"]
     constants = _sum.constants(
         K=K, V=V, UNIT=unit, BLOCK_T=config["BLOCK_T"], BLOCK_K=config["BLOCK_K"],
-        BLOCK_V=config["BLOCK_V"], IS_PACKED=call.cu_seqlens is not None, ALIGN=SEGMENT_ALIGN,
-        **precisely,
+        BLOCK_V=config["BLOCK_V"], IS_BACKWARD=inclusive or not reverse,
+        IS_PACKED=call.cu_seqlens is not None, ALIGN=SEGMENT_ALIGN, **precisely,
     )  # fmt: skip
     _sum(
         call.N * H * segments * cdiv(K, config["BLOCK_K"]) * cdiv(V, config["BLOCK_V"]),
         (k, v, sums, call.cu_seqlens),
-        (*strides, T, H, segments, last if skips_last else -1),
+        (*strides, T, H, segments, first, first + skipped),
         constants, config["num_warps"], config["num_stages"],
     )  # fmt: skip
     constants = _scan.constants(
-        SIZE=K * V, BLOCK=_SCANNED, IS_REVERSED=reverse, SKIPS_LAST=skips_last,
+        SIZE=K * V, BLOCK=_SCANNED, STAGES=4, IS_REVERSED=reverse,
         STORE_PREFIX=call.causal, IS_INCLUSIVE=inclusive,
         USE_INITIAL_STATE=initial is not None, STORE_FINAL_STATE=whole is not None,
     )  # fmt: skip
     programs = call.N * H * cdiv(K * V, _SCANNED)
-    _scan(programs, (sums, initial, whole), (segments,), constants, 4, 3)
+    _scan(programs, (sums, states, initial, whole), (segments, segments - skipped), constants, 4, 3)
     if final is not None and not call.causal:
         final.copy_(states)
 
@@ -377,14 +412,16 @@ def precision(dtype: torch.dtype, precise: bool) -> dict[str, object]:
     }
 
 
-def rows_of(*tensors: Tensor) -> tuple[int, tuple[int, ...]]:
+def rows_of(*tensors: Tensor) -> tuple[int, tuple[int, ...], bool]:
     """The elements that all strides and rows are multiples of (16 lets loads be whole vectors, 1
-    promises nothing), and the strides of batch, token and head in that unit."""
+    promises nothing), the strides of batch, token and head in that unit, and whether 256 tokens
+    lie near enough for offsets of 32 bits."""
     return _rows_of(*[(x.stride(), x.shape[-1]) for x in tensors])
 
 
 @functools.lru_cache(maxsize=4096)
-def _rows_of(*layouts: tuple[tuple[int, ...], int]) -> tuple[int, tuple[int, ...]]:
+def _rows_of(*layouts: tuple[tuple[int, ...], int]) -> tuple[int, tuple[int, ...], bool]:
     strides = [stride for layout, _ in layouts for stride in layout[:3]]
+    near = all(layout[1] < 1 << 22 for layout, _ in layouts)
     whole = all(s % 16 == 0 for s in strides) and all(row % 16 == 0 for _, row in layouts)
-    return (16, tuple(s // 16 for s in strides)) if whole else (1, tuple(strides))
+    return (16, tuple(s // 16 for s in strides), near) if whole else (1, tuple(strides), near)
