@@ -1,10 +1,11 @@
 """Times linear attention's configurations on this GPU: the data behind its defaults.
 
     python benchmarks/linear_attention_configs.py tiles --out tiles.jsonl
-    python benchmarks/linear_attention_configs.py segments --points 80 --out segments.jsonl
+    python benchmarks/linear_attention_configs.py choices --points 80 --out choices.jsonl
 
-`tiles`: block sizes, warps and stages of the forward at shapes that fill the card. `segments`: into
-how many a sequence is cut, forward and with the backward, at random shapes. One line a trial: what
+`tiles`: block sizes, warps and stages of the forward at shapes that fill the card, in Triton's own
+schedule. `choices`: which tile for sm_90, and into how many segments a sequence is cut, at random
+shapes; how well the defaults choose is tested on them. One line a trial: what
 was asked and the median in microseconds, or why it failed. Warm L2, event to event, a few
 milliseconds each: for choosing, not for claims (those come from `chela-bench sweep`). Kernels
 compile first, in processes side by side; nothing is checked here, tests/ does.
@@ -23,6 +24,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from chela_bench.kernels.linear_attention_config import SM90_WALKS, Tile, forward_time
+
+COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 66, 132)  # of segments
 Trial = dict[str, Any]  # B, T, H, K, V, direction, config
 
 
@@ -35,29 +39,40 @@ def tiles() -> Iterator[Trial]:
     }
     shapes = [(1, 4096, 264, 64), (1, 4096, 132, 128), (1, 2048, 132, 256)]
     for (B, T, H, d), values in itertools.product(shapes, itertools.product(*axes.values())):
-        config = {**dict(zip(axes, values, strict=True)), "segments": 1}
+        config = {**dict(zip(axes, values, strict=True)), "segments": 1, "wgmma": 0}
         if config["BLOCK_V"] <= d:
             yield {"B": B, "T": T, "H": H, "K": d, "V": d, "direction": "fwd", "config": config}
 
 
-def segments(points: int, seed: int) -> Iterator[Trial]:
-    """Log-uniform: 1 to 128 programs of a head, 1k to 256k tokens, at most 2^21 rows."""
+def choices(points: int, seed: int) -> Iterator[Trial]:
+    """Log-uniform: 1 to 256 heads, 1k to 256k tokens, at most 2^20 rows; forward by each tile for
+    sm_90, with the backward by sweep and by walks; what is thrice as long as another count of
+    segments by the model itself is left out."""
     generator = random.Random(seed)
-    shapes: dict[tuple[int, int, int], None] = {}
+    shapes: dict[tuple[int, int, int, int], None] = {}
     while len(shapes) < points:
-        H, T = round(2 ** generator.uniform(0, 7)), 2 ** generator.randint(10, 18)
-        if H * T <= 1 << 21:
-            shapes[H, T, generator.choice((64, 128))] = None
-    for H, T, d in shapes:
-        for direction, count in itertools.product(
-            ("fwd", "fwdbwd"), (1, 2, 3, 4, 6, 8, 12, 16, 32)
-        ):
-            if count == 1 or T // count >= 256:
-                config = {"segments": count}
-                yield {
-                    "B": 1, "T": T, "H": H, "K": d, "V": d, "direction": direction,
-                    "config": config,
-                }  # fmt: skip
+        H, T = round(2 ** generator.uniform(0, 8)), round(2 ** generator.uniform(10, 18))
+        K, V = generator.choice([(64, 64), (128, 128), (128, 128), (128, 256), (256, 256)])
+        if H * T * V <= 1 << 27:
+            shapes[H, T, K, V] = None
+    for H, T, K, V in shapes:
+        times = {n: forward_time(H, T, K, V, n, 132) for n in COUNTS if n == 1 or T // n >= 512}
+        counts = [n for n, time in times.items() if time <= 3 * min(times.values())]
+        ways = [("fwd", tile) for tile in SM90_WALKS[K]] + [("fwdbwd", sweep) for sweep in (0, 1)]
+        for (direction, way), count in itertools.product(ways, counts):
+            config = {"segments": count}
+            if isinstance(way, Tile):
+                names = ("BLOCK_V", "num_warps", "num_stages")
+                config |= {name: getattr(way, name) for name in names}
+                if V < way.BLOCK_V:
+                    continue
+            else:
+                config["sweep"] = way
+                if way == 1 and K > 128:  # twice as long, and known to be
+                    continue
+            yield {
+                "B": 1, "T": T, "H": H, "K": K, "V": V, "direction": direction, "config": config,
+            }  # fmt: skip
 
 
 def call_of(trial: Trial, tokens: int | None = None) -> Any:
@@ -99,14 +114,14 @@ def kernels_of(trial: Trial) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("tiles", "segments"))
+    parser.add_argument("what", choices=("tiles", "choices"))
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--points", type=int, default=80, help="shapes of `segments`")
+    parser.add_argument("--points", type=int, default=80, help="shapes of `choices`")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     arguments = parser.parse_args()
     trials = list(
-        tiles() if arguments.what == "tiles" else segments(arguments.points, arguments.seed)
+        tiles() if arguments.what == "tiles" else choices(arguments.points, arguments.seed)
     )
     distinct = {kernels_of(trial): trial for trial in trials}
     with multiprocessing.get_context("spawn").Pool(min(arguments.jobs, len(distinct))) as pool:

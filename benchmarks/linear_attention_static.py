@@ -37,7 +37,14 @@ def compiled(kernel: Any, constants: dict[str, Any], warps: int, stages: int, ar
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            states = ("states_ptr", "sums_ptr", "initial_ptr", "final_ptr", "before_ptr", "behind_ptr")
+            states = (
+                "states_ptr",
+                "sums_ptr",
+                "initial_ptr",
+                "final_ptr",
+                "before_ptr",
+                "behind_ptr",
+            )
             signature[name] = "*fp32" if name in states else "*bf16"
             attributes[(i,)] = [["tt.divisibility", 16]]
         elif name == "scale":

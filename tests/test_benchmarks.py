@@ -20,17 +20,19 @@ def configs():
 
 
 def test_what_is_tried_is_allowed_and_tried_once(configs):
-    tiles, segments = list(configs.tiles()), list(configs.segments(80, seed=0))
-    for trials in (tiles, segments):
+    tiles, choices = list(configs.tiles()), list(configs.choices(80, seed=0))
+    for trials in (tiles, choices):
         assert all(checked(trial["config"]) for trial in trials)
         assert len({repr(trial) for trial in trials}) == len(trials)
     assert {trial["K"] for trial in tiles} == {64, 128, 256}
-    shapes = {tuple(trial[dim] for dim in "BTHKV") for trial in segments}
-    assert len(shapes) >= 60 and max(B * T * H for B, T, H, _, _ in shapes) <= 1 << 21
-    assert segments == list(configs.segments(80, seed=0)) != list(configs.segments(80, seed=1))
+    shapes = {tuple(trial[dim] for dim in "BTHKV") for trial in choices}
+    assert len(shapes) >= 60 and max(B * T * H * V for B, T, H, _, V in shapes) <= 1 << 27
+    assert choices == list(configs.choices(80, seed=0)) != list(configs.choices(80, seed=1))
 
 
 def test_trials_of_the_same_kernels_compile_once(configs):
-    segments = list(configs.segments(80, seed=0))
-    sets = {configs.kernels_of(trial) for trial in segments}
-    assert len(sets) == 2 * 2 * 2  # K = V of 64 or 128, either direction, one segment or several
+    choices = list(configs.choices(80, seed=0))
+    sets = {configs.kernels_of(trial) for trial in choices}
+    # One segment or several, of 1, 3, 3 and 2 tiles at the four pairs of K and V, then of 2, 2, 2
+    # and 1 ways back.
+    assert len(sets) == 2 * (1 + 3 + 3 + 2 + 2 + 2 + 2 + 1)

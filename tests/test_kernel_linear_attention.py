@@ -65,6 +65,17 @@ def test_segments_side_by_side(shape, dtype, causal):
     check(q, k, v, causal=causal, **options)
 
 
+@dtypes
+@both_ways
+@pytest.mark.parametrize("sweep", [0, 1])
+def test_pieces_of_segments_summed_side_by_side(monkeypatch, dtype, causal, sweep):
+    options = (16, -1, -1, -1, sweep, -1)
+    monkeypatch.setattr(module, "_plan", lambda *_: (2, 3, options))
+    q, k, v, state = inputs(1, 500, 1, 16, 16, dtype)  # six pieces of 128 tokens, two of them empty
+    check(q, k, v, causal=causal)
+    check(q, k, v, causal=causal, initial_state=state, output_final_state=True)
+
+
 SWEEP = {"sweep": 1}
 
 

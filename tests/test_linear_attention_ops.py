@@ -26,15 +26,16 @@ def both(q, k, v, state):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize(("segments", "pieces"), [(1, 1), (2, 1), (2, 2)])
 @pytest.mark.parametrize("has_state", [True, False])
 @pytest.mark.parametrize("sweep", [0, 1])
-def test_the_operator_keeps_pytorchs_rules(causal, segments, has_state, sweep):
+def test_the_operator_keeps_pytorchs_rules(causal, segments, pieces, has_state, sweep):
     q, k, v, state = leaves()
-    options = [16, -1, -1, -1, sweep]
+    options = [16, -1, -1, -1, sweep, -1]
     arguments = (q, k, v, state if has_state else None, None, 0.25, has_state, causal, False)
     torch.library.opcheck(
-        torch.ops.chela_bench.linear_attention_forward.default, (*arguments, segments, options)
+        torch.ops.chela_bench.linear_attention_forward.default,
+        (*arguments, segments, pieces, options),
     )
 
 
@@ -118,7 +119,9 @@ def test_a_cuda_graph_replays_it(schedule):
         for x in inputs:
             x.copy_(torch.randn_like(x))
     graph.replay()
-    afresh = [x.detach().requires_grad_() for x in inputs]  # their gradients belong to no stream yet
+    afresh = [
+        x.detach().requires_grad_() for x in inputs
+    ]  # their gradients belong to no stream yet
     for replayed, eager in zip(captured, step(afresh), strict=True):
         assert torch.equal(replayed, eager)
 

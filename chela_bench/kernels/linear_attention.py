@@ -35,16 +35,17 @@ from chela_bench.kernels.linear_attention_config import (
     cdiv,
     checked,
     choose_segments,
+    filling_segments,
     has_wgmma,
     options_of,
     processors,
+    suits_wgmma,
     sum_pieces,
     walk_config,
-    wgmma_config,
 )
 from chela_bench.kernels.linear_attention_ops import eager, is_plain, rows_contiguous
 from chela_bench.kernels.linear_attention_recurrent import recurrent_walk, step
-from chela_bench.kernels.linear_attention_sweep import blocks
+from chela_bench.kernels.linear_attention_sweep import ADDED
 from chela_bench.kernels.linear_attention_walk import Walk, _linear_attention_walk_kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -233,8 +234,10 @@ def _plan(
     segments = choose_segments(
         schedule, sequences=N, heads=H, tokens=tokens, slices=slices, processors=available
     )
-    by_hand = has_wgmma(device) and wgmma_config(options, K, V, dtype, N * H, available)
-    if by_hand and N * H * V > 0:
+    by_hand = has_wgmma(device) and suits_wgmma(options, K, dtype) and N * H * V > 0
+    if by_hand and schedule == "auto" and torch.compiler.is_compiling():
+        segments = filling_segments(N * H, tokens, V, available)
+    elif by_hand:
         segments = best_segments(
             schedule, heads=N * H, tokens=tokens, K=K, V=V, processors=available
         )
@@ -243,7 +246,7 @@ def _plan(
         return segments, 1, options
     pieces = sum_pieces(N * H, segments, tokens, K, V, available)
     if trained:  # the sweep over the gradients has a program for all of V, and wants S for each
-        swept = available // max(1, N * H * blocks(K, V, dtype, False))
+        swept = available // (N * H * cdiv(K, 128) * min(cdiv(V, 128), ADDED))
         pieces = max(1, min(swept // segments, tokens // segments // SHORTEST_SEGMENT))
     return segments, pieces, options
 

@@ -15,6 +15,7 @@ MAX_K = 256  # of a walk's keys: S [K, BLOCK_V] has to stay in registers
 MAX_V = 4096
 TILES = ("BLOCK_T", "BLOCK_V", "num_warps", "num_stages")  # of a walk
 OPTIONS = (*TILES, "sweep", "wgmma")
+NEAR = 1 << 22  # elements from token to token, below which 256 tokens need but 32 bits
 SEGMENT_ALIGN = 64  # tokens; a segment is a multiple of it
 RUNTIME = [  # never specialised: a new B, T, H or layout of rows compiles nothing
     "T", "H", "segments", "pieces", "skip_from", "skip_to", "summed", "first_v", "scale",
@@ -54,9 +55,8 @@ def walk_config(options: Sequence[int], K: int, V: int, dtype: torch.dtype) -> d
 
 @dataclass(frozen=True)
 class Tile:
-    """A way to walk on sm_90, and what it takes (H100, measured by benchmarks/
-    linear_attention_configs.py): microseconds for a chunk of 64 tokens, where every SM walks as many
-    programs as fit."""
+    """A way to walk on sm_90, and what it takes: microseconds for a chunk of 64 tokens, where every
+    SM walks as many programs as fit."""
 
     BLOCK_V: int
     num_warps: int
@@ -94,16 +94,28 @@ def tile_time(tile: Tile, V: int, heads: int, processors: int) -> float:
 def best_tile(K: int, V: int, heads: int, processors: int) -> Tile:
     """Of SM90_WALKS the one whose waves take least."""
     tiles = SM90_WALKS[max(64, tile(K))]
-    fitting = [x for x in tiles if x.BLOCK_V <= max(64, tile(V))]
+    widest = max(64, tile(V))
+    fitting = [x for x in tiles if widest >= x.BLOCK_V]
     return min(fitting, key=lambda x: tile_time(x, V, heads, processors))
+
+
+def suits_wgmma(options: Sequence[int], K: int, dtype: torch.dtype) -> bool:
+    """Whether the walks for sm_90 do what the caller asked for."""
+    asked = dict(zip(OPTIONS, options, strict=True))
+    return (
+        dtype == torch.bfloat16
+        and K > 32
+        and asked["wgmma"] != 0
+        and asked["BLOCK_T"] in (-1, 64)
+        and asked["num_stages"] != 1
+    )
 
 
 def wgmma_config(
     options: Sequence[int], K: int, V: int, dtype: torch.dtype, heads: int, processors: int
 ) -> dict[str, int] | None:
     """Of a walk for sm_90, if that is to walk it; `heads` counts each segment."""
-    given = dict(zip(OPTIONS, options, strict=True))
-    if dtype != torch.bfloat16 or K <= 32 or given["wgmma"] == 0:
+    if not suits_wgmma(options, K, dtype):
         return None
     best = best_tile(K, V, heads, processors)
     config = {
@@ -112,11 +124,11 @@ def wgmma_config(
         "num_warps": best.num_warps,
         "num_stages": best.num_stages,
     }
-    config |= {name: given[name] for name in TILES if given[name] >= 0}
+    asked = zip(OPTIONS, options, strict=True)
+    config |= {name: size for name, size in asked if size >= 0 and name in TILES}
     wide = config["num_warps"] == 8 and tile(K) >= 128 and config["BLOCK_V"] >= 64
     narrow = config["num_warps"] == 4 and config["BLOCK_V"] <= 64
-    fits = config["BLOCK_T"] == 64 and config["num_stages"] > 1 and (wide or narrow)
-    return config if fits else None
+    return config if wide or narrow else None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -199,9 +211,15 @@ def best_segments(
     return min(counts, key=lambda x: forward_time(heads, tokens, K, V, x, processors))
 
 
-def forward_time(
-    heads: int, tokens: int, K: int, V: int, segments: int, processors: int
-) -> float:
+def filling_segments(heads: int, tokens: int, V: int, processors: int) -> int:
+    """As many as give every SM a program: near `best_segments`, and a rule that torch.compile can
+    follow for any T."""
+    most = tokens // SHORTEST_SEGMENT
+    filling = processors // max(1, heads * cdiv(V, 64))
+    return 1 if most < 2 or filling < 2 else min(filling, most)
+
+
+def forward_time(heads: int, tokens: int, K: int, V: int, segments: int, processors: int) -> float:
     """Microseconds of a forward for sm_90 in bfloat16, modelled: of each kernel the longer of the
     bytes and of the waves of chunks. `heads` are those of all sequences."""
     chunks = cdiv(cdiv(tokens, segments), 64)
@@ -222,15 +240,19 @@ def forward_time(
 
 def sum_pieces(heads: int, segments: int, tokens: int, K: int, V: int, processors: int) -> int:
     """Into how many a segment is cut for its sum, which alone may not fill the SMs."""
-    programs = max(1, heads * (segments - 1) * cdiv(K, 128) * cdiv(V, 64))
-    if segments == 1 or 10 * programs >= 9 * processors:
+    if segments == 1:
         return 1
-    return max(1, min(2 * processors // programs, tokens // segments // SHORTEST_SEGMENT, 8))
+    programs = max(1, heads * (segments - 1) * cdiv(K, 128) * cdiv(V, 64))
+    filling = cdiv(9 * processors, 10 * programs)
+    return max(1, min(filling, tokens // segments // SHORTEST_SEGMENT))
 
 
-@functools.lru_cache(maxsize=64)
 def has_wgmma(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    """Hopper alone: neither older GPUs nor newer ones have these tensor core instructions."""
+    if device.type != "cuda":
+        return False
+    properties: Any = torch.cuda.get_device_properties(device)
+    return bool(properties.major == 9)
 
 
 def processors(device: torch.device) -> int:

@@ -1,29 +1,51 @@
-"""Draft."""
+"""The walk and the sweep of linear attention, scheduled by hand for Hopper's tensor cores (sm_90).
+
+The same functions as in linear_attention_walk.py and linear_attention_sweep.py, for bfloat16, in
+Gluon, Triton's language below Triton: what is copied when, and which product is waited for, is
+written here and not found by the compiler. Triton's pipeline copies the next chunk at the end of a
+chunk and waits for it at the top of the next, and waits for each product before it starts another.
+Here, in a chunk,
+
+    copies of a later chunk start first, into shared memory that the chunk before has left;
+    products run one after another without a wait, while the warps round, mask and store what
+    earlier products gave; only the update of the state crosses into the next chunk.
+
+Four warps, a group, are what one `wgmma` takes. Two groups split the columns of all products; what
+one computes and both multiply with, scores and states, meets in shared memory.
+"""
+
+from __future__ import annotations
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy, fence_async_shared, warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait,
+    async_copy,
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
 )
+
 from chela_bench.kernels.linear_attention_config import RUNTIME
 
 
 @gluon.constexpr_function
-def _mma(columns, groups=1):
-    """An accumulator; groups of four warps split the columns."""
+def _product(columns, groups):
+    """An accumulator; groups split its columns."""
     return gl.NVMMADistributedLayout([3, 0], [4, groups], [16, columns // groups, 16])
 
 
 @gluon.constexpr_function
-def _copy(columns, groups=1):
-    """Sixteen bytes a thread, 128 to a row; what is left of a row at fixed distances."""
+def _copied(columns, groups):
+    """16 bytes a thread, 128 of a row side by side, the rest of the row at fixed distances."""
     lanes = min(columns // 8, 8)
     return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [4 * groups, 1], [1, 0])
 
 
 @gluon.constexpr_function
-def _store(columns, groups=1):
-    """As a warp has them from a tensor core, 16 rows each: two threads a row, or four."""
-    lanes = 2 * groups
+def _stored(groups):
+    """Each warp the 16 rows that it has of a product: no other warp is waited for."""
+    lanes = 2 * groups  # to a row
     return gl.BlockedLayout([lanes // 2, 8], [32 // lanes, lanes], [4, groups], [1, 0])
 
 
@@ -33,29 +55,63 @@ def _shared(rows, columns):
 
 
 @gluon.jit
-def _piece(tokens, pieces, ALIGN: gl.constexpr):
-    return ((tokens + pieces - 1) // pieces + ALIGN - 1) // ALIGN * ALIGN
+def _segment(
+    cu_seqlens_ptr, n, segment, segments, pieces, T,
+    IS_PACKED: gl.constexpr, ALIGN: gl.constexpr,
+):  # fmt: skip
+    """Batch row, first token and number of tokens: as linear_attention_walk._bounds."""
+    if IS_PACKED:
+        begin = gl.minimum(gl.maximum(gl.load(cu_seqlens_ptr + n).to(gl.int64), 0), T)
+        end = gl.minimum(gl.maximum(gl.load(cu_seqlens_ptr + n + 1).to(gl.int64), 0), T)
+        b = n * 0
+    else:
+        begin, end, b = n * 0, n * 0 + T, n
+    size = (end - begin + segments * pieces - 1) // (segments * pieces)
+    size = (size + ALIGN - 1) // ALIGN * ALIGN * pieces
+    start = begin + segment * size
+    return b, start, gl.maximum(gl.minimum(size, end - start), 0).to(gl.int32)
 
 
 @gluon.jit
-def _opaque(x):
-    """x, int64, of which LLVM knows nothing: it would keep an address for every load in registers."""
-    return gl.inline_asm_elementwise("mov.b64 $0, $1;", "=l,l", [x], dtype=gl.int64, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _offsets(stride, offs_c, LAYOUT: gl.constexpr, BLOCK_T: gl.constexpr):
+def _offsets(stride, BLOCK_T: gl.constexpr, BLOCK_C: gl.constexpr, LAYOUT: gl.constexpr):
+    """Of a tile in memory, without sign: 64 bits then need no register of their own."""
     offs_t = gl.arange(0, BLOCK_T, gl.SliceLayout(1, LAYOUT))
+    offs_c = gl.arange(0, BLOCK_C, gl.SliceLayout(0, LAYOUT))
     return (offs_t[:, None] * stride.to(gl.int32) + offs_c[None, :]).to(gl.uint32)
 
 
 @gluon.jit
-def _fetch(smem, ptr, offsets, left, columns, LAYOUT: gl.constexpr, BLOCK_T: gl.constexpr, C: gl.constexpr, IS_WHOLE: gl.constexpr):
-    offs_t = gl.arange(0, BLOCK_T, gl.SliceLayout(1, LAYOUT))
-    mask = (offs_t < left)[:, None]
+def _mask(offs, rows, columns, IS_WHOLE: gl.constexpr):
+    """The tile's rows and columns that there are; all columns, if whole."""
+    LAYOUT: gl.constexpr = offs.type.layout
+    mask = (gl.arange(0, offs.shape[0], gl.SliceLayout(1, LAYOUT)) < rows)[:, None]
     if not IS_WHOLE:
-        mask = mask & (gl.arange(0, C, gl.SliceLayout(0, LAYOUT)) < columns)[None, :]
-    async_copy.async_copy_global_to_shared(smem, ptr + offsets, mask)
+        offs_c = gl.arange(0, offs.shape[1], gl.SliceLayout(0, LAYOUT))
+        mask = mask & (offs_c < columns)[None, :]
+    return mask
+
+
+@gluon.jit
+def _copy(smem, ptr, offs, rows, columns, IS_WHOLE: gl.constexpr):
+    """Starts it; what there is not becomes zero."""
+    mask = _mask(offs, rows, columns, IS_WHOLE)
+    async_copy.async_copy_global_to_shared(smem, ptr + offs, mask)
+
+
+@gluon.jit
+def _store(ptr, tile, offs, rows, columns, scale, IS_WHOLE: gl.constexpr):
+    tile = gl.convert_layout((tile * scale).to(gl.bfloat16), offs.type.layout)
+    mask = _mask(offs, rows, columns, IS_WHOLE)
+    gl.store(ptr + offs, tile, mask=mask, eviction_policy="evict_first")
+
+
+@gluon.jit
+def _opaque(x):
+    """x, int64, of which LLVM knows nothing: it would keep an address for every copy and store in
+    registers, and spill."""
+    return gl.inline_asm_elementwise(
+        "mov.b64 $0, $1;", "=l,l", [x], dtype=gl.int64, is_pure=False, pack=1
+    )
 
 
 @gluon.jit(do_not_specialize=RUNTIME)
@@ -66,66 +122,56 @@ def _linear_attention_wgmma_kernel(
     stride_vb: gl.int64, stride_vt: gl.int64, stride_vh: gl.int64,
     stride_ob: gl.int64, stride_ot: gl.int64, stride_oh: gl.int64,
     scale, T: gl.int64, H, segments, pieces,  # runtime scalars
-    K: gl.constexpr, V: gl.constexpr, BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_V: gl.constexpr, GROUPS: gl.constexpr,
-    STAGES: gl.constexpr, Q_STAGES: gl.constexpr, IS_REVERSED: gl.constexpr, IS_PACKED: gl.constexpr,
+    K: gl.constexpr, V: gl.constexpr,  # dimensions
+    BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_V: gl.constexpr,  # tile
+    GROUPS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,  # copies of a tile
+    IS_REVERSED: gl.constexpr, IS_PACKED: gl.constexpr,
     USE_INITIAL_STATE: gl.constexpr, STORE_FINAL_STATE: gl.constexpr,
     STATE_IS_TRANSPOSED: gl.constexpr, ALIGN: gl.constexpr,
-):
+):  # fmt: skip
+    """linear_attention_walk._linear_attention_walk_kernel, causal. With one stage of q, where two
+    do not fit, the next is copied only when this one's products are done."""
     UNIT: gl.constexpr = 16
     NV: gl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     WHOLE_K: gl.constexpr = K == BLOCK_K
     WHOLE_V: gl.constexpr = V % BLOCK_V == 0
-    O: gl.constexpr = _mma(BLOCK_V, GROUPS)
+    O: gl.constexpr = _product(BLOCK_V, GROUPS)  # noqa: E741
+    SCORES: gl.constexpr = _product(BLOCK_T, GROUPS)
     STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * GROUPS, 1], [16, BLOCK_V, 16])
-    SCORES: gl.constexpr = _mma(BLOCK_T, GROUPS)
-    WIDE: gl.constexpr = _copy(BLOCK_K, GROUPS)
-    NARROW: gl.constexpr = _copy(BLOCK_V, GROUPS)
-    OUT: gl.constexpr = _store(BLOCK_V, GROUPS)
     pid = gl.program_id(0).to(gl.int64)
     pid_v, pid_s, pid_nh = pid % NV, pid // NV % segments, pid // NV // segments
     n, h = pid_nh // H, pid_nh % H
-    if IS_PACKED:
-        begin = gl.minimum(gl.maximum(gl.load(cu_seqlens_ptr + n).to(gl.int64), 0), T)
-        end = gl.minimum(gl.maximum(gl.load(cu_seqlens_ptr + n + 1).to(gl.int64), 0), T)
-        b = n * 0
-    else:
-        begin, end, b = n * 0, n * 0 + T, n
-    size = pieces * _piece(end - begin, segments * pieces, ALIGN)
-    start = begin + pid_s * size
-    end = gl.minimum(start + size, end)
-    left = gl.maximum(end - start, 0).to(gl.int32)
+    b, start, left = _segment(cu_seqlens_ptr, n, pid_s, segments, pieces, T, IS_PACKED, ALIGN)
     chunks = (left + BLOCK_T - 1) // BLOCK_T
 
     first_v = pid_v.to(gl.int32) * BLOCK_V
-    stride_q, stride_k, stride_v, stride_o = stride_qt * UNIT, stride_kt * UNIT, stride_vt * UNIT, stride_ot * UNIT
-    q_ptr += (b * stride_qb + h * stride_qh) * UNIT + start * stride_q
-    k_ptr += (b * stride_kb + h * stride_kh) * UNIT + start * stride_k
-    v_ptr += (b * stride_vb + h * stride_vh) * UNIT + start * stride_v + first_v
-    o_ptr += (b * stride_ob + h * stride_oh) * UNIT + start * stride_o + first_v
-    offs_wide = gl.arange(0, BLOCK_K, gl.SliceLayout(0, WIDE))
-    q_offs = _offsets(stride_q, offs_wide, WIDE, BLOCK_T)
-    k_offs = _offsets(stride_k, offs_wide, WIDE, BLOCK_T)
-    v_offs = _offsets(stride_v, gl.arange(0, BLOCK_V, gl.SliceLayout(0, NARROW)), NARROW, BLOCK_T)
-    o_offs_v = gl.arange(0, BLOCK_V, gl.SliceLayout(0, OUT))
-    o_offs = _offsets(stride_o, o_offs_v, OUT, BLOCK_T)
-    o_offs_t = gl.arange(0, BLOCK_T, gl.SliceLayout(1, OUT))
-    V_LEFT = V - first_v
+    left_v = V - first_v
+    q_ptr += (b * stride_qb + h * stride_qh + start * stride_qt) * UNIT
+    k_ptr += (b * stride_kb + h * stride_kh + start * stride_kt) * UNIT
+    v_ptr += (b * stride_vb + h * stride_vh + start * stride_vt) * UNIT + first_v
+    o_ptr += (b * stride_ob + h * stride_oh + start * stride_ot) * UNIT + first_v
+    q_offs = _offsets(stride_qt * UNIT, BLOCK_T, BLOCK_K, _copied(BLOCK_K, GROUPS))
+    k_offs = _offsets(stride_kt * UNIT, BLOCK_T, BLOCK_K, _copied(BLOCK_K, GROUPS))
+    v_offs = _offsets(stride_vt * UNIT, BLOCK_T, BLOCK_V, _copied(BLOCK_V, GROUPS))
+    o_offs = _offsets(stride_ot * UNIT, BLOCK_T, BLOCK_V, _stored(GROUPS))
 
-    q_smem = gl.allocate_shared_memory(gl.bfloat16, [Q_STAGES, BLOCK_T, BLOCK_K], _shared(BLOCK_T, BLOCK_K))
-    k_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_T, BLOCK_K], _shared(BLOCK_T, BLOCK_K))
-    v_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_T, BLOCK_V], _shared(BLOCK_T, BLOCK_V))
+    keys: gl.constexpr = _shared(BLOCK_T, BLOCK_K)
+    values: gl.constexpr = _shared(BLOCK_T, BLOCK_V)
+    qs = gl.allocate_shared_memory(gl.bfloat16, [Q_STAGES, BLOCK_T, BLOCK_K], keys)
+    ks = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_T, BLOCK_K], keys)
+    vs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_T, BLOCK_V], values)
     s_smem = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_K, BLOCK_V], _shared(BLOCK_K, BLOCK_V))
-    if GROUPS > 1:  # a group has but some columns of the scores: they meet in shared memory
-        p_smem = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_T, BLOCK_T], _shared(BLOCK_T, BLOCK_T))
-
+    if GROUPS > 1:
+        p_smem = gl.allocate_shared_memory(
+            gl.bfloat16, [BLOCK_T, BLOCK_T], _shared(BLOCK_T, BLOCK_T)
+        )
     for i in gl.static_range(STAGES - 1):
-        if i < chunks:
-            c = chunks - 1 - i if IS_REVERSED else i
-            t = c.to(gl.int64) * BLOCK_T
-            rest = left - c * BLOCK_T
-            _fetch(q_smem.index(i), q_ptr + t * stride_q, q_offs, rest, K, WIDE, BLOCK_T, BLOCK_K, WHOLE_K)
-            _fetch(k_smem.index(i), k_ptr + t * stride_k, k_offs, rest, K, WIDE, BLOCK_T, BLOCK_K, WHOLE_K)
-            _fetch(v_smem.index(i), v_ptr + t * stride_v, v_offs, rest, V_LEFT, NARROW, BLOCK_T, BLOCK_V, WHOLE_V)
+        c = chunks - 1 - i if IS_REVERSED else chunks * 0 + i
+        t = c.to(gl.int64) * BLOCK_T
+        rows = gl.where(i < chunks, left - c * BLOCK_T, 0)
+        _copy(qs.index(i), q_ptr + t * stride_qt * UNIT, q_offs, rows, K, WHOLE_K)
+        _copy(ks.index(i), k_ptr + t * stride_kt * UNIT, k_offs, rows, K, WHOLE_K)
+        _copy(vs.index(i), v_ptr + t * stride_vt * UNIT, v_offs, rows, left_v, WHOLE_V)
         async_copy.commit_group()
 
     offs_k = gl.arange(0, BLOCK_K, gl.SliceLayout(1, STATE))
@@ -140,39 +186,39 @@ def _linear_attention_wgmma_kernel(
         state = gl.load(initial_ptr + at * K * V + state_offs, mask=state_mask, other=0.0)
     else:
         state = gl.zeros([BLOCK_K, BLOCK_V], gl.float32, STATE)
-    next_state = warpgroup_mma_init(state)
 
-    rows = gl.arange(0, BLOCK_T, gl.SliceLayout(1, SCORES))
-    columns = gl.arange(0, BLOCK_T, gl.SliceLayout(0, SCORES))
-    if IS_REVERSED:
-        seen = rows[:, None] <= columns[None, :]
-    else:
-        seen = rows[:, None] >= columns[None, :]
+    queries = gl.arange(0, BLOCK_T, gl.SliceLayout(1, SCORES))[:, None]
+    others = gl.arange(0, BLOCK_T, gl.SliceLayout(0, SCORES))[None, :]
+    seen = queries <= others if IS_REVERSED else queries >= others
+    no_scores = gl.zeros([BLOCK_T, BLOCK_T], gl.float32, SCORES)
+    no_o = gl.zeros([BLOCK_T, BLOCK_V], gl.float32, O)
+    next_state = warpgroup_mma_init(state)
     for i in range(0, chunks):
         async_copy.wait_group(STAGES - 2 if Q_STAGES > 1 else 0)
         stage = i % STAGES
-        q, k, v = q_smem.index(stage if Q_STAGES > 1 else 0), k_smem.index(stage), v_smem.index(stage)
+        q, k, v = qs.index(stage if Q_STAGES > 1 else 0), ks.index(stage), vs.index(stage)
         state = warpgroup_mma_wait(0, deps=[next_state])
         s_smem.store(state.to(gl.bfloat16))
         fence_async_shared()
-        scores = warpgroup_mma(q, k.permute((1, 0)), gl.zeros([BLOCK_T, BLOCK_T], gl.float32, SCORES), use_acc=False, is_async=True)
-        o = warpgroup_mma(q, s_smem, gl.zeros([BLOCK_T, BLOCK_V], gl.float32, O), use_acc=False, is_async=True)
+        scores = warpgroup_mma(q, k.permute((1, 0)), no_scores, use_acc=False, is_async=True)
+        o = warpgroup_mma(q, s_smem, no_o, use_acc=False, is_async=True)
 
         ahead = i + STAGES - 1
         c = chunks - 1 - ahead if IS_REVERSED else ahead
         t = c.to(gl.int64) * BLOCK_T
-        rest = gl.where(ahead < chunks, left - c * BLOCK_T, 0)
+        rows = gl.where(ahead < chunks, left - c * BLOCK_T, 0)
         to = ahead % STAGES
         if Q_STAGES > 1:
-            _fetch(q_smem.index(to), q_ptr + t * stride_q, q_offs, rest, K, WIDE, BLOCK_T, BLOCK_K, WHOLE_K)
-        _fetch(k_smem.index(to), k_ptr + t * stride_k, k_offs, rest, K, WIDE, BLOCK_T, BLOCK_K, WHOLE_K)
-        _fetch(v_smem.index(to), v_ptr + t * stride_v, v_offs, rest, V_LEFT, NARROW, BLOCK_T, BLOCK_V, WHOLE_V)
+            _copy(qs.index(to), q_ptr + t * stride_qt * UNIT, q_offs, rows, K, WHOLE_K)
+        _copy(ks.index(to), k_ptr + t * stride_kt * UNIT, k_offs, rows, K, WHOLE_K)
+        _copy(vs.index(to), v_ptr + t * stride_vt * UNIT, v_offs, rows, left_v, WHOLE_V)
         async_copy.commit_group()
 
         scores = warpgroup_mma_wait(1, deps=[scores])
         p = gl.where(seen, scores, 0.0).to(gl.bfloat16)
         if GROUPS == 1:
-            o = warpgroup_mma(gl.convert_layout(p, gl.DotOperandLayout(0, O, 2)), v, o, is_async=True)
+            p = gl.convert_layout(p, gl.DotOperandLayout(0, O, 2))
+            o = warpgroup_mma(p, v, o, is_async=True)
         else:
             p_smem.store(p)
             fence_async_shared()
@@ -180,27 +226,15 @@ def _linear_attention_wgmma_kernel(
         next_state = warpgroup_mma(k.permute((1, 0)), v, state, is_async=True)
         o = warpgroup_mma_wait(1, deps=[o])
         if Q_STAGES == 1:
-            _fetch(q_smem.index(0), q_ptr + t * stride_q, q_offs, rest, K, WIDE, BLOCK_T, BLOCK_K, WHOLE_K)
+            _copy(qs.index(0), q_ptr + t * stride_qt * UNIT, q_offs, rows, K, WHOLE_K)
             async_copy.commit_group()
-        out = gl.convert_layout((o * scale).to(gl.bfloat16), OUT)
         c = chunks - 1 - i if IS_REVERSED else i
-        rest = left - c * BLOCK_T
-        mask = (o_offs_t < rest)[:, None]
-        if not WHOLE_V:
-            mask = mask & (o_offs_v < V_LEFT)[None, :]
-        gl.store(o_ptr + c.to(gl.int64) * BLOCK_T * stride_o + o_offs, out, mask=mask, eviction_policy="evict_first")
+        at = o_ptr + c * BLOCK_T * (stride_ot * UNIT)
+        _store(at, o, o_offs, left - c * BLOCK_T, left_v, scale, WHOLE_V)
+    async_copy.wait_group(0)
     state = warpgroup_mma_wait(0, deps=[next_state])
     if STORE_FINAL_STATE:
         gl.store(final_ptr + pid_nh * K * V + state_offs, state, mask=state_mask)
-
-
-@gluon.jit
-def _put(ptr, rows, offsets, left, columns, scale, OUT: gl.constexpr, BLOCK_T: gl.constexpr, C: gl.constexpr, IS_WHOLE: gl.constexpr):
-    out = gl.convert_layout((rows * scale).to(gl.bfloat16), OUT)
-    mask = (gl.arange(0, BLOCK_T, gl.SliceLayout(1, OUT)) < left)[:, None]
-    if not IS_WHOLE:
-        mask = mask & (gl.arange(0, C, gl.SliceLayout(0, OUT)) < columns)[None, :]
-    gl.store(ptr + offsets, out, mask=mask)
 
 
 @gluon.jit(do_not_specialize=RUNTIME)
@@ -212,55 +246,39 @@ def _linear_attention_wgmma_sweep_kernel(
     stride_vb: gl.int64, stride_vt: gl.int64, stride_vh: gl.int64,
     stride_ob: gl.int64, stride_ot: gl.int64, stride_oh: gl.int64,  # of do; the others contiguous
     scale, T: gl.int64, H, segments, first_v,  # runtime scalars; first_v: the first block of V
-    K: gl.constexpr, V: gl.constexpr,
-    BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_V: gl.constexpr, GROUPS: gl.constexpr,
-    STAGES: gl.constexpr, NV: gl.constexpr, IS_PACKED: gl.constexpr, USE_BEFORE: gl.constexpr,
-    USE_BEHIND: gl.constexpr, SUM_BEHIND: gl.constexpr, STORE_FIRST: gl.constexpr,
-    ALIGN: gl.constexpr, IS_ALIKE: gl.constexpr,
-):
+    K: gl.constexpr, V: gl.constexpr,  # dimensions
+    BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_V: gl.constexpr,  # tile
+    GROUPS: gl.constexpr, STAGES: gl.constexpr, NV: gl.constexpr,  # NV: blocks of V in this grid
+    IS_PACKED: gl.constexpr, USE_BEFORE: gl.constexpr, USE_BEHIND: gl.constexpr,
+    SUM_BEHIND: gl.constexpr, STORE_FIRST: gl.constexpr, ALIGN: gl.constexpr,
+    IS_ALIKE: gl.constexpr,
+):  # fmt: skip
+    """linear_attention_sweep._linear_attention_sweep_kernel, causal. IS_ALIKE: strides of q, k, v
+    and do are the same, and dq, dk and dv lie alike, which spares registers."""
     UNIT: gl.constexpr = 16
     NK: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     WHOLE_K: gl.constexpr = K % BLOCK_K == 0
     WHOLE_V: gl.constexpr = V % BLOCK_V == 0
-    STATE: gl.constexpr = _mma(BLOCK_V, GROUPS)
-    SCORES: gl.constexpr = _mma(BLOCK_T, GROUPS)
-    KEYS: gl.constexpr = _mma(BLOCK_K, GROUPS)
-    VALUES: gl.constexpr = _mma(BLOCK_V, GROUPS)
-    COPY_K: gl.constexpr = _copy(BLOCK_K, GROUPS)
-    COPY_V: gl.constexpr = _copy(BLOCK_V, GROUPS)
-    OUT_K: gl.constexpr = _store(BLOCK_K, GROUPS)
-    OUT_V: gl.constexpr = _store(BLOCK_V, GROUPS)
+    STATE: gl.constexpr = _product(BLOCK_V, GROUPS)
+    SCORES: gl.constexpr = _product(BLOCK_T, GROUPS)
+    KEYS: gl.constexpr = _product(BLOCK_K, GROUPS)
+    VALUES: gl.constexpr = _product(BLOCK_V, GROUPS)
     pid = gl.program_id(0).to(gl.int64)
     pid_v, pid_k, pid = pid % NV, pid // NV % NK, pid // NV // NK
     pid_s, pid_nh = pid % segments, pid // segments
     n, h = pid_nh // H, pid_nh % H
-    if IS_PACKED:
-        begin = gl.minimum(gl.maximum(gl.load(cu_seqlens_ptr + n).to(gl.int64), 0), T)
-        end = gl.minimum(gl.maximum(gl.load(cu_seqlens_ptr + n + 1).to(gl.int64), 0), T)
-        b = n * 0
-        all_rows = T * H
-    else:
-        begin, end, b = n * 0, n * 0 + T, n
-        all_rows = gl.num_programs(0) // (NV * NK * segments) * T
-    size = _piece(end - begin, segments, ALIGN)
-    start = begin + pid_s * size
-    end = gl.minimum(start + size, end)
-    left = gl.maximum(end - start, 0).to(gl.int32)
+    b, start, left = _segment(cu_seqlens_ptr, n, pid_s, segments, 1, T, IS_PACKED, ALIGN)
     chunks = (left + BLOCK_T - 1) // BLOCK_T
+    all_rows = T * H if IS_PACKED else gl.num_programs(0) // (NV * NK * segments) * T
 
     first_k = pid_k.to(gl.int32) * BLOCK_K
     first_v = (first_v + pid_v.to(gl.int32)) * BLOCK_V
+    left_k, left_v = K - first_k, V - first_v
     if IS_ALIKE:
-        stride_kb = stride_qb
-        stride_vb = stride_qb
-        stride_ob = stride_qb
-        stride_kt = stride_qt
-        stride_vt = stride_qt
-        stride_ot = stride_qt
-        stride_kh = stride_qh
-        stride_vh = stride_qh
-        stride_oh = stride_qh
-    # Where each tensor's tile begins, in units, as strides are.
+        stride_kb, stride_kt, stride_kh = stride_qb, stride_qt, stride_qh
+        stride_vb, stride_vt, stride_vh = stride_qb, stride_qt, stride_qh
+        stride_ob, stride_ot, stride_oh = stride_qb, stride_qt, stride_qh
+    # Where each tensor's first tile is, in units.
     q_at = b * stride_qb + h * stride_qh + start * stride_qt + first_k // UNIT
     k_at = b * stride_kb + h * stride_kh + start * stride_kt + first_k // UNIT
     v_at = b * stride_vb + h * stride_vh + start * stride_vt + first_v // UNIT
@@ -268,23 +286,19 @@ def _linear_attention_wgmma_sweep_kernel(
     at = (b * T + start) * H + h
     dk_at = (pid_v * all_rows + at) * (K // UNIT) + first_k // UNIT
     dv_at = (pid_k * all_rows + at) * (V // UNIT) + first_v // UNIT
-    left_k, left_v = K - first_k, V - first_v
+    q_offs = _offsets(stride_qt * UNIT, BLOCK_T, BLOCK_K, _copied(BLOCK_K, GROUPS))
+    k_offs = _offsets(stride_kt * UNIT, BLOCK_T, BLOCK_K, _copied(BLOCK_K, GROUPS))
+    v_offs = _offsets(stride_vt * UNIT, BLOCK_T, BLOCK_V, _copied(BLOCK_V, GROUPS))
+    do_offs = _offsets(stride_ot * UNIT, BLOCK_T, BLOCK_V, _copied(BLOCK_V, GROUPS))
+    dk_offs = _offsets(H * K, BLOCK_T, BLOCK_K, _stored(GROUPS))
+    dv_offs = _offsets(H * V, BLOCK_T, BLOCK_V, _stored(GROUPS))
 
-    columns_k = gl.arange(0, BLOCK_K, gl.SliceLayout(0, COPY_K))
-    columns_v = gl.arange(0, BLOCK_V, gl.SliceLayout(0, COPY_V))
-    q_offs = _offsets(stride_qt * UNIT, columns_k, COPY_K, BLOCK_T)
-    k_offs = _offsets(stride_kt * UNIT, columns_k, COPY_K, BLOCK_T)
-    v_offs = _offsets(stride_vt * UNIT, columns_v, COPY_V, BLOCK_T)
-    do_offs = _offsets(stride_ot * UNIT, columns_v, COPY_V, BLOCK_T)
-    out_k = _offsets(H * K, gl.arange(0, BLOCK_K, gl.SliceLayout(0, OUT_K)), OUT_K, BLOCK_T)
-    out_v = _offsets(H * V, gl.arange(0, BLOCK_V, gl.SliceLayout(0, OUT_V)), OUT_V, BLOCK_T)
-
-    KEY_TILE: gl.constexpr = _shared(BLOCK_T, BLOCK_K)
-    VALUE_TILE: gl.constexpr = _shared(BLOCK_T, BLOCK_V)
-    q_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_T, BLOCK_K], KEY_TILE)
-    k_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_T, BLOCK_K], KEY_TILE)
-    v_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_T, BLOCK_V], VALUE_TILE)
-    do_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_T, BLOCK_V], VALUE_TILE)
+    keys: gl.constexpr = _shared(BLOCK_T, BLOCK_K)
+    values: gl.constexpr = _shared(BLOCK_T, BLOCK_V)
+    qs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_T, BLOCK_K], keys)
+    ks = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_T, BLOCK_K], keys)
+    vs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_T, BLOCK_V], values)
+    dos = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_T, BLOCK_V], values)
 
     offs_k = gl.arange(0, BLOCK_K, gl.SliceLayout(1, STATE)) + first_k
     offs_v = gl.arange(0, BLOCK_V, gl.SliceLayout(0, STATE)) + first_v
@@ -296,22 +310,23 @@ def _linear_attention_wgmma_sweep_kernel(
         minus_behind = gl.zeros([BLOCK_K, BLOCK_V], gl.float32, STATE)
     if SUM_BEHIND:
         for i in gl.static_range(STAGES - 1):
-            rest = left - i * BLOCK_T
-            _fetch(q_smem.index(i), q_ptr + (q_at + i * BLOCK_T * stride_qt) * UNIT, q_offs, rest, left_k, COPY_K, BLOCK_T, BLOCK_K, WHOLE_K)
-            _fetch(do_smem.index(i), do_ptr + (do_at + i * BLOCK_T * stride_ot) * UNIT, do_offs, rest, left_v, COPY_V, BLOCK_T, BLOCK_V, WHOLE_V)
+            rows = left - i * BLOCK_T
+            q_t, do_t = q_at + i * BLOCK_T * stride_qt, do_at + i * BLOCK_T * stride_ot
+            _copy(qs.index(i), q_ptr + q_t * UNIT, q_offs, rows, left_k, WHOLE_K)
+            _copy(dos.index(i), do_ptr + do_t * UNIT, do_offs, rows, left_v, WHOLE_V)
             async_copy.commit_group()
         summed = warpgroup_mma_init(-minus_behind)
         for i in range(0, chunks):
             async_copy.wait_group(STAGES - 2)
-            summed = warpgroup_mma_wait(0, deps=[summed])
-            stage = i % STAGES
-            summed = warpgroup_mma(q_smem.index(stage).permute((1, 0)), do_smem.index(stage), summed, is_async=True)
+            behind = warpgroup_mma_wait(0, deps=[summed])
+            q_t, do = qs.index(i % STAGES).permute((1, 0)), dos.index(i % STAGES)
+            summed = warpgroup_mma(q_t, do, behind, is_async=True)
             ahead = i + STAGES - 1
-            t = ahead.to(gl.int64) * BLOCK_T
-            rest = left - ahead * BLOCK_T
-            to = ahead % STAGES
-            _fetch(q_smem.index(to), q_ptr + (q_at + t * stride_qt) * UNIT, q_offs, rest, left_k, COPY_K, BLOCK_T, BLOCK_K, WHOLE_K)
-            _fetch(do_smem.index(to), do_ptr + (do_at + t * stride_ot) * UNIT, do_offs, rest, left_v, COPY_V, BLOCK_T, BLOCK_V, WHOLE_V)
+            rows = left - ahead * BLOCK_T
+            q_t = q_at + ahead.to(gl.int64) * BLOCK_T * stride_qt
+            do_t = do_at + ahead.to(gl.int64) * BLOCK_T * stride_ot
+            _copy(qs.index(ahead % STAGES), q_ptr + q_t * UNIT, q_offs, rows, left_k, WHOLE_K)
+            _copy(dos.index(ahead % STAGES), do_ptr + do_t * UNIT, do_offs, rows, left_v, WHOLE_V)
             async_copy.commit_group()
         async_copy.wait_group(0)
         minus_behind = -warpgroup_mma_wait(0, deps=[summed])
@@ -323,76 +338,77 @@ def _linear_attention_wgmma_sweep_kernel(
         before = gl.zeros([BLOCK_K, BLOCK_V], gl.float32, STATE)
 
     for i in gl.static_range(STAGES - 1):
-        rest = left - i * BLOCK_T
-        _fetch(q_smem.index(i), q_ptr + (q_at + i * BLOCK_T * stride_qt) * UNIT, q_offs, rest, left_k, COPY_K, BLOCK_T, BLOCK_K, WHOLE_K)
-        _fetch(k_smem.index(i), k_ptr + (k_at + i * BLOCK_T * stride_kt) * UNIT, k_offs, rest, left_k, COPY_K, BLOCK_T, BLOCK_K, WHOLE_K)
-        _fetch(v_smem.index(i), v_ptr + (v_at + i * BLOCK_T * stride_vt) * UNIT, v_offs, rest, left_v, COPY_V, BLOCK_T, BLOCK_V, WHOLE_V)
-        _fetch(do_smem.index(i), do_ptr + (do_at + i * BLOCK_T * stride_ot) * UNIT, do_offs, rest, left_v, COPY_V, BLOCK_T, BLOCK_V, WHOLE_V)
+        rows = left - i * BLOCK_T
+        q_t, k_t = q_at + i * BLOCK_T * stride_qt, k_at + i * BLOCK_T * stride_kt
+        v_t, do_t = v_at + i * BLOCK_T * stride_vt, do_at + i * BLOCK_T * stride_ot
+        _copy(qs.index(i), q_ptr + q_t * UNIT, q_offs, rows, left_k, WHOLE_K)
+        _copy(ks.index(i), k_ptr + k_t * UNIT, k_offs, rows, left_k, WHOLE_K)
+        _copy(vs.index(i), v_ptr + v_t * UNIT, v_offs, rows, left_v, WHOLE_V)
+        _copy(dos.index(i), do_ptr + do_t * UNIT, do_offs, rows, left_v, WHOLE_V)
         async_copy.commit_group()
-    p1_smem = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_T, BLOCK_T], _shared(BLOCK_T, BLOCK_T))
-    p2_smem = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_T, BLOCK_T], _shared(BLOCK_T, BLOCK_T))
-    s_smem = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_K, BLOCK_V], _shared(BLOCK_K, BLOCK_V))
-    r_smem = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_K, BLOCK_V], _shared(BLOCK_K, BLOCK_V))
-    queries = gl.arange(0, BLOCK_T, gl.SliceLayout(1, SCORES))
-    keys = gl.arange(0, BLOCK_T, gl.SliceLayout(0, SCORES))
-    seen = queries[:, None] >= keys[None, :]
-    nothing = gl.zeros([BLOCK_T, BLOCK_T], gl.float32, SCORES)
+    square: gl.constexpr = _shared(BLOCK_T, BLOCK_T)
+    states: gl.constexpr = _shared(BLOCK_K, BLOCK_V)
+    dov = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_T, BLOCK_T], square)
+    qk = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_T, BLOCK_T], square)
+    s = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_K, BLOCK_V], states)
+    r = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_K, BLOCK_V], states)
+    queries = gl.arange(0, BLOCK_T, gl.SliceLayout(1, SCORES))[:, None]
+    others = gl.arange(0, BLOCK_T, gl.SliceLayout(0, SCORES))[None, :]
+    seen = queries >= others
+    no_scores = gl.zeros([BLOCK_T, BLOCK_T], gl.float32, SCORES)
     no_keys = gl.zeros([BLOCK_T, BLOCK_K], gl.float32, KEYS)
     no_values = gl.zeros([BLOCK_T, BLOCK_V], gl.float32, VALUES)
     next_before = warpgroup_mma_init(before)
     for i in range(0, chunks):
         async_copy.wait_group(STAGES - 2)
-        before = warpgroup_mma_wait(0, deps=[next_before])
         stage = i % STAGES
-        q, k, v, do = q_smem.index(stage), k_smem.index(stage), v_smem.index(stage), do_smem.index(stage)
-        scores_1 = warpgroup_mma(do, v.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        scores_2 = warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        q, k, v, do = qs.index(stage), ks.index(stage), vs.index(stage), dos.index(stage)
+        before = warpgroup_mma_wait(0, deps=[next_before])
+        do_v = warpgroup_mma(do, v.permute((1, 0)), no_scores, use_acc=False, is_async=True)
+        q_k = warpgroup_mma(q, k.permute((1, 0)), no_scores, use_acc=False, is_async=True)
         minus_behind = warpgroup_mma(q.permute((1, 0)), do, minus_behind, is_async=True)
+
         ahead = i + STAGES - 1
         t = ahead.to(gl.int64) * BLOCK_T
-        rest = left - ahead * BLOCK_T
-        to = ahead % STAGES
+        rows = left - ahead * BLOCK_T
         q_t = _opaque(q_at + t * stride_qt)
         if IS_ALIKE:
-            k_t = q_t
-            v_t = q_t
-            do_t = q_t
+            k_t, v_t, do_t = q_t, q_t, q_t
         else:
             k_t = _opaque(k_at + t * stride_kt)
             v_t = _opaque(v_at + t * stride_vt)
             do_t = _opaque(do_at + t * stride_ot)
-        _fetch(q_smem.index(to), q_ptr + q_t * UNIT, q_offs, rest, left_k, COPY_K, BLOCK_T, BLOCK_K, WHOLE_K)
-        _fetch(k_smem.index(to), k_ptr + k_t * UNIT, k_offs, rest, left_k, COPY_K, BLOCK_T, BLOCK_K, WHOLE_K)
-        _fetch(v_smem.index(to), v_ptr + v_t * UNIT, v_offs, rest, left_v, COPY_V, BLOCK_T, BLOCK_V, WHOLE_V)
-        _fetch(do_smem.index(to), do_ptr + do_t * UNIT, do_offs, rest, left_v, COPY_V, BLOCK_T, BLOCK_V, WHOLE_V)
+        to = ahead % STAGES
+        _copy(qs.index(to), q_ptr + q_t * UNIT, q_offs, rows, left_k, WHOLE_K)
+        _copy(ks.index(to), k_ptr + k_t * UNIT, k_offs, rows, left_k, WHOLE_K)
+        _copy(vs.index(to), v_ptr + v_t * UNIT, v_offs, rows, left_v, WHOLE_V)
+        _copy(dos.index(to), do_ptr + do_t * UNIT, do_offs, rows, left_v, WHOLE_V)
         async_copy.commit_group()
-        s_smem.store(before.to(gl.bfloat16))
-        scores_1, scores_2 = warpgroup_mma_wait(1, deps=[scores_1, scores_2])
-        p1_smem.store(gl.where(seen, scores_1, 0.0).to(gl.bfloat16))
-        p2_smem.store(gl.where(seen, scores_2, 0.0).to(gl.bfloat16))
+
+        s.store(before.to(gl.bfloat16))
+        do_v, q_k = warpgroup_mma_wait(1, deps=[do_v, q_k])
+        dov.store(gl.where(seen, do_v, 0.0).to(gl.bfloat16))
+        qk.store(gl.where(seen, q_k, 0.0).to(gl.bfloat16))
         minus_behind = warpgroup_mma_wait(0, deps=[minus_behind])
-        r_smem.store((-minus_behind).to(gl.bfloat16))
+        r.store((-minus_behind).to(gl.bfloat16))
         fence_async_shared()
 
-        dq = warpgroup_mma(p1_smem, k, no_keys, use_acc=False, is_async=True)
-        dq = warpgroup_mma(do, s_smem.permute((1, 0)), dq, is_async=True)
-        dk = warpgroup_mma(p1_smem.permute((1, 0)), q, no_keys, use_acc=False, is_async=True)
-        dk = warpgroup_mma(v, r_smem.permute((1, 0)), dk, is_async=True)
-        t = i.to(gl.int64) * BLOCK_T * H
+        t = i * BLOCK_T * H.to(gl.int64)
+        rows = left - i * BLOCK_T
         dk_t = _opaque(dk_at + t * (K // UNIT))
-        if IS_ALIKE:
-            dv_t = dk_t
-        else:
-            dv_t = _opaque(dv_at + t * (V // UNIT))
-        rest = left - i * BLOCK_T
+        dv_t = dk_t if IS_ALIKE else _opaque(dv_at + t * (V // UNIT))
+        dq = warpgroup_mma(dov, k, no_keys, use_acc=False, is_async=True)
+        dq = warpgroup_mma(do, s.permute((1, 0)), dq, is_async=True)
+        dk = warpgroup_mma(dov.permute((1, 0)), q, no_keys, use_acc=False, is_async=True)
+        dk = warpgroup_mma(v, r.permute((1, 0)), dk, is_async=True)
         dq = warpgroup_mma_wait(2, deps=[dq])
-        _put(dq_ptr + dk_t * UNIT, dq, out_k, rest, left_k, scale, OUT_K, BLOCK_T, BLOCK_K, WHOLE_K)
-        dv = warpgroup_mma(p2_smem.permute((1, 0)), do, no_values, use_acc=False, is_async=True)
-        dv = warpgroup_mma(k, r_smem, dv, is_async=True)
+        _store(dq_ptr + dk_t * UNIT, dq, dk_offs, rows, left_k, scale, WHOLE_K)
+        dv = warpgroup_mma(qk.permute((1, 0)), do, no_values, use_acc=False, is_async=True)
+        dv = warpgroup_mma(k, r, dv, is_async=True)
         dk = warpgroup_mma_wait(2, deps=[dk])
-        _put(dk_ptr + dk_t * UNIT, dk, out_k, rest, left_k, scale, OUT_K, BLOCK_T, BLOCK_K, WHOLE_K)
+        _store(dk_ptr + dk_t * UNIT, dk, dk_offs, rows, left_k, scale, WHOLE_K)
         next_before = warpgroup_mma(k.permute((1, 0)), v, before, is_async=True)
         dv = warpgroup_mma_wait(1, deps=[dv])
-        _put(dv_ptr + dv_t * UNIT, dv, out_v, rest, left_v, scale, OUT_V, BLOCK_T, BLOCK_V, WHOLE_V)
+        _store(dv_ptr + dv_t * UNIT, dv, dv_offs, rows, left_v, scale, WHOLE_V)
     async_copy.wait_group(0)
     warpgroup_mma_wait(0, deps=[next_before])

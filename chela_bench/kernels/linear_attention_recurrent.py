@@ -17,14 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from chela_bench.kernels.launching import Launcher
-from chela_bench.kernels.linear_attention_config import cdiv, tile
-from chela_bench.kernels.linear_attention_walk import (
-    RUNTIME,
-    SEGMENT_ALIGN,
-    Walk,
-    _bounds,
-    rows_of,
-)
+from chela_bench.kernels.linear_attention_config import RUNTIME, SEGMENT_ALIGN, cdiv, tile
+from chela_bench.kernels.linear_attention_walk import Walk, _bounds, rows_of
 
 BLOCK_V = 32
 
@@ -46,7 +40,7 @@ def _linear_attention_recurrent_kernel(
     pid = tl.program_id(0).to(tl.int64)
     pid_v, pid_nh = pid % NV, pid // NV
     n, h = pid_nh // H, pid_nh % H
-    b, start, end = _bounds(cu_seqlens_ptr, n, n * 0, 1, T, IS_PACKED, ALIGN)
+    b, start, end = _bounds(cu_seqlens_ptr, n, n * 0, 1, 1, T, IS_PACKED, ALIGN)
     q_ptr += (b * stride_qb + h * stride_qh) * UNIT
     k_ptr += (b * stride_kb + h * stride_kh) * UNIT
     v_ptr += (b * stride_vb + h * stride_vh) * UNIT

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from chela_bench.kernels.launching import Launcher
 from chela_bench.kernels.linear_attention_config import (
+    NEAR,
     OPTIONS,
     RUNTIME,
     SEGMENT_ALIGN,
@@ -169,6 +170,29 @@ def _store_rows(ptr, stride, t, offs_t, offs_c, mask_t, mask_c, rows):
     )
 
 
+@triton.jit(do_not_specialize=["size"])
+def _linear_attention_add_kernel(
+    parts_ptr, sum_ptr, out_ptr,  # pointers
+    size: tl.int64,  # runtime scalar: elements of a part
+    COUNT: tl.constexpr, BLOCK: tl.constexpr,
+    USE_SUM: tl.constexpr, STORE_SUM: tl.constexpr,
+):  # fmt: skip
+    """The sum of COUNT parts, and of an earlier sum: into sum_ptr, float32, or rounded into out."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < size
+    if USE_SUM:
+        total = tl.load(sum_ptr + offs, mask=mask, other=0.0)
+    else:
+        total = tl.zeros([BLOCK], dtype=tl.float32)
+    for i in tl.static_range(COUNT):
+        total += tl.load(parts_ptr + i * size + offs, mask=mask, other=0.0).to(tl.float32)
+    if STORE_SUM:
+        tl.store(sum_ptr + offs, total, mask=mask)
+    else:
+        tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+_add = Launcher(_linear_attention_add_kernel)
 _sweep = Launcher(_linear_attention_sweep_kernel)
 _sweep_wgmma = Launcher(_linear_attention_wgmma_sweep_kernel)
 
@@ -196,24 +220,25 @@ def sweep(
     _, T, H, K = q.shape
     V = v.shape[-1]
     unit, strides, near = rows_of(q, k, v, do)
-    wgmma = (
-        has_wgmma(q.device) and q.dtype == torch.bfloat16 and not call.precise and call.causal
-        and unit == 16 and near and H * max(K, V) < 1 << 22
-        and call.options[OPTIONS.index("wgmma")] != 0
+    wgmma, config = _sweep_config(
+        K, V, q.dtype, q.device, call.precise, call.causal,
+        unit == 16 and near and H * max(K, V) < NEAR, call.options,
     )  # fmt: skip
-    config = wgmma_sweep_config(K, V) if wgmma else sweep_config(K, V, q.dtype, call.precise)
     alike = strides[0:3] * 4 == strides and max(K, V) <= config["BLOCK_V"] and K == V
     parts_v, parts_k = cdiv(V, config["BLOCK_V"]), cdiv(K, config["BLOCK_K"])
     at_once = min(parts_v, ADDED)
     dv_parts = dv if parts_k == 1 else dv.new_empty(parts_k, *dv.shape)
-    sums: list[Tensor] = []
+    sums: list[Tensor | None] = [None, None]
+    if parts_v > at_once:
+        sums = [x.new_empty(x.shape, dtype=torch.float32) for x in (dq, dk)]
     for first_v in range(0, parts_v, at_once):
         count = min(at_once, parts_v - first_v)
         whole = parts_v == 1
         parts = (dq, dk) if whole else tuple(q.new_empty(count, *q.shape) for _ in range(2))
         launcher, constants, num_warps, num_stages = _sweep_plan(
-            wgmma, alike, K, V, unit, q.dtype, call.precise, call.causal, call.cu_seqlens is not None, count,
-            before is not None, behind is not None, first is not None, call.segments == 1,
+            wgmma, alike, K, V, unit, q.dtype, call.precise, call.causal,
+            call.cu_seqlens is not None, count, before is not None, behind is not None,
+            first is not None, call.segments == 1,
         )  # fmt: skip
         launcher(
             call.N * H * call.segments * count * parts_k,
@@ -222,14 +247,47 @@ def sweep(
             constants, num_warps, num_stages,
         )  # fmt: skip
         if not whole:
-            added = [x.sum(0, dtype=torch.float32) for x in parts]
-            sums = [a + b for a, b in zip(sums, added, strict=True)] if sums else added
+            is_last = first_v + count == parts_v
+            for part, total, out in zip(parts, sums, (dq, dk), strict=True):
+                _add_up(part, total, out, first_v > 0, not is_last)
         del parts
-    if sums:
-        dq.copy_(sums[0])
-        dk.copy_(sums[1])
     if parts_k > 1:
-        torch.sum(dv_parts, 0, out=dv)
+        _add_up(dv_parts, None, dv, False, False)
+
+
+@functools.lru_cache(maxsize=1024)
+def _sweep_config(
+    K: int,
+    V: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    precise: bool,
+    causal: bool,
+    aligned: bool,
+    options: tuple[int, ...],
+) -> tuple[bool, dict[str, int]]:
+    """Whether the kernel for sm_90 sweeps, and the block sizes."""
+    wgmma = (
+        has_wgmma(device)
+        and dtype == torch.bfloat16
+        and not precise
+        and causal
+        and aligned
+        and options[OPTIONS.index("wgmma")] != 0
+    )
+    return wgmma, wgmma_sweep_config(K, V) if wgmma else sweep_config(K, V, dtype, precise)
+
+
+def _add_up(
+    parts: Tensor, total: Tensor | None, out: Tensor, is_begun: bool, goes_on: bool
+) -> None:
+    """Adds up `parts` [count, ...]: into `total`, begun or not, if it goes on; else into `out`."""
+    block = 2048
+    constants = _add.constants(
+        COUNT=parts.shape[0], BLOCK=block, USE_SUM=is_begun, STORE_SUM=goes_on
+    )
+    programs = cdiv(out.numel(), block)
+    _add(programs, (parts, total, out), (out.numel(),), constants, 8, 1)
 
 
 def blocks(K: int, V: int, dtype: torch.dtype, precise: bool) -> int:
@@ -257,18 +315,16 @@ def _sweep_plan(
 ) -> tuple[Launcher, tuple[object, ...], int, int]:
     """The sweep's constants, num_warps and num_stages."""
     config = wgmma_sweep_config(K, V) if wgmma else sweep_config(K, V, dtype, precise)
-    shared = dict(
-        K=K, V=V, BLOCK_T=config["BLOCK_T"], BLOCK_K=config["BLOCK_K"],
-        BLOCK_V=config["BLOCK_V"], NV=blocks_v, IS_PACKED=packed, ALIGN=SEGMENT_ALIGN,
-        USE_BEFORE=has_before, USE_BEHIND=has_behind, SUM_BEHIND=sums and causal,
-        STORE_FIRST=has_first and causal,
-    )  # fmt: skip
+    shared: dict[str, object] = {
+        "K": K, "V": V, "BLOCK_T": config["BLOCK_T"], "BLOCK_K": config["BLOCK_K"],
+        "BLOCK_V": config["BLOCK_V"], "NV": blocks_v, "IS_PACKED": packed, "ALIGN": SEGMENT_ALIGN,
+        "USE_BEFORE": has_before, "USE_BEHIND": has_behind, "SUM_BEHIND": sums and causal,
+        "STORE_FIRST": has_first and causal,
+    }  # fmt: skip
     if wgmma:
         constants = _sweep_wgmma.constants(
             GROUPS=config["num_warps"] // 4, STAGES=config["num_stages"], IS_ALIKE=alike, **shared
         )
         return _sweep_wgmma, constants, config["num_warps"], config["num_stages"]
-    constants = _sweep.constants(
-        UNIT=unit, IS_CAUSAL=causal, **precision(dtype, precise), **shared
-    )
+    constants = _sweep.constants(UNIT=unit, IS_CAUSAL=causal, **precision(dtype, precise), **shared)
     return _sweep, constants, config["num_warps"], config["num_stages"]

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from chela_bench.kernels.launching import Launcher
 from chela_bench.kernels.linear_attention_config import (
+    NEAR,
     RUNTIME,
     SEGMENT_ALIGN,
     cdiv,
@@ -284,16 +285,18 @@ def walk(
 ) -> None:
     """Writes o, and the last state into `final`.
 
-    q, k [B, T, H, K]; v, o [B, T, H, V]; rows contiguous. `initial` is a state for each segment,
-    [N, H, segments, K, V], or two-sided one for all, [N, H, K, V]; with `transposed` states are
-    [..., V, K]. There is a `final` [N, H, K, V] of a causal walk in one segment only.
+    q, k [B, T, H, K]; v, o [B, T, H, V]; rows contiguous. `initial` is a state for each piece of
+    each segment, [N, H, segments * pieces, K, V], or two-sided one for all, [N, H, K, V]; with
+    `transposed` states are [..., V, K]. There is a `final` [N, H, K, V] of a causal walk in one
+    segment only.
     """
     _, T, H, K = q.shape
     V = v.shape[-1]
     unit, strides, near = rows_of(q, k, v, o)
     launcher, constants, slices, num_warps, num_stages = _walk_plan(
-        K, V, call.N * H * call.segments, unit, near, q.dtype, q.device, call.options, call.precise, call.causal, reverse,
-        call.cu_seqlens is not None, initial is not None, final is not None, transposed,
+        K, V, call.N * H * call.segments, unit, near, q.dtype, q.device, call.options,
+        call.precise, call.causal, reverse, call.cu_seqlens is not None, initial is not None,
+        final is not None, transposed,
     )  # fmt: skip
     launcher(
         call.N * H * call.segments * slices,
@@ -322,10 +325,11 @@ def _walk_plan(
     transposed: bool,
 ) -> tuple[Launcher, tuple[object, ...], int, int, int]:
     """The kernel, its constants, slices of V, num_warps and num_stages."""
-    shared = dict(
-        K=K, V=V, IS_REVERSED=reverse, IS_PACKED=packed, USE_INITIAL_STATE=has_initial,
-        STORE_FINAL_STATE=has_final, STATE_IS_TRANSPOSED=transposed, ALIGN=SEGMENT_ALIGN,
-    )  # fmt: skip
+    shared: dict[str, object] = {
+        "K": K, "V": V, "IS_REVERSED": reverse, "IS_PACKED": packed, "ALIGN": SEGMENT_ALIGN,
+        "USE_INITIAL_STATE": has_initial, "STORE_FINAL_STATE": has_final,
+        "STATE_IS_TRANSPOSED": transposed,
+    }  # fmt: skip
     config = None
     if has_wgmma(device) and unit == 16 and near and causal and not precise:
         config = wgmma_config(options, K, V, dtype, heads, processors(device))
@@ -422,6 +426,6 @@ def rows_of(*tensors: Tensor) -> tuple[int, tuple[int, ...], bool]:
 @functools.lru_cache(maxsize=4096)
 def _rows_of(*layouts: tuple[tuple[int, ...], int]) -> tuple[int, tuple[int, ...], bool]:
     strides = [stride for layout, _ in layouts for stride in layout[:3]]
-    near = all(layout[1] < 1 << 22 for layout, _ in layouts)
+    near = all(layout[1] < NEAR for layout, _ in layouts)
     whole = all(s % 16 == 0 for s in strides) and all(row % 16 == 0 for _, row in layouts)
     return (16, tuple(s // 16 for s in strides), near) if whole else (1, tuple(strides), near)
