@@ -1,10 +1,12 @@
 """What Triton's compiler says of linear attention's kernels, for a GPU that need not be there.
 
-    python benchmarks/linear_attention_static.py [--arch 90]
+    python benchmarks/linear_attention_static.py [--arch 90] [--only hopper]
 
 Registers a thread, stack (spills lie there) in bytes, dynamic shared memory in KB, and counts of a
 few instructions, at K = V = 64 and 128 in bfloat16. The tables in docs/results/linear-attention.md
-come from here; figures move with Triton's version, which is printed.
+come from here; figures move with Triton's version, which is printed. `--only hopper`: the kernels
+scheduled by hand, with the constants that the launcher gives them; the only test of them without a
+GPU, since Gluon has no interpreter.
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from chela_bench.kernels import linear_attention_sweep as sweeps
 from chela_bench.kernels import linear_attention_walk as walks
+from chela_bench.kernels.linear_attention_config import SM90_WALKS
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTIONS = ("HGMMA", "HMMA", "LDGSTS", "LDL", "STL", "BAR", "SHFL")
@@ -52,8 +56,9 @@ def compiled(kernel: Any, constants: dict[str, Any], warps: int, stages: int, ar
         else:
             signature[name] = "i64" if name == "T" or name.startswith("stride") else "i32"
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
     return triton.compile(
-        ASTSource(kernel, signature, values, attributes),
+        source(kernel, signature, values, attributes),
         target=GPUTarget("cuda", arch, 32),
         options={"num_warps": warps, "num_stages": stages},
     )
@@ -75,7 +80,57 @@ def facts(kernel: Any) -> str:
     return f"{found[1]:>4} registers {found[2]:>5} stack {shared:>4.0f} KB   {counts}"
 
 
-def cases() -> Iterator[tuple[str, Any, dict[str, Any], int, int]]:
+def by_hand() -> Iterator[tuple[str, Any, dict[str, Any], int, int]]:
+    """Each tile, and with all that a walk can be asked for at once; sweeps likewise."""
+    on_hopper(walks)
+    on_hopper(sweeps)
+    device = torch.device("cuda", 0)
+    for K, V, columns, warps, stages, everything in [
+        *((K, K, x.BLOCK_V, x.num_warps, x.num_stages, False)
+          for K, tiles in SM90_WALKS.items() for x in tiles),
+        (128, 128, 64, 4, 3, True), (96, 80, 128, 8, 3, True),
+    ]:  # fmt: skip
+        options = (64, columns, warps, stages, -1, 1)
+        keys, slots = (torch.empty(1, 64, 16, size, device="meta") for size in (K, V))
+        rows = [x.stride() for x in (keys, keys, slots, slots)]
+        variant, _, _ = walks._walk_plan(
+            keys.shape, V, *rows, torch.bfloat16, device, 1.0, 1, 1, 1, options, False, True,
+            *[everything] * 5,
+        )  # fmt: skip
+        kernel = variant.launcher.kernel
+        assert variant.launcher is walks._walk_wgmma
+        constants = named(kernel, variant.constants)
+        if not everything:
+            constants |= {"initial_ptr": None, "final_ptr": None, "cu_seqlens_ptr": None}
+        name = f"walk  K {K:<3} V {V:<3} BLOCK_V {columns:<3} {'everything' if everything else ''}"
+        yield name, kernel, constants, warps, stages
+    for K, V, alike, everything in [
+        (128, 128, True, False), (64, 64, True, False), (128, 128, False, False),
+        (96, 320, False, True),
+    ]:  # fmt: skip
+        launcher, values, warps, stages = sweeps._sweep_plan(
+            True, alike, K, V, 16, torch.bfloat16, False, True, everything, -(-V // 128),
+            True, True, everything, everything,
+        )  # fmt: skip
+        constants = named(launcher.kernel, values)
+        if not everything:
+            constants |= {"first_ptr": None, "cu_seqlens_ptr": None}
+        what = "alike" if alike else "everything" if everything else ""
+        yield f"sweep K {K:<3} V {V:<3} {what}", launcher.kernel, constants, warps, stages
+
+
+def named(kernel: Any, values: tuple[object, ...]) -> dict[str, Any]:
+    return dict(zip(kernel.arg_names[-len(values) :], values, strict=True))
+
+
+def on_hopper(module: Any) -> None:
+    """The plans ask the device."""
+    module.has_wgmma = lambda _: True
+    if hasattr(module, "processors"):
+        module.processors = lambda _: 132
+
+
+def by_triton() -> Iterator[tuple[str, Any, dict[str, Any], int, int]]:
     shared = {
         "UNIT": 16, "IS_CAUSAL": True, "IS_PACKED": False, "cu_seqlens_ptr": None,
         "ALIGN": walks.SEGMENT_ALIGN, **walks.precision(torch.bfloat16, False),
@@ -110,9 +165,12 @@ def cases() -> Iterator[tuple[str, Any, dict[str, Any], int, int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, default=90, help="compute capability times ten")
-    arch = parser.parse_args().arch
+    parser.add_argument("--only", choices=("triton", "hopper"), help="half of the kernels")
+    arguments = parser.parse_args()
+    arch, only = arguments.arch, arguments.only
+    cases = [*(by_triton() if only != "hopper" else ()), *(by_hand() if only != "triton" else ())]
     print(f"sm_{arch}, Triton {triton.__version__}")
-    for name, kernel, constants, warps, stages in cases():
+    for name, kernel, constants, warps, stages in cases:
         made = compiled(kernel, constants, warps, stages, arch)
         print(f"{name:<34} warps {warps} stages {stages} {facts(made)}", flush=True)
 

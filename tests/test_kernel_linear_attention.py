@@ -71,6 +71,7 @@ def test_segments_side_by_side(shape, dtype, causal):
 def test_pieces_of_segments_summed_side_by_side(monkeypatch, dtype, causal, sweep):
     options = (16, -1, -1, -1, sweep, -1)
     monkeypatch.setattr(module, "_plan", lambda *_: (2, 3, options))
+    monkeypatch.setattr(module, "_resolved", module._resolved.__wrapped__)
     q, k, v, state = inputs(1, 500, 1, 16, 16, dtype)  # six pieces of 128 tokens, two of them empty
     check(q, k, v, causal=causal)
     check(q, k, v, causal=causal, initial_state=state, output_final_state=True)
@@ -325,7 +326,7 @@ def test_rejects_tensors_that_triton_cannot_reach(monkeypatch):
     q, k, v, _ = (x.cpu() for x in inputs(1, 4, 1, 16, 16, torch.float32))
     compiled = triton.JITFunction.__new__(triton.JITFunction)
     monkeypatch.setattr(module, "_linear_attention_walk_kernel", compiled)
-    monkeypatch.setattr(module, "_check_facts", module._check_facts.__wrapped__)
+    module._resolved.cache_clear()
     with pytest.raises(ArgumentError, match=r"on a GPU, got cpu; .*TRITON_INTERPRET=1"):
         linear_attention(q, k, v)
 

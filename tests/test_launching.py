@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 import torch
+import triton
 
 from chela_bench.kernels import (
     linear_attention_recurrent,
@@ -13,6 +14,7 @@ from chela_bench.kernels import (
     linear_attention_walk,
 )
 from chela_bench.kernels.launching import Launcher
+from chela_bench.kernels.linear_attention_config import RUNTIME
 
 
 class Kernel:
@@ -20,7 +22,7 @@ class Kernel:
 
     def __init__(self):
         self.arg_names = ["x_ptr", "y_ptr", "T", "BLOCK", "IS_CAUSAL"]
-        self.compiled, self.launched = [], []
+        self.compiled, self.launched, self.hooked = [], [], []
 
     def __getitem__(self, grid):
         def run(*arguments, num_warps, num_stages):
@@ -31,16 +33,24 @@ class Kernel:
 
 
 class Compiled:
+    function, packed_metadata = "function", "metadata"
+
     def __init__(self, kernel):
         self.kernel = kernel
 
+    def run(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments):
+        assert (stream, function, metadata) == (17, "function", "metadata")
+        assert launch_metadata is enter is leave is None
+        self.kernel.launched.append(((x, y, z), arguments))
+
     def __getitem__(self, grid):
-        return lambda *arguments: self.kernel.launched.append((grid, arguments))
+        return lambda *arguments: self.kernel.hooked.append((grid, arguments))
 
 
 @pytest.fixture
 def launch(monkeypatch):
     monkeypatch.setattr(Launcher, "interpreted", False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 17, raising=False)
     return Launcher(Kernel())
 
 
@@ -58,6 +68,16 @@ def test_the_second_launch_goes_straight_to_the_compiled_kernel(launch):
     [(grid, arguments)] = launch.kernel.launched
     assert grid == (9, 1, 1)
     assert arguments[0] is y and arguments[1:] == (None, 200, 64, True)
+
+
+def test_a_profilers_hooks_are_called(launch, monkeypatch):
+    for _ in range(2):
+        launch(1, (torch.zeros(4), None), (1,), (64, True), 4, 2)
+    monkeypatch.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [print])
+    launch(3, (torch.zeros(4), None), (1,), (64, True), 4, 2)
+    assert len(launch.kernel.launched) == 1
+    [(grid, _)] = launch.kernel.hooked
+    assert grid == (3, 1, 1)
 
 
 def test_whatever_it_was_compiled_for_tells_kernels_apart(launch):
@@ -86,9 +106,12 @@ def test_an_interpreted_kernel_is_always_called(launch, monkeypatch):
 
 LAUNCHERS = [
     linear_attention_walk._walk,
+    linear_attention_walk._walk_wgmma,
     linear_attention_walk._sum,
     linear_attention_walk._scan,
     linear_attention_sweep._sweep,
+    linear_attention_sweep._sweep_wgmma,
+    linear_attention_sweep._add,
     linear_attention_recurrent._recurrent,
 ]
 
@@ -102,4 +125,4 @@ def test_no_runtime_scalar_makes_another_kernel(launcher):
         for parameter in parameters
         if not parameter.name.endswith("_ptr") and "constexpr" not in str(parameter.annotation)
     ]
-    assert scalars and set(scalars) <= set(linear_attention_walk.RUNTIME)
+    assert scalars and set(scalars) <= {*RUNTIME, "size"}

@@ -43,7 +43,12 @@ from chela_bench.kernels.linear_attention_config import (
     sum_pieces,
     walk_config,
 )
-from chela_bench.kernels.linear_attention_ops import eager, is_plain, rows_contiguous
+from chela_bench.kernels.linear_attention_ops import (
+    eager,
+    is_plain,
+    is_trained,
+    rows_contiguous,
+)
 from chela_bench.kernels.linear_attention_recurrent import recurrent_walk, step
 from chela_bench.kernels.linear_attention_sweep import ADDED
 from chela_bench.kernels.linear_attention_walk import Walk, _linear_attention_walk_kernel
@@ -86,24 +91,25 @@ def linear_attention(
     Source: arXiv 2406.08128, section 3; the schedules and the backward are ours. Raises
     ArgumentError.
     """
-    q, k, v, initial_state, cu_seqlens, N = _prepared(q, k, v, initial_state, cu_seqlens)
-    _, T, H, K = q.shape
-    asked = () if config is None else tuple(checked(config).items())
-    plan = _plan.__wrapped__ if torch.compiler.is_compiling() else _plan
-    tokens = T if cu_seqlens is None else T // N
-    trained = torch.is_grad_enabled() and any(
-        x.requires_grad for x in (q, k, v, initial_state) if x is not None
-    )
-    segments, pieces, options = plan(
-        schedule, asked, N, H, tokens, K, v.shape[-1], q.dtype, q.device, trained
-    )
-    scale = K**-0.5 if scale is None else float(scale)
-    if is_plain(q, k, v, *(() if initial_state is None else (initial_state,))):
-        call = Walk(scale, causal, cu_seqlens, N, segments, pieces, precise, options)
+    q, k, v = _autocast(q, k, v)
+    resolve = _resolved.__wrapped__ if torch.compiler.is_compiling() else _resolved
+    call = resolve(
+        (q.shape, q.dtype, q.device), (k.shape, k.dtype, k.device), (v.shape, v.dtype, v.device),
+        None if cu_seqlens is None else max(1, cu_seqlens.numel() - 1),
+        None if scale is None else float(scale), causal, precise, schedule,
+        None if config is None else tuple(checked(config).items()),
+        is_trained(q, k, v, initial_state),
+    )  # fmt: skip
+    if cu_seqlens is not None:
+        cu_seqlens = _check_cu_seqlens(cu_seqlens, q)
+        call = call._replace(cu_seqlens=cu_seqlens)
+    if initial_state is not None:
+        initial_state = _check_state(initial_state, (call.N, *q.shape[2:], v.shape[-1]), q)
+    if is_plain(q, k, v) and (initial_state is None or is_plain(initial_state)):
         return eager(q, k, v, initial_state, call, output_final_state=output_final_state)
     o, final, _ = torch.ops.chela_bench.linear_attention_forward(
-        q, k, v, initial_state, cu_seqlens, scale, output_final_state, causal, precise, segments,
-        pieces, options,
+        q, k, v, initial_state, cu_seqlens, call.scale, output_final_state, causal, precise,
+        call.segments, call.pieces, call.options,
     )  # fmt: skip
     return o, final if output_final_state else None
 
@@ -161,9 +167,7 @@ def linear_attention_recurrent(
     """
     q, k, v, initial_state, cu_seqlens, N = _prepared(q, k, v, initial_state, cu_seqlens)
     H, K = q.shape[2:]
-    if torch.is_grad_enabled() and any(
-        x.requires_grad for x in (q, k, v, initial_state) if x is not None
-    ):
+    if is_trained(q, k, v, initial_state):
         raise ArgumentError(
             "the recurrent form has no gradient, and an input requires one; use "
             "torch.no_grad(), or linear_attention"
@@ -207,7 +211,35 @@ def hbm_bytes(
     return (elements + again) * itemsize + states
 
 
+Facts = tuple[torch.Size, torch.dtype, torch.device]
+
+
 @functools.lru_cache(maxsize=4096)
+def _resolved(
+    q: Facts,
+    k: Facts,
+    v: Facts,
+    sequences: int | None,
+    scale: float | None,
+    causal: bool,
+    precise: bool,
+    schedule: str,
+    config: tuple[tuple[str, int], ...] | None,
+    trained: bool,
+) -> Walk:
+    """A call whose arguments are checked and whose schedule is chosen; remembered, since that takes
+    the host longer than a launch. Packed `sequences` are added to it."""
+    _check_facts(q, k, v)
+    (B, T, H, K), dtype, device = q
+    N = B if sequences is None else sequences
+    tokens = T if sequences is None else T // N
+    segments, pieces, options = _plan(
+        schedule, config or (), N, H, tokens, K, v[0][-1], dtype, device, trained
+    )
+    scale = K**-0.5 if scale is None else scale
+    return Walk(scale, causal, None, N, segments, pieces, precise, options)
+
+
 def _plan(
     schedule: str,
     config: tuple[tuple[str, int], ...],
@@ -274,13 +306,11 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    check = _check_facts.__wrapped__ if torch.compiler.is_compiling() else _check_facts
-    check(*[(x.shape, x.dtype, x.device) for x in (q, k, v)])
+    _check_facts(*[(x.shape, x.dtype, x.device) for x in (q, k, v)])
 
 
-@functools.lru_cache(maxsize=4096)
-def _check_facts(*facts: tuple[torch.Size, torch.dtype, torch.device]) -> None:
-    """Of q, k and v: shape, dtype and device; remembered, since it costs as much as a launch."""
+def _check_facts(*facts: Facts) -> None:
+    """Of q, k and v: shape, dtype and device."""
     (q, k, v), dtypes, devices = zip(*facts, strict=True)
     if len(q) != 4 or q != k or v[:-1] != q[:-1]:
         raise ArgumentError(

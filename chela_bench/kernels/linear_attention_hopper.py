@@ -229,8 +229,8 @@ def _linear_attention_wgmma_kernel(
             _copy(qs.index(0), q_ptr + t * stride_qt * UNIT, q_offs, rows, K, WHOLE_K)
             async_copy.commit_group()
         c = chunks - 1 - i if IS_REVERSED else i
-        at = o_ptr + c * BLOCK_T * (stride_ot * UNIT)
-        _store(at, o, o_offs, left - c * BLOCK_T, left_v, scale, WHOLE_V)
+        rows = left - c * BLOCK_T
+        _store(o_ptr + c * BLOCK_T * (stride_ot * UNIT), o, o_offs, rows, left_v, scale, WHOLE_V)
     async_copy.wait_group(0)
     state = warpgroup_mma_wait(0, deps=[next_state])
     if STORE_FINAL_STATE:

@@ -7,7 +7,6 @@ the same without the dispatcher, which costs the host as much as the launch.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -195,7 +194,7 @@ def _by_sweep(
     q, k, v, do = tensors
     if call.causal:
         segments = _swept_segments(q, v.shape[-1], call)
-        call = dataclasses.replace(call, segments=segments, pieces=1)
+        call = call._replace(segments=segments, pieces=1)
     before = _states_before(k, v, call, initial, states)
     behind = None if d_final is None else d_final.contiguous() / call.scale
     first = d_initial
@@ -292,8 +291,7 @@ def eager(
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """o and the final state, if wanted: the operator without the dispatcher."""
-    inputs = (q, k, v) if initial is None else (q, k, v, initial)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+    if is_trained(q, k, v, initial):
         o, final = _Eager.apply(q, k, v, initial, call, output_final_state)
         return o, final
     return forward(
@@ -301,11 +299,23 @@ def eager(
     )[:2]
 
 
+def is_trained(q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None) -> bool:
+    """Whether a gradient may be asked for."""
+    return torch.is_grad_enabled() and (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or (initial is not None and initial.requires_grad)
+    )
+
+
 def is_plain(*tensors: Tensor) -> bool:
     """Nobody is watching that `eager` would bypass: no tracing, no mode, no tensor subclass."""
+    for x in tensors:
+        if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+            return False
     return (
         not torch.compiler.is_compiling()
-        and all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
     )
@@ -391,7 +401,7 @@ def _sequences(q: Tensor, cu_seqlens: Tensor | None) -> int:
 
 
 def rows_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
+    return tuple([x if x.stride(-1) == 1 else x.contiguous() for x in tensors])
 
 
 _FORWARD, _BACKWARD = (f"chela_bench::linear_attention_{way}" for way in ("forward", "backward"))

@@ -23,14 +23,14 @@ walk is that, with the sum over all segments for everyone.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from chela_bench.kernels.launching import Launcher
+from chela_bench.kernels.launching import Launcher, Variant
 from chela_bench.kernels.linear_attention_config import (
     NEAR,
     RUNTIME,
@@ -48,8 +48,7 @@ from chela_bench.kernels.linear_attention_hopper import _linear_attention_wgmma_
 _SCANNED = 1024  # elements of a state that one program adds up
 
 
-@dataclass(frozen=True)
-class Walk:
+class Walk(NamedTuple):
     """What all the walks of one call share."""
 
     scale: float
@@ -290,31 +289,31 @@ def walk(
     `transposed` states are [..., V, K]. There is a `final` [N, H, K, V] of a causal walk in one
     segment only.
     """
-    _, T, H, K = q.shape
-    V = v.shape[-1]
-    unit, strides, near = rows_of(q, k, v, o)
-    launcher, constants, slices, num_warps, num_stages = _walk_plan(
-        K, V, call.N * H * call.segments, unit, near, q.dtype, q.device, call.options,
-        call.precise, call.causal, reverse, call.cu_seqlens is not None, initial is not None,
-        final is not None, transposed,
+    variant, programs, scalars = _walk_plan(
+        q.shape, v.shape[-1], q.stride(), k.stride(), v.stride(), o.stride(), q.dtype, q.device,
+        call.scale, call.N, call.segments, call.pieces, call.options, call.precise, call.causal,
+        reverse, call.cu_seqlens is not None, initial is not None, final is not None, transposed,
     )  # fmt: skip
-    launcher(
-        call.N * H * call.segments * slices,
-        (q, k, v, o, initial, final, call.cu_seqlens),
-        (*strides, call.scale, T, H, call.segments, call.pieces),
-        constants, num_warps, num_stages,
-    )  # fmt: skip
+    variant(programs, (q, k, v, o, initial, final, call.cu_seqlens), scalars)
+
+
+Strides = tuple[int, ...]
 
 
 @functools.lru_cache(maxsize=4096)
 def _walk_plan(
-    K: int,
+    shape: torch.Size,
     V: int,
-    heads: int,
-    unit: int,
-    near: bool,
+    q_strides: Strides,
+    k_strides: Strides,
+    v_strides: Strides,
+    o_strides: Strides,
     dtype: torch.dtype,
     device: torch.device,
+    scale: float,
+    N: int,
+    segments: int,
+    pieces: int,
     options: tuple[int, ...],
     precise: bool,
     causal: bool,
@@ -323,8 +322,11 @@ def _walk_plan(
     has_initial: bool,
     has_final: bool,
     transposed: bool,
-) -> tuple[Launcher, tuple[object, ...], int, int, int]:
-    """The kernel, its constants, slices of V, num_warps and num_stages."""
+) -> tuple[Variant, int, tuple[int | float, ...]]:
+    """The kernel, how many programs, and its scalars. Every T has its own plan, not its own
+    kernel."""
+    _, T, H, K = shape
+    unit, strides, near = _rows_of((q_strides, K), (k_strides, K), (v_strides, V), (o_strides, V))
     shared: dict[str, object] = {
         "K": K, "V": V, "IS_REVERSED": reverse, "IS_PACKED": packed, "ALIGN": SEGMENT_ALIGN,
         "USE_INITIAL_STATE": has_initial, "STORE_FINAL_STATE": has_final,
@@ -332,7 +334,7 @@ def _walk_plan(
     }  # fmt: skip
     config = None
     if has_wgmma(device) and unit == 16 and near and causal and not precise:
-        config = wgmma_config(options, K, V, dtype, heads, processors(device))
+        config = wgmma_config(options, K, V, dtype, N * H * segments, processors(device))
     if config is not None:
         stages = config["num_stages"]
         constants = _walk_wgmma.constants(
@@ -348,8 +350,9 @@ def _walk_plan(
             IS_CAUSAL=causal, **precision(dtype, precise), **shared,
         )  # fmt: skip
         launcher = _walk
-    slices = cdiv(V, config["BLOCK_V"])
-    return launcher, constants, slices, config["num_warps"], config["num_stages"]
+    variant = launcher.variant(constants, config["num_warps"], config["num_stages"])
+    programs = N * H * segments * cdiv(V, config["BLOCK_V"])
+    return variant, programs, (*strides, scale, T, H, segments, pieces)
 
 
 def segment_states(

@@ -1,0 +1,148 @@
+"""kernels/linear_attention_hopper.py: compiled without a GPU, and on one every tile checked."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from chela_bench.kernels import linear_attention_sweep, linear_attention_walk
+from chela_bench.kernels.linear_attention import linear_attention
+from chela_bench.kernels.linear_attention_config import SM90_WALKS, best_tile, cdiv
+from tests.attention import DEVICE, check, inputs, label
+from tests.running import ROOT
+
+TILES = [(K, tile) for K, tiles in SM90_WALKS.items() for tile in tiles]
+on_tiles = pytest.mark.parametrize(
+    ("K", "tile"), TILES, ids=[f"K{K}-{x.BLOCK_V}-{x.num_warps}-{x.num_stages}" for K, x in TILES]
+)
+hopper = pytest.mark.skipif(
+    DEVICE != "cuda" or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
+)
+
+
+def config_of(tile, **more):
+    return {name: getattr(tile, name) for name in ("BLOCK_V", "num_warps", "num_stages")} | more
+
+
+def test_every_kernel_compiles_for_hopper():
+    """Gluon has no interpreter: without a GPU, what the compiler says is all there is. Accumulators
+    that spill cost a third of the time."""
+    script = ROOT / "benchmarks" / "linear_attention_static.py"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
+    ended = subprocess.run(
+        [sys.executable, script, "--only", "hopper"],
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    rows = re.findall(
+        r"^(walk|sweep) +K (\d+) +V (\d+) (.*?) +warps.* (\d+) stack +(\d+) KB .* HMMA (\d+)",
+        ended.stdout, re.MULTILINE,
+    )  # fmt: skip
+    assert len(rows) == len(TILES) + 2 + 4, ended.stdout
+    for kind, _, _, what, stack, shared, old_products in rows:
+        assert int(shared) <= 227 and old_products == "0", ended.stdout
+        if kind == "walk":
+            assert stack == "0", ended.stdout
+        elif "alike" in what:
+            assert int(stack) <= 64, ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("heads", "V", "best"),
+    [
+        (16 * 4, 128, (64, 4, 3)),
+        (96, 128, (128, 8, 3)),
+        (8, 2048, (128, 8, 3)),
+        (3, 64, (64, 4, 3)),
+    ],
+)
+def test_few_heads_get_small_tiles(heads, V, best):
+    tile = best_tile(128, V, heads, 132)
+    assert (tile.BLOCK_V, tile.num_warps, tile.num_stages) == best
+
+
+@pytest.mark.gpu
+@hopper
+@on_tiles
+@pytest.mark.parametrize("segments", [1, 3])
+def test_every_tile(K, tile, segments):
+    """Not the winner alone. Walks of the gradients have the tensors in other roles, back in time
+    and with states transposed."""
+    for T in (1, 63, 64, 65, 1000):
+        q, k, v, state = inputs(2, T, 3, K, K, torch.bfloat16)
+        config = config_of(tile, segments=segments, wgmma=1, sweep=0)
+        check(q, k, v, config=config, gradients=T >= 15)
+        check(q, k, v, config=config, initial_state=state, output_final_state=True, scale=0.5,
+              gradients=T >= 15)  # fmt: skip
+
+
+ODD = [(1, 257, 2, 96, 80), (2, 130, 1, 48, 112), (1, 300, 1, 112, 320), (1, 190, 2, 208, 176)]
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize("shape", ODD, ids=label)
+def test_tiles_that_are_not_whole(shape, segments):
+    q, k, v, state = inputs(*shape, torch.bfloat16)
+    for tile in SM90_WALKS[128 if shape[3] <= 128 else 256]:
+        check(q, k, v, config=config_of(tile, segments=segments, wgmma=1), initial_state=state,
+              output_final_state=True)  # fmt: skip
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize("segments", [1, 3])
+@pytest.mark.parametrize("d", [64, 96, 128])
+def test_one_sweep(d, segments):
+    config = {"segments": segments, "sweep": 1}
+    for T in (1, 63, 64, 65, 1000):
+        q, k, v, state = inputs(2, T, 3, d, d, torch.bfloat16)
+        check(q, k, v, config=config)
+        check(q, k, v, config=config, initial_state=state, output_final_state=True, scale=0.5)
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize("sweep", [0, 1])
+def test_packed_and_strided(sweep):
+    """Strides that differ, and a token axis that is not the slowest."""
+    lengths = [0, 1, 63, 64, 129, 300]
+    qkv, _, _, state = inputs(1, sum(lengths), 2, 3 * 64, 64, torch.bfloat16, N=len(lengths))
+    state = state[:, :, :64].contiguous()
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE)
+    options = {"initial_state": state, "output_final_state": True, "cu_seqlens": cu_seqlens}
+    check(*qkv.split(64, dim=-1), config={"sweep": sweep, "segments": 2}, **options)
+    q, k, v, state = inputs(2, 200, 2, 128, 128, torch.bfloat16)
+    k, v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (k, v))
+    check(q, k, v, config={"sweep": sweep}, initial_state=state, output_final_state=True)
+
+
+@pytest.mark.gpu
+@hopper
+def test_tokens_that_lie_far_apart_are_walked_by_triton():
+    """Offsets within a tile are 32 bits wide. One row of 4M elements for each token."""
+    q, k, v, _ = inputs(1, 70, 1, 64, 64, torch.bfloat16)
+    room = torch.empty(70, 1 << 22, device=DEVICE, dtype=torch.bfloat16)
+    far = room[None, :, None, :64].copy_(k)
+    walks = linear_attention_walk._walk_wgmma._variants
+    before = len(walks)
+    with torch.no_grad():
+        o, _ = linear_attention(q, far, v, config={"num_stages": 4})
+        assert len(walks) == before
+        assert torch.allclose(o, linear_attention(q, k, v)[0], atol=0.1, rtol=0.02)
+
+
+@pytest.mark.gpu
+@hopper
+def test_gradients_at_many_heads_come_from_the_sweep_by_hand():
+    before = sum(len(x._compiled) for x in linear_attention_sweep._sweep_wgmma._variants.values())
+    q, k, v, _ = inputs(1, 130, cdiv(132, 2), 32, 80, torch.bfloat16)
+    check(q, k, v)
+    after = sum(len(x._compiled) for x in linear_attention_sweep._sweep_wgmma._variants.values())
+    assert after == before + 1
