@@ -24,9 +24,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from chela_bench.kernels.linear_attention_config import SM90_WALKS, Tile, forward_time
+from chela_bench.kernels.linear_attention_config import (
+    COUNTS,
+    SM90_WALKS,
+    Tile,
+    best_segments,
+    forward_time,
+)
 
-COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 66, 132)  # of segments
 Trial = dict[str, Any]  # B, T, H, K, V, direction, config
 
 
@@ -56,7 +61,12 @@ def choices(points: int, seed: int) -> Iterator[Trial]:
         if H * T * V <= 1 << 27:
             shapes[H, T, K, V] = None
     for H, T, K, V in shapes:
-        times = {n: forward_time(H, T, K, V, n, 132) for n in COUNTS if n == 1 or T // n >= 512}
+        chosen = best_segments("auto", heads=H, tokens=T, K=K, V=V, processors=132)
+        times = {
+            n: forward_time(H, T, K, V, n, 132)
+            for n in sorted({*COUNTS, chosen})
+            if n == 1 or T // n >= 512
+        }
         counts = [n for n, time in times.items() if time <= 3 * min(times.values())]
         ways = [("fwd", tile) for tile in SM90_WALKS[K]] + [("fwdbwd", sweep) for sweep in (0, 1)]
         for (direction, way), count in itertools.product(ways, counts):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import subprocess
@@ -12,7 +13,12 @@ import torch
 
 from chela_bench.kernels import linear_attention_sweep, linear_attention_walk
 from chela_bench.kernels.linear_attention import linear_attention
-from chela_bench.kernels.linear_attention_config import SM90_WALKS, best_tile, cdiv
+from chela_bench.kernels.linear_attention_config import (
+    SM90_WALKS,
+    best_segments,
+    best_tile,
+    cdiv,
+)
 from tests.attention import DEVICE, check, inputs, label
 from tests.running import ROOT
 
@@ -64,6 +70,28 @@ def test_every_kernel_compiles_for_hopper():
 def test_few_heads_get_small_tiles(heads, V, best):
     tile = best_tile(128, V, heads, 132)
     assert (tile.BLOCK_V, tile.num_warps, tile.num_stages) == best
+
+
+def test_the_model_chooses_near_the_best_that_was_measured():
+    """Of a forward: the tile and the number of segments, at random shapes on an H100."""
+    times = {}
+    with (ROOT / "docs" / "results" / "linear-attention-choices.csv").open() as lines:
+        for row in csv.DictReader(lines):
+            if row["direction"] == "fwd":
+                shape = tuple(int(row[dim]) for dim in "HTKV")
+                names = ("segments", "BLOCK_V", "num_warps", "num_stages")
+                way = tuple(int(row[name]) for name in names)
+                times.setdefault(shape, {})[way] = float(row["median_us"])
+    losses = []
+    for (H, T, K, V), measured in times.items():
+        segments = best_segments("auto", heads=H, tokens=T, K=K, V=V, processors=132)
+        tile = best_tile(K, V, H * segments, 132)
+        way = (segments, tile.BLOCK_V, tile.num_warps, tile.num_stages)
+        if way in measured:
+            losses.append(measured[way] / min(measured.values()))
+    assert len(losses) >= 50
+    assert sum(loss <= 1.05 for loss in losses) >= 0.9 * len(losses)
+    assert max(losses) <= 1.3
 
 
 @pytest.mark.gpu

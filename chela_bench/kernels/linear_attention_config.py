@@ -55,39 +55,47 @@ def walk_config(options: Sequence[int], K: int, V: int, dtype: torch.dtype) -> d
 
 @dataclass(frozen=True)
 class Tile:
-    """A way to walk on sm_90, and what it takes: microseconds for a chunk of 64 tokens, where every
-    SM walks as many programs as fit."""
+    """A way to walk on sm_90, and microseconds for a chunk of 64 tokens: where every SM walks as
+    many programs as fit, and where it walks one."""
 
     BLOCK_V: int
     num_warps: int
     num_stages: int
     programs: int  # on an SM
-    chunk_us: float
+    full_us: float
+    alone_us: float
 
 
-# By the tile of K. Two programs an SM hide each other's waits, three stages those of one.
+# By the tile of K. Two programs an SM hide each other's waits, three stages those of one. Times and
+# rates here and below: fitted to 1263 forwards timed on an H100 (docs/results/linear-attention.md).
 SM90_WALKS = {
-    64: (Tile(64, 4, 3, programs=2, chunk_us=1.2),),
+    64: (Tile(64, 4, 3, programs=2, full_us=1.58, alone_us=0.88),),
     128: (
-        Tile(64, 4, 3, programs=1, chunk_us=1.07),
-        Tile(64, 4, 2, programs=2, chunk_us=2.17),
-        Tile(128, 8, 3, programs=1, chunk_us=1.8),
+        Tile(64, 4, 3, programs=1, full_us=1.15, alone_us=1.15),
+        Tile(64, 4, 2, programs=2, full_us=2.21, alone_us=1.26),
+        Tile(128, 8, 3, programs=1, full_us=1.79, alone_us=1.79),
     ),
     256: (
-        Tile(128, 8, 2, programs=1, chunk_us=4.0),
-        Tile(64, 8, 2, programs=1, chunk_us=2.5),
+        Tile(128, 8, 2, programs=1, full_us=3.55, alone_us=3.55),
+        Tile(64, 8, 2, programs=1, full_us=2.3, alone_us=2.3),
     ),
 }
-COPY_TB = 3.0  # of HBM, terabytes a second
-SUM_TB = 2.7  # as the sum over segments reads it
-SUM_CHUNK_US = 0.56  # of it, where it waits for loads
-LAUNCH_US = 2.5
+COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 66, 132)  # of segments, beside others
+COPY_TB = 2.98  # terabytes a second of HBM
+SUM_TB = 2.09  # as the sum over segments reads it
+STATES_TB = 1.78  # as states are written and read
+SUM_CHUNK_US = 0.41  # of the sum, where it waits for loads
+FILL_US = 1.5  # before a kernel's first chunk
+LAUNCH_US = 2.3  # from kernel to kernel
+SCAN_US = 0.04  # a state
 
 
 def tile_time(tile: Tile, V: int, heads: int, processors: int) -> float:
     """Microseconds a chunk of all heads' walks; `heads` counts each segment."""
     programs = heads * cdiv(V, tile.BLOCK_V)
-    return cdiv(programs, tile.programs * processors) * tile.chunk_us
+    full, rest = divmod(programs, tile.programs * processors)
+    last = 0.0 if rest == 0 else tile.alone_us if rest <= processors else tile.full_us
+    return full * tile.full_us + last
 
 
 @functools.lru_cache(maxsize=4096)
@@ -205,7 +213,7 @@ def best_segments(
     most = max(2, tokens // SHORTEST_SEGMENT)
     per_head = {cdiv(V, x.BLOCK_V) for x in SM90_WALKS[max(64, tile(K))]}
     filling = {wave * processors // max(1, heads * n) for n in per_head for wave in (1, 2)}
-    counts = [x for x in sorted({*filling, 1, 2, 3, 4, 6, 8}) if 1 <= x <= most]
+    counts = sorted({max(1, min(x, most)) for x in (*COUNTS, *filling)})
     if schedule == "split":
         counts.remove(1)
     return min(counts, key=lambda x: forward_time(heads, tokens, K, V, x, processors))
@@ -224,18 +232,16 @@ def forward_time(heads: int, tokens: int, K: int, V: int, segments: int, process
     bytes and of the waves of chunks. `heads` are those of all sequences."""
     chunks = cdiv(cdiv(tokens, segments), 64)
     best = best_tile(K, V, heads * segments, processors)
-    waves = tile_time(best, V, heads * segments, processors) * chunks
-    bytes_us = 2 * heads * tokens * (2 * K + 2 * V) / COPY_TB / 1e6
-    walk = max(waves, bytes_us) + LAUNCH_US
+    waves = tile_time(best, V, heads * segments, processors) * chunks + FILL_US
+    walk = max(waves, 2 * heads * tokens * (2 * K + 2 * V) / COPY_TB / 1e6)
     if segments == 1:
         return walk
     pieces = sum_pieces(heads, segments, tokens, K, V, processors)
     programs = heads * (segments - 1) * pieces * cdiv(K, 128) * cdiv(V, 64)
-    waves = cdiv(programs, 2 * processors) * cdiv(chunks, pieces) * SUM_CHUNK_US
-    read = 2 * heads * tokens * (K + V) * (segments - 1) / segments
-    states = 4 * heads * segments * pieces * K * V
-    total = max(waves, read / SUM_TB / 1e6) + 2 * states / COPY_TB / 1e6
-    return walk + total + 2 * LAUNCH_US + 0.08 * segments * pieces
+    waves = cdiv(programs, 2 * processors) * cdiv(chunks, pieces) * SUM_CHUNK_US + FILL_US
+    read = 2 * heads * tokens * (K + V) * (segments - 1) / segments / SUM_TB / 1e6
+    states = 2 * 4 * heads * segments * pieces * K * V / STATES_TB / 1e6
+    return walk + max(waves, read) + states + 2 * LAUNCH_US + SCAN_US * segments * pieces
 
 
 def sum_pieces(heads: int, segments: int, tokens: int, K: int, V: int, processors: int) -> int:

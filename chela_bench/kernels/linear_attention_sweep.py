@@ -54,7 +54,7 @@ from chela_bench.kernels.linear_attention_walk import (
 )
 
 SWEPT = 16384  # tokens in a segment at most
-ADDED = 8  # parts of a gradient in memory at once
+ADDED = 4  # parts of a gradient in memory at once
 
 
 @triton.jit(do_not_specialize=RUNTIME)
