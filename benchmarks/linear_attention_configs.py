@@ -1,21 +1,26 @@
-"""Times linear attention's configurations on this GPU: the data behind its defaults.
+"""Times linear attention's configurations on this GPU, and makes the table that chooses from it.
 
-    python benchmarks/linear_attention_configs.py tiles --out tiles.jsonl
-    python benchmarks/linear_attention_configs.py choices --points 80 --out choices.jsonl
+    python benchmarks/linear_attention_configs.py choices --points 70 --out choices.csv
+    python benchmarks/linear_attention_configs.py fit choices.csv
+    python benchmarks/linear_attention_configs.py tiles --out tiles.csv
 
-`tiles`: block sizes, warps and stages of the forward at shapes that fill the card, in Triton's own
-schedule. `choices`: which tile for sm_90, and into how many segments a sequence is cut, at random
-shapes; how well the defaults choose is tested on them. One line a trial: what
-was asked and the median in microseconds, or why it failed. Warm L2, event to event, a few
-milliseconds each: for choosing, not for claims (those come from `chela-bench sweep`). Kernels
-compile first, in processes side by side; nothing is checked here, tests/ does.
+`choices`: which tile for Hopper, and into how many segments a sequence is cut, at random shapes.
+`fit`: writes chela_bench/kernels/linear_attention_sm90.json from that, on any machine: the times
+of the tiles that stand there and the rates, anew. `tiles`: block sizes, warps and stages of a
+forward at shapes that fill the card, in Triton's own schedule.
+
+One line a trial: what was asked and the median in microseconds, or why it failed. Warm L2, event to
+event, a few milliseconds each: for choosing, not for claims (those come from `chela-bench sweep`).
+Kernels compile first, in processes side by side; nothing is checked here, tests/ does.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -24,15 +29,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from chela_bench.kernels.linear_attention_config import (
+from chela_bench.kernels.linear_attention_model import (
     COUNTS,
-    SM90_WALKS,
+    RATES,
+    TABLE,
+    WALKS,
+    Rates,
     Tile,
     best_segments,
+    best_tile,
     forward_time,
 )
 
 Trial = dict[str, Any]  # B, T, H, K, V, direction, config
+Shape = tuple[int, int, int, int]  # H, T, K, V
+PROCESSORS = 132
+SIZES = ("BLOCK_T", "BLOCK_V", "num_warps", "num_stages", "segments", "sweep", "wgmma")
+COLUMNS = ("direction", *"BTHKV", *SIZES, "median_us", "reason")
 
 
 def tiles() -> Iterator[Trial]:
@@ -61,14 +74,15 @@ def choices(points: int, seed: int) -> Iterator[Trial]:
         if H * T * V <= 1 << 27:
             shapes[H, T, K, V] = None
     for H, T, K, V in shapes:
-        chosen = best_segments("auto", heads=H, tokens=T, K=K, V=V, processors=132)
+        facts = {"heads": H, "tokens": T, "K": K, "V": V, "processors": PROCESSORS}
+        chosen = best_segments("auto", **facts)
         times = {
-            n: forward_time(H, T, K, V, n, 132)
+            n: forward_time(best_tile(K, V, H * n, PROCESSORS), RATES, segments=n, **facts)
             for n in sorted({*COUNTS, chosen})
             if n == 1 or T // n >= 512
         }
         counts = [n for n, time in times.items() if time <= 3 * min(times.values())]
-        ways = [("fwd", tile) for tile in SM90_WALKS[K]] + [("fwdbwd", sweep) for sweep in (0, 1)]
+        ways = [("fwd", tile) for tile in WALKS[K]] + [("fwdbwd", sweep) for sweep in (0, 1)]
         for (direction, way), count in itertools.product(ways, counts):
             config = {"segments": count}
             if isinstance(way, Tile):
@@ -122,25 +136,17 @@ def kernels_of(trial: Trial) -> str:
     return json.dumps([trial["K"], trial["V"], trial["direction"], config], sort_keys=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("tiles", "choices"))
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--points", type=int, default=80, help="shapes of `choices`")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
-    arguments = parser.parse_args()
-    trials = list(
-        tiles() if arguments.what == "tiles" else choices(arguments.points, arguments.seed)
-    )
+def measure(trials: list[Trial], out: Path, jobs: int) -> None:
     distinct = {kernels_of(trial): trial for trial in trials}
-    with multiprocessing.get_context("spawn").Pool(min(arguments.jobs, len(distinct))) as pool:
+    with multiprocessing.get_context("spawn").Pool(min(jobs, len(distinct))) as pool:
         failures = dict(zip(distinct, pool.map(compile_one, distinct.values(), 1), strict=True))
 
     from chela_bench.bench import timing
 
     timer = timing.EventTimer(l2_bytes=0, cold=False)
-    with arguments.out.open("w") as lines:
+    with out.open("w", newline="") as lines:
+        writer = csv.DictWriter(lines, COLUMNS, lineterminator="\n")
+        writer.writeheader()
         for trial in trials:
             reason = failures[kernels_of(trial)]
             median_us = None
@@ -149,9 +155,125 @@ def main() -> None:
                 call()
                 samples = timing.event_samples(call, timer, timing.Budget(0.01, 0.2))
                 median_us = round(statistics.median(samples) / 1e3, 2)
-            lines.write(json.dumps({**trial, "median_us": median_us, "reason": reason}) + "\n")
+            row = {name: trial[name] for name in ("direction", *"BTHKV")} | trial["config"]
+            writer.writerow({**row, "median_us": median_us, "reason": reason})
             lines.flush()
-    print(f"{len(trials)} trials, {len(distinct)} sets of kernels: {arguments.out}")
+    print(f"{len(trials)} trials, {len(distinct)} sets of kernels: {out}")
+
+
+Way = tuple[int, int, int, int]  # segments, BLOCK_V, num_warps, num_stages
+
+
+def measured_forwards(path: Path) -> dict[Shape, dict[Way, float]]:
+    """Microseconds of each way at each shape."""
+    times: dict[Shape, dict[Way, float]] = {}
+    with path.open(newline="") as lines:
+        for row in csv.DictReader(lines):
+            if row["direction"] == "fwd" and row["median_us"]:
+                shape = tuple(int(row[dim]) for dim in "HTKV")
+                way = tuple(int(row[x]) for x in ("segments", "BLOCK_V", "num_warps", "num_stages"))
+                times.setdefault(shape, {})[way] = float(row["median_us"])
+    return times
+
+
+def fit(path: Path, table: Path) -> None:
+    """Least squares of the logarithm of modelled over measured, then figure by figure what chooses
+    better. Ways that nobody would choose, 1.3 times as long as the best at their shape, count a
+    tenth. No figure moves by more than half before the second step."""
+    import numpy as np
+    from scipy.optimize import least_squares
+
+    times = measured_forwards(path)
+    rows = [
+        (shape, way, measured, 1.0 if measured <= 1.3 * min(ways.values()) else 0.1)
+        for shape, ways in times.items()
+        for way, measured in ways.items()
+    ]
+    known = json.loads(table.read_text())
+    tiles = [x for tiles in known["walks"].values() for x in tiles]
+    rates = list(known["rates"])
+
+    def filled(logarithms: Any) -> tuple[dict[str, Any], dict[str, float]]:
+        values = iter(np.exp(logarithms).tolist())
+        walks = {
+            K: [{**x, "full_us": next(values), "alone_us": next(values)} for x in tiles]
+            for K, tiles in known["walks"].items()
+        }
+        for x in itertools.chain(*walks.values()):
+            if x["programs"] == 1:
+                x["alone_us"] = x["full_us"]
+        return walks, {name: next(values) for name in rates}
+
+    def ratios(logarithms: Any) -> list[float]:
+        """Of each row, the logarithm of modelled over measured."""
+        walks, found = filled(logarithms)
+        by_sizes = {
+            (int(K), x["BLOCK_V"], x["num_warps"], x["num_stages"]): Tile(**x)
+            for K, tiles in walks.items()
+            for x in tiles
+        }
+        found_rates = Rates(**found)
+        return [
+            math.log(forward_time(
+                by_sizes[K, *way[1:]], found_rates, heads=H, tokens=T, K=K, V=V, segments=way[0],
+                processors=PROCESSORS,
+            ) / time)
+            for (H, T, K, V), way, time, _ in rows
+        ]  # fmt: skip
+
+    roots = np.sqrt([weight for *_, weight in rows])
+
+    def errors(logarithms: Any) -> Any:
+        return np.array(ratios(logarithms)) * roots
+
+    def loss(logarithms: Any) -> float:
+        """How much longer the chosen ways take than the best, and a little of the errors."""
+        off = ratios(logarithms)
+        chosen: dict[Shape, tuple[float, float]] = {}
+        for (shape, _, time, _), ratio in zip(rows, off, strict=True):
+            chosen[shape] = min(chosen.get(shape, (math.inf, 0.0)), (time * math.exp(ratio), time))
+        late = [math.log(time / min(times[shape].values())) for shape, (_, time) in chosen.items()]
+        return statistics.mean(late) + 0.2 * float(np.mean((np.array(off) * roots) ** 2))
+
+    start = [x[name] for x in tiles for name in ("full_us", "alone_us")]
+    start += [known["rates"][name] for name in rates]
+    near = np.log(start) - np.log(1.5), np.log(start) + np.log(1.5)
+    best = least_squares(errors, np.log(start), bounds=near, loss="soft_l1", f_scale=0.1)
+    found_best, least = best.x, loss(best.x)
+    for step in (0.2, 0.1, 0.05):
+        for i, sign in itertools.product(range(len(start)), (1, -1)):
+            moved = found_best.copy()
+            moved[i] += sign * step
+            if loss(moved) < least:
+                found_best, least = moved, loss(moved)
+    walks, found = filled(found_best)
+    for x in itertools.chain(*walks.values()):
+        x |= {name: round(x[name], 3) for name in ("full_us", "alone_us")}
+    known |= {"walks": walks, "rates": {name: round(x, 3) for name, x in found.items()}}
+    table.write_text(json.dumps(known, indent=1) + "\n")
+    print(f"{len(rows)} forwards at {len(times)} shapes: {table}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="what", required=True)
+    for name in ("choices", "tiles"):
+        command = commands.add_parser(name)
+        command.add_argument("--out", type=Path, required=True)
+        command.add_argument("--jobs", type=int, default=os.cpu_count(), help="that compile")
+    commands.choices["choices"].add_argument("--points", type=int, default=70, help="shapes")
+    commands.choices["choices"].add_argument("--seed", type=int, default=0)
+    command = commands.add_parser("fit")
+    command.add_argument("measured", type=Path, help="what `choices` wrote")
+    command.add_argument("--table", type=Path, default=TABLE)
+    arguments = parser.parse_args()
+    if arguments.what == "fit":
+        fit(arguments.measured, arguments.table)
+    elif arguments.what == "tiles":
+        measure(list(tiles()), arguments.out, arguments.jobs)
+    else:
+        trials = choices(arguments.points, arguments.seed)
+        measure(list(trials), arguments.out, arguments.jobs)
 
 
 if __name__ == "__main__":

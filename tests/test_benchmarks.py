@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 
 import pytest
 
 from chela_bench.kernels.linear_attention_config import checked
+from chela_bench.kernels.linear_attention_model import TABLE, best_tile, forward_time, read_table
 from tests.running import ROOT
 
 
@@ -36,3 +38,27 @@ def test_trials_of_the_same_kernels_compile_once(configs):
     # One segment or several, of 1, 3, 3 and 2 tiles at the four pairs of K and V, then of 2, 2, 2
     # and 1 ways back.
     assert len(sets) == 2 * (1 + 3 + 3 + 2 + 2 + 2 + 2 + 1)
+
+
+def test_a_table_is_fitted_to_what_was_measured(configs, tmp_path):
+    """A dozen forwards a tenth faster than modelled: the table follows, and keeps its tiles."""
+    walks, sweeps, rates = read_table()
+    lines = [",".join(configs.COLUMNS)]
+    for heads, tokens, segments in itertools.product((8, 16, 66), (4096, 8192), (1, 2)):
+        tile = best_tile(128, 128, heads * segments, 132)
+        time = 0.9 * forward_time(
+            tile, rates, heads=heads, tokens=tokens, K=128, V=128, segments=segments,
+            processors=132,
+        )  # fmt: skip
+        sizes = f"{tile.BLOCK_V},{tile.num_warps},{tile.num_stages},{segments}"
+        lines.append(f"fwd,1,{tokens},{heads},128,128,,{sizes},,,{time:.2f},")
+    (tmp_path / "choices.csv").write_text("\n".join(lines))
+    table = tmp_path / "table.json"
+    table.write_text(TABLE.read_text())
+    configs.fit(tmp_path / "choices.csv", table)
+    fitted, fitted_sweeps, fitted_rates = read_table(table)
+    assert fitted_sweeps == sweeps and fitted_rates != rates
+    for K, tiles in walks.items():
+        assert [x.BLOCK_V for x in fitted[K]] == [x.BLOCK_V for x in tiles]
+    small = fitted[128][0]
+    assert small.full_us == small.alone_us < walks[128][0].full_us

@@ -13,16 +13,12 @@ import torch
 
 from chela_bench.kernels import linear_attention_sweep, linear_attention_walk
 from chela_bench.kernels.linear_attention import linear_attention
-from chela_bench.kernels.linear_attention_config import (
-    SM90_WALKS,
-    best_segments,
-    best_tile,
-    cdiv,
-)
+from chela_bench.kernels.linear_attention_config import cdiv
+from chela_bench.kernels.linear_attention_model import WALKS, best_segments, best_tile
 from tests.attention import DEVICE, check, inputs, label
 from tests.running import ROOT
 
-TILES = [(K, tile) for K, tiles in SM90_WALKS.items() for tile in tiles]
+TILES = [(K, tile) for K, tiles in WALKS.items() for tile in tiles]
 on_tiles = pytest.mark.parametrize(
     ("K", "tile"), TILES, ids=[f"K{K}-{x.BLOCK_V}-{x.num_warps}-{x.num_stages}" for K, x in TILES]
 )
@@ -118,7 +114,7 @@ ODD = [(1, 257, 2, 96, 80), (2, 130, 1, 48, 112), (1, 300, 1, 112, 320), (1, 190
 @pytest.mark.parametrize("shape", ODD, ids=label)
 def test_tiles_that_are_not_whole(shape, segments):
     q, k, v, state = inputs(*shape, torch.bfloat16)
-    for tile in SM90_WALKS[128 if shape[3] <= 128 else 256]:
+    for tile in WALKS[128 if shape[3] <= 128 else 256]:
         check(q, k, v, config=config_of(tile, segments=segments, wgmma=1), initial_state=state,
               output_final_state=True)  # fmt: skip
 

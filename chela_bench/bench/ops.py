@@ -156,6 +156,7 @@ OPS: tuple[Op, ...] = (
                     "schedule",
                     "segments",
                     "sweep",
+                    "wgmma",
                     "BLOCK_T",
                     "BLOCK_V",
                     "num_warps",

@@ -9,10 +9,11 @@ R_t = R_{t+1} + q_t do_t^T and R beyond the end = d(final state) / scale:
     dq_t = scale * S_t do_t        dk_t = scale * R_t v_t        dv_t = scale * R_t^T k_t
     d(initial state) = scale * R_1
 
-All are walks over chunks of tokens (linear_attention_walk.py); dq and dk of a wide v are walked
-in another way (linear_attention_wide.py). Schedules: *fused*, one program walks a head and slice
-of V from end to end and HBM sees every tensor once; *split*, segments of the sequence run side by
-side, after a first pass over k and v (and q and do) for the states between them.
+All are walks over chunks of tokens (linear_attention_walk.py); one sweep gives all three gradients
+at once (linear_attention_sweep.py). On Hopper, in bfloat16, both are kernels scheduled by hand
+(linear_attention_hopper.py). Schedules: *fused*, one program walks a head and slice of V from end
+to end and HBM sees every tensor once; *split*, segments of the sequence run side by side, after a
+first pass over k and v (and q and do) for the states between them.
 """
 
 from __future__ import annotations
@@ -31,17 +32,19 @@ from chela_bench.kernels.linear_attention_config import (
     MAX_V,
     SHORTEST_SEGMENT,
     Schedule,
-    best_segments,
     cdiv,
     checked,
     choose_segments,
-    filling_segments,
     has_wgmma,
     options_of,
     processors,
     suits_wgmma,
-    sum_pieces,
     walk_config,
+)
+from chela_bench.kernels.linear_attention_model import (
+    best_segments,
+    filling_segments,
+    sum_pieces,
 )
 from chela_bench.kernels.linear_attention_ops import (
     eager,
@@ -85,8 +88,13 @@ def linear_attention(
     The state is float32. As an operand it rounds to bfloat16 or, for float32 and float16, to TF32.
     precise=True makes every product three TF32 products: about float32, before o rounds. schedule:
     "fused", "split" or "auto". config overrides, in part or whole, the block sizes of all walks
-    (BLOCK_T, BLOCK_V, num_warps, num_stages), into how many "segments" the sequence is cut, and
-    whether the gradients are one "sweep", which has block sizes of its own, or a walk each.
+    (BLOCK_T, BLOCK_V, num_warps, num_stages), into how many "segments" the sequence is cut,
+    whether the gradients are one "sweep", which has block sizes of its own, or a walk each, and
+    whether kernels scheduled by hand may run ("wgmma": Hopper, bfloat16, causal, not precise, K, V
+    and strides multiples of 16; elsewhere it says nothing).
+
+    Few kernels serve all sizes: a new T compiles nothing, a new B or H at most another tile of the
+    same K and V.
 
     Source: arXiv 2406.08128, section 3; the schedules and the backward are ours. Raises
     ArgumentError.

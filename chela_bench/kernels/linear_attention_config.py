@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -53,60 +52,6 @@ def walk_config(options: Sequence[int], K: int, V: int, dtype: torch.dtype) -> d
     return {**default_config(K, V, dtype), **given}
 
 
-@dataclass(frozen=True)
-class Tile:
-    """A way to walk on sm_90, and microseconds for a chunk of 64 tokens: where every SM walks as
-    many programs as fit, and where it walks one."""
-
-    BLOCK_V: int
-    num_warps: int
-    num_stages: int
-    programs: int  # on an SM
-    full_us: float
-    alone_us: float
-
-
-# By the tile of K. Two programs an SM hide each other's waits, three stages those of one. Times and
-# rates here and below: fitted to 1263 forwards timed on an H100 (docs/results/linear-attention.md).
-SM90_WALKS = {
-    64: (Tile(64, 4, 3, programs=2, full_us=1.58, alone_us=0.88),),
-    128: (
-        Tile(64, 4, 3, programs=1, full_us=1.15, alone_us=1.15),
-        Tile(64, 4, 2, programs=2, full_us=2.21, alone_us=1.26),
-        Tile(128, 8, 3, programs=1, full_us=1.79, alone_us=1.79),
-    ),
-    256: (
-        Tile(128, 8, 2, programs=1, full_us=3.55, alone_us=3.55),
-        Tile(64, 8, 2, programs=1, full_us=2.3, alone_us=2.3),
-    ),
-}
-COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 66, 132)  # of segments, beside others
-COPY_TB = 2.98  # terabytes a second of HBM
-SUM_TB = 2.09  # as the sum over segments reads it
-STATES_TB = 1.78  # as states are written and read
-SUM_CHUNK_US = 0.41  # of the sum, where it waits for loads
-FILL_US = 1.5  # before a kernel's first chunk
-LAUNCH_US = 2.3  # from kernel to kernel
-SCAN_US = 0.04  # a state
-
-
-def tile_time(tile: Tile, V: int, heads: int, processors: int) -> float:
-    """Microseconds a chunk of all heads' walks; `heads` counts each segment."""
-    programs = heads * cdiv(V, tile.BLOCK_V)
-    full, rest = divmod(programs, tile.programs * processors)
-    last = 0.0 if rest == 0 else tile.alone_us if rest <= processors else tile.full_us
-    return full * tile.full_us + last
-
-
-@functools.lru_cache(maxsize=4096)
-def best_tile(K: int, V: int, heads: int, processors: int) -> Tile:
-    """Of SM90_WALKS the one whose waves take least."""
-    tiles = SM90_WALKS[max(64, tile(K))]
-    widest = max(64, tile(V))
-    fitting = [x for x in tiles if widest >= x.BLOCK_V]
-    return min(fitting, key=lambda x: tile_time(x, V, heads, processors))
-
-
 def suits_wgmma(options: Sequence[int], K: int, dtype: torch.dtype) -> bool:
     """Whether the walks for sm_90 do what the caller asked for."""
     asked = dict(zip(OPTIONS, options, strict=True))
@@ -117,39 +62,6 @@ def suits_wgmma(options: Sequence[int], K: int, dtype: torch.dtype) -> bool:
         and asked["BLOCK_T"] in (-1, 64)
         and asked["num_stages"] != 1
     )
-
-
-def wgmma_config(
-    options: Sequence[int], K: int, V: int, dtype: torch.dtype, heads: int, processors: int
-) -> dict[str, int] | None:
-    """Of a walk for sm_90, if that is to walk it; `heads` counts each segment."""
-    if not suits_wgmma(options, K, dtype):
-        return None
-    best = best_tile(K, V, heads, processors)
-    config = {
-        "BLOCK_T": 64,
-        "BLOCK_V": min(best.BLOCK_V, tile(V)),
-        "num_warps": best.num_warps,
-        "num_stages": best.num_stages,
-    }
-    asked = zip(OPTIONS, options, strict=True)
-    config |= {name: size for name, size in asked if size >= 0 and name in TILES}
-    wide = config["num_warps"] == 8 and tile(K) >= 128 and config["BLOCK_V"] >= 64
-    narrow = config["num_warps"] == 4 and config["BLOCK_V"] <= 64
-    return config if wide or narrow else None
-
-
-@functools.lru_cache(maxsize=1024)
-def wgmma_sweep_config(K: int, V: int) -> dict[str, int]:
-    """Of the gradients' sweep on sm_90."""
-    size = max(64, min(128, tile(max(K, V))))
-    return {
-        "BLOCK_T": 64,
-        "BLOCK_K": size,
-        "BLOCK_V": size,
-        "num_warps": 8,
-        "num_stages": 2 if size == 128 else 3,
-    }
 
 
 @functools.lru_cache(maxsize=1024)
@@ -202,55 +114,6 @@ def choose_segments(
     if schedule == "fused" or (schedule == "auto" and (4 * programs > 3 * processors or most < 2)):
         return 1
     return max(2, min(2 * processors // programs, most))
-
-
-def best_segments(
-    schedule: str, *, heads: int, tokens: int, K: int, V: int, processors: int
-) -> int:
-    """The same where walks are for sm_90: what `forward_time` says takes least."""
-    if schedule == "fused":
-        return 1
-    most = max(2, tokens // SHORTEST_SEGMENT)
-    per_head = {cdiv(V, x.BLOCK_V) for x in SM90_WALKS[max(64, tile(K))]}
-    filling = {wave * processors // max(1, heads * n) for n in per_head for wave in (1, 2)}
-    counts = sorted({max(1, min(x, most)) for x in (*COUNTS, *filling)})
-    if schedule == "split":
-        counts.remove(1)
-    return min(counts, key=lambda x: forward_time(heads, tokens, K, V, x, processors))
-
-
-def filling_segments(heads: int, tokens: int, V: int, processors: int) -> int:
-    """As many as give every SM a program: near `best_segments`, and a rule that torch.compile can
-    follow for any T."""
-    most = tokens // SHORTEST_SEGMENT
-    filling = processors // max(1, heads * cdiv(V, 64))
-    return 1 if most < 2 or filling < 2 else min(filling, most)
-
-
-def forward_time(heads: int, tokens: int, K: int, V: int, segments: int, processors: int) -> float:
-    """Microseconds of a forward for sm_90 in bfloat16, modelled: of each kernel the longer of the
-    bytes and of the waves of chunks. `heads` are those of all sequences."""
-    chunks = cdiv(cdiv(tokens, segments), 64)
-    best = best_tile(K, V, heads * segments, processors)
-    waves = tile_time(best, V, heads * segments, processors) * chunks + FILL_US
-    walk = max(waves, 2 * heads * tokens * (2 * K + 2 * V) / COPY_TB / 1e6)
-    if segments == 1:
-        return walk
-    pieces = sum_pieces(heads, segments, tokens, K, V, processors)
-    programs = heads * (segments - 1) * pieces * cdiv(K, 128) * cdiv(V, 64)
-    waves = cdiv(programs, 2 * processors) * cdiv(chunks, pieces) * SUM_CHUNK_US + FILL_US
-    read = 2 * heads * tokens * (K + V) * (segments - 1) / segments / SUM_TB / 1e6
-    states = 2 * 4 * heads * segments * pieces * K * V / STATES_TB / 1e6
-    return walk + max(waves, read) + states + 2 * LAUNCH_US + SCAN_US * segments * pieces
-
-
-def sum_pieces(heads: int, segments: int, tokens: int, K: int, V: int, processors: int) -> int:
-    """Into how many a segment is cut for its sum, which alone may not fill the SMs."""
-    if segments == 1:
-        return 1
-    programs = max(1, heads * (segments - 1) * cdiv(K, 128) * cdiv(V, 64))
-    filling = cdiv(9 * processors, 10 * programs)
-    return max(1, min(filling, tokens // segments // SHORTEST_SEGMENT))
 
 
 def has_wgmma(device: torch.device) -> bool:

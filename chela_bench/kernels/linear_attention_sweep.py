@@ -41,9 +41,9 @@ from chela_bench.kernels.linear_attention_config import (
     cdiv,
     has_wgmma,
     sweep_config,
-    wgmma_sweep_config,
 )
 from chela_bench.kernels.linear_attention_hopper import _linear_attention_wgmma_sweep_kernel
+from chela_bench.kernels.linear_attention_model import wgmma_sweep_config
 from chela_bench.kernels.linear_attention_walk import (
     Walk,
     _bounds,

@@ -41,9 +41,9 @@ from chela_bench.kernels.linear_attention_config import (
     sum_config,
     tile,
     walk_config,
-    wgmma_config,
 )
 from chela_bench.kernels.linear_attention_hopper import _linear_attention_wgmma_kernel
+from chela_bench.kernels.linear_attention_model import wgmma_config
 
 _SCANNED = 1024  # elements of a state that one program adds up
 
