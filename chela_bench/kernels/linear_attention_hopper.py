@@ -28,6 +28,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from chela_bench.kernels.linear_attention_config import RUNTIME
 
+# Triton puts in the barriers that shared memory needs, but takes a product that was started for one
+# that has read its operands. Before a copy that overwrites them, every warp must have waited.
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, 3.6
+
 
 @gluon.constexpr_function
 def _product(columns, groups):
@@ -203,6 +207,7 @@ def _linear_attention_wgmma_kernel(
         scores = warpgroup_mma(q, k.permute((1, 0)), no_scores, use_acc=False, is_async=True)
         o = warpgroup_mma(q, s_smem, no_o, use_acc=False, is_async=True)
 
+        _barrier()
         ahead = i + STAGES - 1
         c = chunks - 1 - ahead if IS_REVERSED else ahead
         t = c.to(gl.int64) * BLOCK_T
@@ -226,6 +231,7 @@ def _linear_attention_wgmma_kernel(
         next_state = warpgroup_mma(k.permute((1, 0)), v, state, is_async=True)
         o = warpgroup_mma_wait(1, deps=[o])
         if Q_STAGES == 1:
+            _barrier()
             _copy(qs.index(0), q_ptr + t * stride_qt * UNIT, q_offs, rows, K, WHOLE_K)
             async_copy.commit_group()
         c = chunks - 1 - i if IS_REVERSED else i
@@ -321,6 +327,7 @@ def _linear_attention_wgmma_sweep_kernel(
             behind = warpgroup_mma_wait(0, deps=[summed])
             q_t, do = qs.index(i % STAGES).permute((1, 0)), dos.index(i % STAGES)
             summed = warpgroup_mma(q_t, do, behind, is_async=True)
+            _barrier()
             ahead = i + STAGES - 1
             rows = left - ahead * BLOCK_T
             q_t = q_at + ahead.to(gl.int64) * BLOCK_T * stride_qt
@@ -330,6 +337,7 @@ def _linear_attention_wgmma_sweep_kernel(
             async_copy.commit_group()
         async_copy.wait_group(0)
         minus_behind = -warpgroup_mma_wait(0, deps=[summed])
+        _barrier()
     if STORE_FIRST:
         gl.store(first_ptr + state_offs, -minus_behind, mask=state_mask)
     if USE_BEFORE:
@@ -368,6 +376,7 @@ def _linear_attention_wgmma_sweep_kernel(
         q_k = warpgroup_mma(q, k.permute((1, 0)), no_scores, use_acc=False, is_async=True)
         minus_behind = warpgroup_mma(q.permute((1, 0)), do, minus_behind, is_async=True)
 
+        _barrier()
         ahead = i + STAGES - 1
         t = ahead.to(gl.int64) * BLOCK_T
         rows = left - ahead * BLOCK_T
