@@ -31,18 +31,20 @@ from typing import Any
 
 from chela_bench.kernels.linear_attention_model import (
     COUNTS,
-    RATES,
+    SM90,
     TABLE,
-    WALKS,
     Rates,
+    Shape,
+    Sweep,
     Tile,
     best_segments,
-    best_tile,
+    best_training,
     forward_time,
+    tiles_of,
+    training_time,
 )
 
 Trial = dict[str, Any]  # B, T, H, K, V, direction, config
-Shape = tuple[int, int, int, int]  # H, T, K, V
 PROCESSORS = 132
 SIZES = ("BLOCK_T", "BLOCK_V", "num_warps", "num_stages", "segments", "sweep", "wgmma")
 COLUMNS = ("direction", *"BTHKV", *SIZES, "median_us", "reason")
@@ -74,22 +76,20 @@ def choices(points: int, seed: int) -> Iterator[Trial]:
         if H * T * V <= 1 << 27:
             shapes[H, T, K, V] = None
     for H, T, K, V in shapes:
-        facts = {"heads": H, "tokens": T, "K": K, "V": V, "processors": PROCESSORS}
-        chosen = best_segments("auto", **facts)
+        shape = Shape(H, T, K, V, PROCESSORS)
+        chosen = {best_segments("auto", shape), best_training("auto", shape)[0]}
         times = {
-            n: forward_time(best_tile(K, V, H * n, PROCESSORS), RATES, segments=n, **facts)
-            for n in sorted({*COUNTS, chosen})
+            n: forward_time(shape, n, SM90.rates)
+            for n in sorted({*COUNTS, *chosen})
             if n == 1 or T // n >= 512
         }
         counts = [n for n, time in times.items() if time <= 3 * min(times.values())]
-        ways = [("fwd", tile) for tile in WALKS[K]] + [("fwdbwd", sweep) for sweep in (0, 1)]
+        ways = [("fwd", tile) for tile in tiles_of(K, V)] + [("fwdbwd", x) for x in (0, 1)]
         for (direction, way), count in itertools.product(ways, counts):
             config = {"segments": count}
             if isinstance(way, Tile):
                 names = ("BLOCK_V", "num_warps", "num_stages")
                 config |= {name: getattr(way, name) for name in names}
-                if V < way.BLOCK_V:
-                    continue
             else:
                 config["sweep"] = way
                 if way == 1 and K > 128:  # twice as long, and known to be
@@ -161,70 +161,84 @@ def measure(trials: list[Trial], out: Path, jobs: int) -> None:
     print(f"{len(trials)} trials, {len(distinct)} sets of kernels: {out}")
 
 
-Way = tuple[int, int, int, int]  # segments, BLOCK_V, num_warps, num_stages
+Way = tuple[int, ...]  # segments, BLOCK_V, num_warps, num_stages; with the backward segments, sweep
+FORWARD = ("segments", "BLOCK_V", "num_warps", "num_stages")
 
 
-def measured_forwards(path: Path) -> dict[Shape, dict[Way, float]]:
+def measured(path: Path, direction: str) -> dict[Shape, dict[Way, float]]:
     """Microseconds of each way at each shape."""
+    names = FORWARD if direction == "fwd" else ("segments", "sweep")
     times: dict[Shape, dict[Way, float]] = {}
     with path.open(newline="") as lines:
         for row in csv.DictReader(lines):
-            if row["direction"] == "fwd" and row["median_us"]:
-                shape = tuple(int(row[dim]) for dim in "HTKV")
-                way = tuple(int(row[x]) for x in ("segments", "BLOCK_V", "num_warps", "num_stages"))
+            if row["direction"] == direction and row["median_us"]:
+                shape = Shape(*(int(row[dim]) for dim in "HTKV"), PROCESSORS)
+                way = tuple(int(row[name]) for name in names)
                 times.setdefault(shape, {})[way] = float(row["median_us"])
     return times
 
 
+def modelled(shape: Shape, way: Way, table: dict[str, Any]) -> float:
+    rates = Rates(**table["rates"])
+    if len(way) == 2:
+        sweeps = {int(size): Sweep(**x) for size, x in table["sweeps"].items()}
+        return training_time(shape, way[0], bool(way[1]), rates, sweeps)
+    tiles = [Tile(**x) for x in table["walks"][str(max(64, shape.K))]]
+    sizes = [(x.BLOCK_V, x.num_warps, x.num_stages) for x in tiles]
+    return forward_time(shape, way[0], rates, tiles[sizes.index(way[1:])])
+
+
+BACK = ("chunk_us", "sum_us", "sweep_tb", "parts_tb", "back_us")
+
+
 def fit(path: Path, table: Path) -> None:
-    """Least squares of the logarithm of modelled over measured, then figure by figure what chooses
-    better. Ways that nobody would choose, 1.3 times as long as the best at their shape, count a
-    tenth. No figure moves by more than half before the second step."""
+    """First what forwards take, then what the backward adds. Least squares of the logarithm of
+    modelled over measured, then figure by figure what chooses better. Ways that nobody would
+    choose, 1.3 times as long as the best at their shape, count a tenth. No figure moves by more
+    than half before the second step."""
+    known = json.loads(table.read_text())
+    for direction in ("fwd", "fwdbwd"):
+        times = measured(path, direction)
+        sections = [*itertools.chain(*known["walks"].values()), *known["sweeps"].values()]
+        figures = [
+            (section, name)
+            for section in (*sections, known["rates"])
+            for name in section
+            if name.endswith(("_us", "_tb"))
+            and (name in BACK) == (direction == "fwdbwd")
+            and not (name == "alone_us" and section["programs"] == 1)
+            and name != "copy_tb"  # the bench measures it
+        ]
+        if times:
+            improve(known, figures, times)
+        print(f"{direction}: {sum(map(len, times.values()))} ways at {len(times)} shapes")
+    table.write_text(json.dumps(known, indent=1) + "\n")
+
+
+def improve(
+    known: dict[str, Any],
+    figures: list[tuple[dict[str, Any], str]],
+    times: dict[Shape, dict[Way, float]],
+) -> None:
+    """Changes the figures in `known`."""
     import numpy as np
     from scipy.optimize import least_squares
 
-    times = measured_forwards(path)
     rows = [
-        (shape, way, measured, 1.0 if measured <= 1.3 * min(ways.values()) else 0.1)
+        (shape, way, time, 1.0 if time <= 1.3 * min(ways.values()) else 0.1)
         for shape, ways in times.items()
-        for way, measured in ways.items()
+        for way, time in ways.items()
     ]
-    known = json.loads(table.read_text())
-    tiles = [x for tiles in known["walks"].values() for x in tiles]
-    rates = list(known["rates"])
-
-    def filled(logarithms: Any) -> tuple[dict[str, Any], dict[str, float]]:
-        values = iter(np.exp(logarithms).tolist())
-        walks = {
-            K: [{**x, "full_us": next(values), "alone_us": next(values)} for x in tiles]
-            for K, tiles in known["walks"].items()
-        }
-        for x in itertools.chain(*walks.values()):
-            if x["programs"] == 1:
-                x["alone_us"] = x["full_us"]
-        return walks, {name: next(values) for name in rates}
-
-    def ratios(logarithms: Any) -> list[float]:
-        """Of each row, the logarithm of modelled over measured."""
-        walks, found = filled(logarithms)
-        by_sizes = {
-            (int(K), x["BLOCK_V"], x["num_warps"], x["num_stages"]): Tile(**x)
-            for K, tiles in walks.items()
-            for x in tiles
-        }
-        found_rates = Rates(**found)
-        return [
-            math.log(forward_time(
-                by_sizes[K, *way[1:]], found_rates, heads=H, tokens=T, K=K, V=V, segments=way[0],
-                processors=PROCESSORS,
-            ) / time)
-            for (H, T, K, V), way, time, _ in rows
-        ]  # fmt: skip
-
     roots = np.sqrt([weight for *_, weight in rows])
 
-    def errors(logarithms: Any) -> Any:
-        return np.array(ratios(logarithms)) * roots
+    def ratios(logarithms: Any) -> Any:
+        """Of each row, the logarithm of modelled over measured."""
+        for (section, name), value in zip(figures, np.exp(logarithms).tolist(), strict=True):
+            section[name] = round(value, 3)
+            if name == "full_us" and section["programs"] == 1:
+                section["alone_us"] = section["full_us"]
+        off = [modelled(shape, way, known) / time for shape, way, time, _ in rows]
+        return np.log(off)
 
     def loss(logarithms: Any) -> float:
         """How much longer the chosen ways take than the best, and a little of the errors."""
@@ -233,25 +247,21 @@ def fit(path: Path, table: Path) -> None:
         for (shape, _, time, _), ratio in zip(rows, off, strict=True):
             chosen[shape] = min(chosen.get(shape, (math.inf, 0.0)), (time * math.exp(ratio), time))
         late = [math.log(time / min(times[shape].values())) for shape, (_, time) in chosen.items()]
-        return statistics.mean(late) + 0.2 * float(np.mean((np.array(off) * roots) ** 2))
+        return statistics.mean(late) + 0.2 * float(np.mean((off * roots) ** 2))
 
-    start = [x[name] for x in tiles for name in ("full_us", "alone_us")]
-    start += [known["rates"][name] for name in rates]
-    near = np.log(start) - np.log(1.5), np.log(start) + np.log(1.5)
-    best = least_squares(errors, np.log(start), bounds=near, loss="soft_l1", f_scale=0.1)
-    found_best, least = best.x, loss(best.x)
+    start = np.log([section[name] for section, name in figures])
+    near = start - np.log(1.5), start + np.log(1.5)
+    found = least_squares(
+        lambda x: ratios(x) * roots, start, bounds=near, loss="soft_l1", f_scale=0.1, diff_step=0.02
+    ).x
+    least = loss(found)
     for step in (0.2, 0.1, 0.05):
-        for i, sign in itertools.product(range(len(start)), (1, -1)):
-            moved = found_best.copy()
+        for i, sign in itertools.product(range(len(figures)), (1, -1)):
+            moved = found.copy()
             moved[i] += sign * step
             if loss(moved) < least:
-                found_best, least = moved, loss(moved)
-    walks, found = filled(found_best)
-    for x in itertools.chain(*walks.values()):
-        x |= {name: round(x[name], 3) for name in ("full_us", "alone_us")}
-    known |= {"walks": walks, "rates": {name: round(x, 3) for name, x in found.items()}}
-    table.write_text(json.dumps(known, indent=1) + "\n")
-    print(f"{len(rows)} forwards at {len(times)} shapes: {table}")
+                found, least = moved, loss(moved)
+    ratios(found)
 
 
 def main() -> None:

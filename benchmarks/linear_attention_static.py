@@ -27,7 +27,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from chela_bench.kernels import linear_attention_sweep as sweeps
 from chela_bench.kernels import linear_attention_walk as walks
-from chela_bench.kernels.linear_attention_model import WALKS
+from chela_bench.kernels.linear_attention_model import SM90
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTIONS = ("HGMMA", "HMMA", "LDGSTS", "LDL", "STL", "BAR", "SHFL")
@@ -87,7 +87,7 @@ def by_hand() -> Iterator[tuple[str, Any, dict[str, Any], int, int]]:
     device = torch.device("cuda", 0)
     for K, V, columns, warps, stages, everything in [
         *((K, K, x.BLOCK_V, x.num_warps, x.num_stages, False)
-          for K, tiles in WALKS.items() for x in tiles),
+          for K, tiles in SM90.walks.items() for x in tiles),
         (128, 128, 64, 4, 3, True), (96, 80, 128, 8, 3, True),
     ]:  # fmt: skip
         options = (64, columns, warps, stages, -1, 1)

@@ -8,7 +8,14 @@ import itertools
 import pytest
 
 from chela_bench.kernels.linear_attention_config import checked
-from chela_bench.kernels.linear_attention_model import TABLE, best_tile, forward_time, read_table
+from chela_bench.kernels.linear_attention_model import (
+    SM90,
+    TABLE,
+    Shape,
+    best_tile,
+    forward_time,
+    read_table,
+)
 from tests.running import ROOT
 
 
@@ -42,23 +49,20 @@ def test_trials_of_the_same_kernels_compile_once(configs):
 
 def test_a_table_is_fitted_to_what_was_measured(configs, tmp_path):
     """A dozen forwards a tenth faster than modelled: the table follows, and keeps its tiles."""
-    walks, sweeps, rates = read_table()
     lines = [",".join(configs.COLUMNS)]
     for heads, tokens, segments in itertools.product((8, 16, 66), (4096, 8192), (1, 2)):
+        shape = Shape(heads, tokens, 128, 128, 132)
         tile = best_tile(128, 128, heads * segments, 132)
-        time = 0.9 * forward_time(
-            tile, rates, heads=heads, tokens=tokens, K=128, V=128, segments=segments,
-            processors=132,
-        )  # fmt: skip
+        time = 0.9 * forward_time(shape, segments, SM90.rates)
         sizes = f"{tile.BLOCK_V},{tile.num_warps},{tile.num_stages},{segments}"
         lines.append(f"fwd,1,{tokens},{heads},128,128,,{sizes},,,{time:.2f},")
     (tmp_path / "choices.csv").write_text("\n".join(lines))
     table = tmp_path / "table.json"
     table.write_text(TABLE.read_text())
     configs.fit(tmp_path / "choices.csv", table)
-    fitted, fitted_sweeps, fitted_rates = read_table(table)
-    assert fitted_sweeps == sweeps and fitted_rates != rates
-    for K, tiles in walks.items():
-        assert [x.BLOCK_V for x in fitted[K]] == [x.BLOCK_V for x in tiles]
-    small = fitted[128][0]
-    assert small.full_us == small.alone_us < walks[128][0].full_us
+    fitted = read_table(table)
+    assert fitted.sweeps == SM90.sweeps and fitted.rates != SM90.rates
+    for K, tiles in SM90.walks.items():
+        assert [x.BLOCK_V for x in fitted.walks[K]] == [x.BLOCK_V for x in tiles]
+    small = fitted.walks[128][0]
+    assert small.full_us == small.alone_us < SM90.walks[128][0].full_us

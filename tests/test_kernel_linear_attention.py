@@ -7,6 +7,7 @@ import triton
 from chela_bench.bench.check import worst_block_error
 from chela_bench.errors import ArgumentError
 from chela_bench.kernels import linear_attention as module
+from chela_bench.kernels import linear_attention_config as config_module
 from chela_bench.kernels import linear_attention_ops as ops
 from chela_bench.kernels import linear_attention_sweep as sweeps
 from chela_bench.kernels.linear_attention import (
@@ -103,6 +104,7 @@ def test_a_sweep_of_packed_and_strided_inputs(dtype):
 
 def test_a_sweep_cuts_long_sequences_for_itself(monkeypatch):
     """The subtraction that gives R loses digits with the length of a segment."""
+    monkeypatch.setattr(config_module, "SWEPT", 64)
     monkeypatch.setattr(ops, "SWEPT", 64)
     q, k, v, state = inputs(1, 130, 1, 16, 16, torch.float32)
     options = {"initial_state": state, "output_final_state": True}

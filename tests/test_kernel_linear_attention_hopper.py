@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 import re
 import subprocess
@@ -14,11 +15,17 @@ import torch
 from chela_bench.kernels import linear_attention_sweep, linear_attention_walk
 from chela_bench.kernels.linear_attention import linear_attention
 from chela_bench.kernels.linear_attention_config import cdiv
-from chela_bench.kernels.linear_attention_model import WALKS, best_segments, best_tile
+from chela_bench.kernels.linear_attention_model import (
+    SM90,
+    Shape,
+    best_segments,
+    best_tile,
+    best_training,
+)
 from tests.attention import DEVICE, check, inputs, label
 from tests.running import ROOT
 
-TILES = [(K, tile) for K, tiles in WALKS.items() for tile in tiles]
+TILES = [(K, tile) for K, tiles in SM90.walks.items() for tile in tiles]
 on_tiles = pytest.mark.parametrize(
     ("K", "tile"), TILES, ids=[f"K{K}-{x.BLOCK_V}-{x.num_warps}-{x.num_stages}" for K, x in TILES]
 )
@@ -68,26 +75,41 @@ def test_few_heads_get_small_tiles(heads, V, best):
     assert (tile.BLOCK_V, tile.num_warps, tile.num_stages) == best
 
 
-def test_the_model_chooses_near_the_best_that_was_measured():
-    """Of a forward: the tile and the number of segments, at random shapes on an H100."""
+@pytest.mark.parametrize("direction", ["fwd", "fwdbwd"])
+def test_the_model_chooses_near_the_best_that_was_measured(direction):
+    """The tile and the number of segments of a forward, the segments and the way back of both: at
+    random shapes on an H100."""
     times = {}
+    names = ("segments", "BLOCK_V", "num_warps", "num_stages")
     with (ROOT / "docs" / "results" / "linear-attention-choices.csv").open() as lines:
         for row in csv.DictReader(lines):
-            if row["direction"] == "fwd":
-                shape = tuple(int(row[dim]) for dim in "HTKV")
-                names = ("segments", "BLOCK_V", "num_warps", "num_stages")
-                way = tuple(int(row[name]) for name in names)
+            if row["direction"] == direction:
+                shape = Shape(*(int(row[dim]) for dim in "HTKV"), processors=132)
+                taken = names if direction == "fwd" else ("segments", "sweep")
+                way = tuple(int(row[name]) for name in taken)
                 times.setdefault(shape, {})[way] = float(row["median_us"])
     losses = []
-    for (H, T, K, V), measured in times.items():
-        segments = best_segments("auto", heads=H, tokens=T, K=K, V=V, processors=132)
-        tile = best_tile(K, V, H * segments, 132)
-        way = (segments, tile.BLOCK_V, tile.num_warps, tile.num_stages)
+    for shape, measured in times.items():
+        if direction == "fwd":
+            segments = best_segments("auto", shape)
+            tile = best_tile(shape.K, shape.V, shape.heads * segments, 132)
+            way = (segments, tile.BLOCK_V, tile.num_warps, tile.num_stages)
+        else:
+            way = best_training("auto", shape)
         if way in measured:
             losses.append(measured[way] / min(measured.values()))
     assert len(losses) >= 50
     assert sum(loss <= 1.05 for loss in losses) >= 0.9 * len(losses)
     assert max(losses) <= 1.3
+
+
+@pytest.mark.parametrize("schedule", ["fused", "split"])
+def test_a_schedule_is_kept(schedule):
+    for heads, tokens in itertools.product((0, 1, 33, 300), (1, 600, 70_000)):
+        shape = Shape(heads, tokens, 128, 128, 132)
+        for segments in (best_segments(schedule, shape), best_training(schedule, shape)[0]):
+            assert (segments == 1) == (schedule == "fused")
+    assert best_training(schedule, shape, segments=7)[0] == 7
 
 
 @pytest.mark.gpu
@@ -114,7 +136,7 @@ ODD = [(1, 257, 2, 96, 80), (2, 130, 1, 48, 112), (1, 300, 1, 112, 320), (1, 190
 @pytest.mark.parametrize("shape", ODD, ids=label)
 def test_tiles_that_are_not_whole(shape, segments):
     q, k, v, state = inputs(*shape, torch.bfloat16)
-    for tile in WALKS[128 if shape[3] <= 128 else 256]:
+    for tile in SM90.walks[128 if shape[3] <= 128 else 256]:
         check(q, k, v, config=config_of(tile, segments=segments, wgmma=1), initial_state=state,
               output_final_state=True)  # fmt: skip
 

@@ -30,7 +30,6 @@ from chela_bench.kernels.launching import on_device_of
 from chela_bench.kernels.linear_attention_config import (
     MAX_K,
     MAX_V,
-    SHORTEST_SEGMENT,
     Schedule,
     cdiv,
     checked,
@@ -42,9 +41,12 @@ from chela_bench.kernels.linear_attention_config import (
     walk_config,
 )
 from chela_bench.kernels.linear_attention_model import (
+    Shape,
     best_segments,
+    best_training,
     filling_segments,
     sum_pieces,
+    swept_pieces,
 )
 from chela_bench.kernels.linear_attention_ops import (
     eager,
@@ -53,7 +55,6 @@ from chela_bench.kernels.linear_attention_ops import (
     rows_contiguous,
 )
 from chela_bench.kernels.linear_attention_recurrent import recurrent_walk, step
-from chela_bench.kernels.linear_attention_sweep import ADDED
 from chela_bench.kernels.linear_attention_walk import Walk, _linear_attention_walk_kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -242,8 +243,9 @@ def _resolved(
     N = B if sequences is None else sequences
     tokens = T if sequences is None else T // N
     segments, pieces, options = _plan(
-        schedule, config or (), N, H, tokens, K, v[0][-1], dtype, device, trained
-    )
+        schedule, config or (), N, H, tokens, K, v[0][-1], dtype, device, trained,
+        causal, precise, sequences is not None,
+    )  # fmt: skip
     scale = K**-0.5 if scale is None else scale
     return Walk(scale, causal, None, N, segments, pieces, precise, options)
 
@@ -259,9 +261,12 @@ def _plan(
     dtype: torch.dtype,
     device: torch.device,
     trained: bool,
+    causal: bool = True,
+    precise: bool = False,
+    packed: bool = False,
 ) -> tuple[int, int, tuple[int, ...]]:
     """Segments of each sequence, as the config says, or else by the schedule; pieces of them for
-    the sums; other options."""
+    the sums; other options, and on Hopper, where gradients are to come, which way back."""
     asked = checked(dict(config))
     if V > MAX_K and asked.get("sweep") == 0:
         raise ArgumentError(
@@ -274,21 +279,20 @@ def _plan(
     segments = choose_segments(
         schedule, sequences=N, heads=H, tokens=tokens, slices=slices, processors=available
     )
-    by_hand = has_wgmma(device) and suits_wgmma(options, K, dtype) and N * H * V > 0
-    if by_hand and schedule == "auto" and torch.compiler.is_compiling():
-        segments = filling_segments(N * H, tokens, V, available)
-    elif by_hand:
-        segments = best_segments(
-            schedule, heads=N * H, tokens=tokens, K=K, V=V, processors=available
-        )
     segments = asked.get("segments", segments)
-    if segments == 1 or not by_hand:
+    suits = has_wgmma(device) and suits_wgmma(options, K, dtype) and causal and not precise
+    if not suits or N * H * V == 0:
         return segments, 1, options
-    pieces = sum_pieces(N * H, segments, tokens, K, V, available)
-    if trained:  # the sweep over the gradients has a program for all of V, and wants S for each
-        swept = available // (N * H * cdiv(K, 128) * min(cdiv(V, 128), ADDED))
-        pieces = max(1, min(swept // segments, tokens // segments // SHORTEST_SEGMENT))
-    return segments, pieces, options
+    x = Shape(N * H, tokens, K, V, available)
+    if torch.compiler.is_compiling():
+        if schedule == "auto":
+            segments = asked.get("segments", filling_segments(N * H, tokens, V, available))
+    elif not trained or packed:
+        segments = asked.get("segments", best_segments(schedule, x))
+    else:
+        segments, sweep = best_training(schedule, x, segments=asked.get("segments"))
+        options = options_of({"sweep": int(sweep), **asked})
+    return segments, (swept_pieces if trained else sum_pieces)(x, segments), options
 
 
 def _prepared(

@@ -30,6 +30,8 @@ ALLOWED_CONFIG: dict[str, tuple[int, ...]] = {
     "sweep": (0, 1),  # 1: gradients in one sweep; 0: a walk for each, where V <= MAX_K
     "wgmma": (0, 1),  # 1: walks scheduled by hand for sm_90, where they can be; 0: by Triton
 }
+SWEPT = 16384  # tokens in a segment of a sweep at most
+ADDED = 4  # parts of a gradient in memory at once
 SHORTEST_SEGMENT = 512  # tokens; below, the states cost as much as what they save
 
 
@@ -114,6 +116,16 @@ def choose_segments(
     if schedule == "fused" or (schedule == "auto" and (4 * programs > 3 * processors or most < 2)):
         return 1
     return max(2, min(2 * processors // programs, most))
+
+
+def swept_segments(segments: int, programs: int, tokens: int, processors: int) -> int:
+    """Of a sweep, `programs` to a segment: as many as there are, whose states are kept; more where
+    one would be too long for the subtraction, or where less than half of the SMs had a program."""
+    segments = max(segments, cdiv(tokens, SWEPT))
+    if 2 * programs * segments <= processors:
+        filling = processors // max(1, programs)
+        segments = max(segments, min(filling, tokens // SHORTEST_SEGMENT))
+    return segments
 
 
 def has_wgmma(device: torch.device) -> bool:

@@ -9,20 +9,23 @@ which walks chunk after chunk. `heads` are those of all sequences.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from chela_bench.kernels.linear_attention_config import (
+    ADDED,
+    MAX_K,
     OPTIONS,
     SHORTEST_SEGMENT,
     TILES,
     cdiv,
     suits_wgmma,
+    swept_segments,
     tile,
 )
 
@@ -44,6 +47,17 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class Sweep:
+    """The sweep over the gradients, one program an SM: microseconds for a chunk of 64 tokens, and
+    for a chunk of the sum over q and do before it, where there is one segment."""
+
+    num_warps: int
+    num_stages: int
+    chunk_us: float
+    sum_us: float
+
+
+@dataclass(frozen=True)
 class Rates:
     """Of what all tiles share."""
 
@@ -54,21 +68,44 @@ class Rates:
     fill_us: float  # before a kernel's first chunk
     launch_us: float  # from kernel to kernel
     scan_us: float  # a state
+    sweep_tb: float  # as a sweep reads and writes HBM
+    parts_tb: float  # as parts of gradients are written and added up
+    back_us: float  # more for a kernel of the backward
 
 
-def read_table(path: Path = TABLE) -> tuple[dict[int, tuple[Tile, ...]], dict[int, Any], Rates]:
-    """Tiles of walks and configurations of sweeps, by the tile of K, and rates."""
+@dataclass(frozen=True)
+class Table:
+    walks: dict[int, tuple[Tile, ...]]  # by the tile of K
+    sweeps: dict[int, Sweep]  # by the block of K and V
+    rates: Rates
+
+
+def read_table(path: Path = TABLE) -> Table:
     table = json.loads(path.read_text())
-    walks = {int(K): tuple(Tile(**x) for x in tiles) for K, tiles in table["walks"].items()}
-    return walks, {int(K): x for K, x in table["sweeps"].items()}, Rates(**table["rates"])
+    return Table(
+        {int(K): tuple(Tile(**x) for x in tiles) for K, tiles in table["walks"].items()},
+        {int(size): Sweep(**x) for size, x in table["sweeps"].items()},
+        Rates(**table["rates"]),
+    )
 
 
-WALKS, SWEEPS, RATES = read_table()
+SM90 = read_table()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a call, causal and in bfloat16; `heads` are those of all sequences."""
+
+    heads: int
+    tokens: int
+    K: int
+    V: int
+    processors: int
 
 
 def tiles_of(K: int, V: int) -> list[Tile]:
     """No wider than V, where there is a choice."""
-    return [x for x in WALKS[max(64, tile(K))] if max(64, tile(V)) >= x.BLOCK_V]
+    return [x for x in SM90.walks[max(64, tile(K))] if max(64, tile(V)) >= x.BLOCK_V]
 
 
 def chunk_time(tile: Tile, V: int, heads: int, processors: int) -> float:
@@ -85,54 +122,88 @@ def best_tile(K: int, V: int, heads: int, processors: int) -> Tile:
     return min(tiles_of(K, V), key=lambda x: chunk_time(x, V, heads, processors))
 
 
-def forward_time(
-    tile: Tile,
-    rates: Rates,
-    *,
-    heads: int,
-    tokens: int,
-    K: int,
-    V: int,
-    segments: int,
-    processors: int,
+def walk_time(
+    x: Shape, segments: int, rates: Rates, tile: Tile | None = None, *, swapped: bool = False
 ) -> float:
-    """Microseconds of a forward in bfloat16, without gradients to come."""
-    chunks = cdiv(cdiv(tokens, segments), 64)
-    waves = chunk_time(tile, V, heads * segments, processors) * chunks + rates.fill_us
-    walk = max(waves, 2 * heads * tokens * (2 * K + 2 * V) / rates.copy_tb / 1e6)
-    if segments == 1:
-        return walk
-    pieces = sum_pieces(heads, segments, tokens, K, V, processors)
-    programs = heads * (segments - 1) * pieces * cdiv(K, 128) * cdiv(V, 64)
-    rounds = cdiv(programs, 2 * processors)
-    waves = rounds * cdiv(chunks, pieces) * rates.sum_chunk_us + rates.fill_us
-    read = 2 * heads * tokens * (K + V) * (segments - 1) / segments / rates.sum_tb / 1e6
-    states = 2 * 4 * heads * segments * pieces * K * V / rates.states_tb / 1e6
-    scan = 2 * rates.launch_us + rates.scan_us * segments * pieces
-    return walk + max(waves, read) + states + scan
+    """Microseconds of one walk, by the best tile or the given one; swapped, V are the keys."""
+    K, V = (x.V, x.K) if swapped else (x.K, x.V)
+    heads = x.heads * segments
+    tile = tile or best_tile(K, V, heads, x.processors)
+    chunks = cdiv(cdiv(x.tokens, segments), 64)
+    waves = chunk_time(tile, V, heads, x.processors) * chunks + rates.fill_us
+    return max(waves, 2 * x.heads * x.tokens * (2 * K + 2 * V) / rates.copy_tb / 1e6)
 
 
-def best_segments(
-    schedule: str, *, heads: int, tokens: int, K: int, V: int, processors: int
-) -> int:
+def sums_time(x: Shape, pieces: int, skipped: int, rates: Rates) -> float:
+    """Microseconds of the sums over all pieces but those skipped, and of their scan."""
+    if pieces == 1:
+        return 0.0
+    summed = pieces - skipped
+    programs = x.heads * summed * cdiv(x.K, 128) * cdiv(x.V, 64)
+    chunks = cdiv(cdiv(x.tokens, pieces), 64)
+    waves = cdiv(programs, 2 * x.processors) * chunks * rates.sum_chunk_us + rates.fill_us
+    read = 2 * x.heads * x.tokens * (x.K + x.V) * summed / pieces / rates.sum_tb / 1e6
+    states = 2 * 4 * x.heads * pieces * x.K * x.V / rates.states_tb / 1e6
+    return max(waves, read) + states + 2 * rates.launch_us + rates.scan_us * pieces
+
+
+def forward_time(x: Shape, segments: int, rates: Rates, tile: Tile | None = None) -> float:
+    """Microseconds, without gradients to come."""
+    pieces = sum_pieces(x, segments)
+    return walk_time(x, segments, rates, tile) + sums_time(x, segments * pieces, pieces, rates)
+
+
+def training_time(
+    x: Shape, segments: int, sweep: bool, rates: Rates, sweeps: Mapping[int, Sweep]
+) -> float:
+    """Microseconds of forward and backward, by a sweep or by a walk for each gradient."""
+    pieces = segments * swept_pieces(x, segments)
+    time = walk_time(x, segments, rates) + sums_time(x, pieces, 1, rates)
+    if not sweep:
+        time += sums_time(x, pieces, pieces // segments, rates)
+        walks = 2 * walk_time(x, segments, rates, swapped=True) + walk_time(x, segments, rates)
+        return time + walks + 3 * rates.back_us
+    size = _block(x.K, x.V)
+    found, blocks = sweeps[size], cdiv(x.V, size)
+    programs = x.heads * cdiv(x.K, size) * min(blocks, ADDED)
+    swept = swept_segments(pieces, programs, x.tokens, x.processors)
+    chunks = cdiv(cdiv(x.tokens, swept), 64) * cdiv(blocks, ADDED)
+    waves = cdiv(programs * swept, x.processors) * chunks
+    elements = x.heads * x.tokens * (4 * x.K + 3 * x.V)
+    if swept == 1:
+        waves_us = waves * (found.chunk_us + found.sum_us)
+        elements += x.heads * x.tokens * (x.K + x.V)
+    else:
+        waves_us = waves * found.chunk_us
+        time += sums_time(x, swept, 0, rates)
+        time += sums_time(x, swept, 1, rates) if swept != pieces else 0.0
+    if blocks > 1:  # dq and dk in parts, written and read
+        time += 2 * 2 * x.heads * x.tokens * 2 * x.K * blocks / rates.parts_tb / 1e6
+    return time + max(waves_us, 2 * elements / rates.sweep_tb / 1e6) + rates.back_us
+
+
+def best_segments(schedule: str, x: Shape) -> int:
     """Of each sequence: one if "fused", at least two if "split"; else what takes least."""
+    return min(_counts(schedule, x), key=lambda n: forward_time(x, n, SM90.rates))
+
+
+def best_training(schedule: str, x: Shape, *, segments: int | None = None) -> tuple[int, bool]:
+    """Segments, unless they are given, and whether a sweep gives the gradients."""
+    counts = _counts(schedule, x) if segments is None else [segments]
+    sweeps = (True,) if max(x.K, x.V) > MAX_K else (True, False)
+    ways = itertools.product(counts, sweeps)
+    return min(ways, key=lambda way: training_time(x, way[0], way[1], SM90.rates, SM90.sweeps))
+
+
+def _counts(schedule: str, x: Shape) -> list[int]:
+    """Of segments, that are worth a look."""
     if schedule == "fused":
-        return 1
-    most = max(2, tokens // SHORTEST_SEGMENT)
-    slices = {cdiv(V, x.BLOCK_V) for x in tiles_of(K, V)}
-    filling = {wave * processors // max(1, heads * n) for n in slices for wave in (1, 2)}
-    counts = sorted({max(1, min(x, most)) for x in (*COUNTS, *filling)})
-    if schedule == "split":
-        counts.remove(1)
-
-    def time(segments: int) -> float:
-        best = best_tile(K, V, heads * segments, processors)
-        return forward_time(
-            best, RATES, heads=heads, tokens=tokens, K=K, V=V, segments=segments,
-            processors=processors,
-        )  # fmt: skip
-
-    return min(counts, key=time)
+        return [1]
+    most = max(2, x.tokens // SHORTEST_SEGMENT)
+    slices = {cdiv(x.V, tile.BLOCK_V) for tile in tiles_of(x.K, x.V)}
+    filling = {wave * x.processors // max(1, x.heads * n) for n in slices for wave in (1, 2)}
+    least = 2 if schedule == "split" else 1
+    return sorted({max(least, min(n, most)) for n in (*COUNTS, *filling)})
 
 
 def filling_segments(heads: int, tokens: int, V: int, processors: int) -> int:
@@ -143,13 +214,22 @@ def filling_segments(heads: int, tokens: int, V: int, processors: int) -> int:
     return 1 if most < 2 or filling < 2 else min(filling, most)
 
 
-def sum_pieces(heads: int, segments: int, tokens: int, K: int, V: int, processors: int) -> int:
+def sum_pieces(x: Shape, segments: int) -> int:
     """Into how many a segment is cut for its sum, which alone may not fill the SMs."""
     if segments == 1:
         return 1
-    programs = max(1, heads * (segments - 1) * cdiv(K, 128) * cdiv(V, 64))
-    filling = cdiv(9 * processors, 10 * programs)
-    return max(1, min(filling, tokens // segments // SHORTEST_SEGMENT))
+    programs = max(1, x.heads * (segments - 1) * cdiv(x.K, 128) * cdiv(x.V, 64))
+    filling = cdiv(9 * x.processors, 10 * programs)
+    return max(1, min(filling, x.tokens // segments // SHORTEST_SEGMENT))
+
+
+def swept_pieces(x: Shape, segments: int) -> int:
+    """The same, where a sweep is to find a state kept for each of its programs: it has one for all
+    of V."""
+    if segments == 1:
+        return 1
+    swept = x.processors // max(1, x.heads * cdiv(x.K, 128) * min(cdiv(x.V, 128), ADDED))
+    return max(1, min(swept // segments, x.tokens // segments // SHORTEST_SEGMENT))
 
 
 def wgmma_config(
@@ -174,5 +254,17 @@ def wgmma_config(
 
 def wgmma_sweep_config(K: int, V: int) -> dict[str, int]:
     """Of the gradients' sweep on Hopper."""
-    size = max(64, min(128, tile(max(K, V))))
-    return {"BLOCK_T": 64, "BLOCK_K": size, "BLOCK_V": size, **SWEEPS[size]}
+    size = _block(K, V)
+    found = SM90.sweeps[size]
+    return {
+        "BLOCK_T": 64,
+        "BLOCK_K": size,
+        "BLOCK_V": size,
+        "num_warps": found.num_warps,
+        "num_stages": found.num_stages,
+    }
+
+
+def _block(K: int, V: int) -> int:
+    """Of K and V, that a sweep takes at once."""
+    return max(64, min(128, tile(max(K, V))))

@@ -18,11 +18,12 @@ from chela_bench.kernels.launching import on_device_of
 from chela_bench.kernels.linear_attention_config import (
     MAX_K,
     OPTIONS,
-    SHORTEST_SEGMENT,
+    SWEPT,
     cdiv,
     processors,
+    swept_segments,
 )
-from chela_bench.kernels.linear_attention_sweep import SWEPT, blocks, sweep
+from chela_bench.kernels.linear_attention_sweep import blocks, sweep
 from chela_bench.kernels.linear_attention_walk import Walk, segment_states, walk
 
 _library = torch.library.Library("chela_bench", "FRAGMENT")
@@ -207,14 +208,12 @@ def _by_sweep(
 
 
 def _swept_segments(q: Tensor, V: int, call: Walk) -> int:
-    """The forward's, whose states are kept; more where one would be too long for the subtraction,
-    or where less than half of the SMs would have a program."""
     _, T, H, K = q.shape
     programs = call.N * H * blocks(K, V, q.dtype, call.precise)
-    segments = max(call.segments * call.pieces, cdiv(T, SWEPT))
-    if call.cu_seqlens is None and 2 * programs * segments <= processors(q.device):
-        segments = max(segments, min(processors(q.device) // programs, T // SHORTEST_SEGMENT))
-    return segments
+    segments = call.segments * call.pieces
+    if call.cu_seqlens is not None:
+        return max(segments, cdiv(T, SWEPT))
+    return swept_segments(segments, programs, T, processors(q.device))
 
 
 def _by_walks(

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from chela_bench.kernels.launching import Launcher
 from chela_bench.kernels.linear_attention_config import (
+    ADDED,
     NEAR,
     OPTIONS,
     RUNTIME,
@@ -52,9 +53,6 @@ from chela_bench.kernels.linear_attention_walk import (
     precision,
     rows_of,
 )
-
-SWEPT = 16384  # tokens in a segment at most
-ADDED = 4  # parts of a gradient in memory at once
 
 
 @triton.jit(do_not_specialize=RUNTIME)
