@@ -98,7 +98,7 @@ def by_hand() -> Iterator[tuple[str, Any, dict[str, Any], int, int]]:
             *[everything] * 5,
         )  # fmt: skip
         kernel = variant.launcher.kernel
-        assert variant.launcher is walks._walk_wgmma
+        assert variant.launcher is walks.walk_by_hand()
         constants = named(kernel, variant.constants)
         if not everything:
             constants |= {"initial_ptr": None, "final_ptr": None, "cu_seqlens_ptr": None}

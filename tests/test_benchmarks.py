@@ -12,7 +12,9 @@ from chela_bench.kernels.linear_attention_model import (
     SM90,
     TABLE,
     Shape,
+    best_segments,
     best_tile,
+    best_training,
     forward_time,
     read_table,
 )
@@ -66,3 +68,23 @@ def test_a_table_is_fitted_to_what_was_measured(configs, tmp_path):
         assert [x.BLOCK_V for x in fitted.walks[K]] == [x.BLOCK_V for x in tiles]
     small = fitted.walks[128][0]
     assert small.full_us == small.alone_us < SM90.walks[128][0].full_us
+
+
+@pytest.mark.parametrize("direction", ["fwd", "fwdbwd"])
+def test_the_model_chooses_near_the_best_that_was_measured(configs, direction):
+    """The tile and the number of segments of a forward, the segments and the way back of both: at
+    random shapes on an H100."""
+    losses = []
+    path = ROOT / "docs" / "results" / "linear-attention-choices.csv"
+    for shape, times in configs.measured(path, direction).items():
+        if direction == "fwd":
+            segments = best_segments("auto", shape)
+            tile = best_tile(shape.K, shape.V, shape.heads * segments, shape.processors)
+            way = (segments, tile.BLOCK_V, tile.num_warps, tile.num_stages)
+        else:
+            way = best_training("auto", shape)
+        if way in times:
+            losses.append(times[way] / min(times.values()))
+    assert len(losses) >= 50
+    assert sum(loss <= 1.05 for loss in losses) >= 0.9 * len(losses)
+    assert max(losses) <= 1.3

@@ -106,11 +106,11 @@ def test_an_interpreted_kernel_is_always_called(launch, monkeypatch):
 
 LAUNCHERS = [
     linear_attention_walk._walk,
-    linear_attention_walk._walk_wgmma,
+    linear_attention_walk.walk_by_hand(),
     linear_attention_walk._sum,
     linear_attention_walk._scan,
     linear_attention_sweep._sweep,
-    linear_attention_sweep._sweep_wgmma,
+    linear_attention_sweep.sweep_by_hand(),
     linear_attention_sweep._add,
     linear_attention_recurrent._recurrent,
 ]

@@ -43,7 +43,6 @@ from chela_bench.kernels.linear_attention_config import (
     has_wgmma,
     sweep_config,
 )
-from chela_bench.kernels.linear_attention_hopper import _linear_attention_wgmma_sweep_kernel
 from chela_bench.kernels.linear_attention_model import wgmma_sweep_config
 from chela_bench.kernels.linear_attention_walk import (
     Walk,
@@ -192,7 +191,14 @@ def _linear_attention_add_kernel(
 
 _add = Launcher(_linear_attention_add_kernel)
 _sweep = Launcher(_linear_attention_sweep_kernel)
-_sweep_wgmma = Launcher(_linear_attention_wgmma_sweep_kernel)
+
+
+@functools.cache
+def sweep_by_hand() -> Launcher:
+    """Of the sweep for Hopper: as linear_attention_walk.walk_by_hand."""
+    from chela_bench.kernels.linear_attention_hopper import _linear_attention_wgmma_sweep_kernel
+
+    return Launcher(_linear_attention_wgmma_sweep_kernel)
 
 
 def sweep(
@@ -320,9 +326,10 @@ def _sweep_plan(
         "STORE_FIRST": has_first and causal,
     }  # fmt: skip
     if wgmma:
-        constants = _sweep_wgmma.constants(
+        launcher = sweep_by_hand()
+        constants = launcher.constants(
             GROUPS=config["num_warps"] // 4, STAGES=config["num_stages"], IS_ALIKE=alike, **shared
         )
-        return _sweep_wgmma, constants, config["num_warps"], config["num_stages"]
+        return launcher, constants, config["num_warps"], config["num_stages"]
     constants = _sweep.constants(UNIT=unit, IS_CAUSAL=causal, **precision(dtype, precise), **shared)
     return _sweep, constants, config["num_warps"], config["num_stages"]

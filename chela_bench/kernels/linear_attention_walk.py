@@ -42,7 +42,6 @@ from chela_bench.kernels.linear_attention_config import (
     tile,
     walk_config,
 )
-from chela_bench.kernels.linear_attention_hopper import _linear_attention_wgmma_kernel
 from chela_bench.kernels.linear_attention_model import wgmma_config
 
 _SCANNED = 1024  # elements of a state that one program adds up
@@ -265,9 +264,17 @@ def _linear_attention_scan_kernel(
 
 
 _walk = Launcher(_linear_attention_walk_kernel)
-_walk_wgmma = Launcher(_linear_attention_wgmma_kernel)
 _sum = Launcher(_linear_attention_sum_kernel)
 _scan = Launcher(_linear_attention_scan_kernel)
+
+
+@functools.cache
+def walk_by_hand() -> Launcher:
+    """Of the walk for Hopper, imported where it is to run: Gluon may change, and nothing else is to
+    depend on it."""
+    from chela_bench.kernels.linear_attention_hopper import _linear_attention_wgmma_kernel
+
+    return Launcher(_linear_attention_wgmma_kernel)
 
 
 def walk(
@@ -337,12 +344,12 @@ def _walk_plan(
         config = wgmma_config(options, K, V, dtype, N * H * segments, processors(device))
     if config is not None:
         stages = config["num_stages"]
-        constants = _walk_wgmma.constants(
+        launcher = walk_by_hand()
+        constants = launcher.constants(
             BLOCK_T=config["BLOCK_T"], BLOCK_K=max(64, tile(K)), BLOCK_V=config["BLOCK_V"],
             STAGES=stages, GROUPS=config["num_warps"] // 4,
             Q_STAGES=1 if K > 128 and config["BLOCK_V"] > 64 else stages, **shared,
         )  # fmt: skip
-        launcher = _walk_wgmma
     else:
         config = walk_config(options, K, V, dtype)
         constants = _walk.constants(
