@@ -11,9 +11,10 @@ import sys
 import pytest
 import torch
 
+from chela_bench.kernels import linear_attention as module
 from chela_bench.kernels import linear_attention_sweep, linear_attention_walk
 from chela_bench.kernels.linear_attention import linear_attention
-from chela_bench.kernels.linear_attention_config import cdiv
+from chela_bench.kernels.linear_attention_config import OPTIONS, cdiv
 from chela_bench.kernels.linear_attention_model import (
     SM90,
     Shape,
@@ -165,3 +166,47 @@ def test_gradients_at_many_heads_come_from_the_sweep_by_hand():
     check(q, k, v)
     after = sum(len(x._compiled) for x in linear_attention_sweep.sweep_by_hand()._variants.values())
     assert after == before + 1
+
+
+@pytest.fixture
+def on_hopper(monkeypatch):
+    """As the plan sees it."""
+    monkeypatch.setattr(module, "has_wgmma", lambda _: True)
+    monkeypatch.setattr(module, "processors", lambda _: 132)
+    return lambda N, H, T, K, V, *, config=(), dtype=torch.bfloat16, schedule="auto", **how: (
+        module._plan(
+            schedule, config, N, H, T, K, V, dtype, torch.device("cuda", 0),
+            how.pop("trained", False), **how,
+        )
+    )  # fmt: skip
+
+
+def test_any_call_has_a_plan(on_hopper):
+    for H, T, (K, V), trained in itertools.product(
+        (0, 1, 3, 16, 96, 500), (0, 1, 100, 5000, 1 << 20),
+        ((40, 16), (64, 64), (128, 2048), (256, 4096), (200, 8)), (False, True),
+    ):  # fmt: skip
+        segments, pieces, options = on_hopper(1, H, T, K, V, trained=trained)
+        assert segments == pieces == 1 or T // (segments * pieces) >= 512 / 2
+        sweep = options[OPTIONS.index("sweep")]
+        assert sweep in ((0, 1) if trained and H else (-1,)) and not (V > 256 and sweep == 0)
+
+
+def test_a_plan_keeps_what_was_asked(on_hopper):
+    asked = (("segments", 5), ("sweep", 0), ("BLOCK_V", 32))
+    segments, _, options = on_hopper(1, 16, 16384, 128, 128, config=asked, trained=True)
+    assert segments == 5 and options == (-1, 32, -1, -1, 0, -1)
+    for how in ({"packed": True}, {"precise": True}, {"causal": False}, {"dtype": torch.float16}):
+        *_, options = on_hopper(1, 16, 16384, 128, 128, trained=True, **how)
+        assert options == (-1,) * 6
+    assert on_hopper(1, 16, 16384, 128, 128, schedule="fused", trained=True)[0] == 1
+    assert on_hopper(1, 96, 16384, 128, 128, schedule="split")[0] > 1
+
+
+def test_the_layers_and_the_usual_shapes(on_hopper):
+    """Segments and pieces: 16 heads fill 132 SMs in four, and their sweep wants eight states."""
+    assert on_hopper(1, 16, 16384, 128, 128)[:2] == (4, 2)
+    assert on_hopper(1, 16, 16384, 128, 128, trained=True)[:2] == (4, 2)
+    assert on_hopper(1, 96, 8192, 128, 128)[:2] == (1, 1)
+    assert on_hopper(1, 1, 16384, 128, 2048)[:2] == (8, 1)
+    assert on_hopper(1, 1, 1 << 20, 128, 128)[:2] == (66, 1)

@@ -6,9 +6,11 @@ import warnings
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch.utils.checkpoint import checkpoint
 
 from chela_bench.errors import ArgumentError
+from chela_bench.kernels import linear_attention as module
 from chela_bench.kernels.linear_attention import linear_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,6 +60,21 @@ def test_compiled_with_dynamic_lengths_compiles_a_few_times():
     for T in (20, 33, 47, 60):
         inputs = leaves(T)
         assert torch.equal(compiled(*inputs)[0], both(*inputs)[0])
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_plan_for_hopper_can_be_traced(monkeypatch, trained):
+    """The model of times cannot: its choice would be compiled for each T."""
+    monkeypatch.setattr(module, "has_wgmma", lambda _: True)
+    monkeypatch.setattr(module, "suits_wgmma", lambda *_: True)
+    monkeypatch.setattr(module, "processors", lambda _: 132)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(linear_attention, fullgraph=True, backend=counter, dynamic=True)
+    for T in (1100, 1300, 1500):
+        q, k, v, _ = (x.requires_grad_(trained) for x in leaves(T, H=1, K=16, V=16))
+        o = compiled(q, k, v)[0]
+        assert torch.allclose(o, linear_attention(q, k, v)[0], rtol=1e-4, atol=1e-4)
     assert counter.frame_count <= 2
 
 

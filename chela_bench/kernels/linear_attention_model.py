@@ -14,6 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -92,8 +93,7 @@ def read_table(path: Path = TABLE) -> Table:
 SM90 = read_table()
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """Of a call, causal and in bfloat16; `heads` are those of all sequences."""
 
     heads: int
@@ -199,10 +199,10 @@ def _counts(schedule: str, x: Shape) -> list[int]:
     """Of segments, that are worth a look."""
     if schedule == "fused":
         return [1]
-    most = max(2, x.tokens // SHORTEST_SEGMENT)
+    least = 2 if schedule == "split" else 1
+    most = max(least, x.tokens // SHORTEST_SEGMENT)
     slices = {cdiv(x.V, tile.BLOCK_V) for tile in tiles_of(x.K, x.V)}
     filling = {wave * x.processors // max(1, x.heads * n) for n in slices for wave in (1, 2)}
-    least = 2 if schedule == "split" else 1
     return sorted({max(least, min(n, most)) for n in (*COUNTS, *filling)})
 
 
