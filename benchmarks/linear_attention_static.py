@@ -108,15 +108,21 @@ def by_hand() -> Iterator[tuple[str, Any, dict[str, Any], int, int]]:
         (128, 128, True, False), (64, 64, True, False), (128, 128, False, False),
         (96, 320, False, True),
     ]:  # fmt: skip
-        launcher, values, warps, stages = sweeps._sweep_plan(
-            True, alike, K, V, 16, torch.bfloat16, False, True, everything, -(-V // 128),
-            True, True, everything, everything,
+        keys, slots = (torch.empty(1, 64, 16, size, device="meta") for size in (K, V))
+        apart = torch.empty(1, 64, 16, 2 * V, device="meta")[..., :V]
+        rows = [x.stride() for x in (keys, keys, slots, slots if alike else apart)]
+        plan = sweeps._sweep_plan(
+            keys.shape, V, *rows, torch.bfloat16, device, 1.0, 1, 1, False, True, everything,
+            (-1,) * 5 + (1,), True, True, everything, 4,
         )  # fmt: skip
-        constants = named(launcher.kernel, values)
+        variant = plan.rounds[0][1]
+        assert variant.launcher is sweeps.sweep_by_hand()
+        constants = named(variant.launcher.kernel, variant.constants)
         if not everything:
             constants |= {"first_ptr": None, "cu_seqlens_ptr": None}
         what = "alike" if alike else "everything" if everything else ""
-        yield f"sweep K {K:<3} V {V:<3} {what}", launcher.kernel, constants, warps, stages
+        name = f"sweep K {K:<3} V {V:<3} {what}"
+        yield name, variant.launcher.kernel, constants, variant.num_warps, variant.num_stages
 
 
 def named(kernel: Any, values: tuple[object, ...]) -> dict[str, Any]:

@@ -26,13 +26,14 @@ that is summed up.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from chela_bench.kernels.launching import Launcher
+from chela_bench.kernels.launching import Launcher, Variant
 from chela_bench.kernels.linear_attention_config import (
     ADDED,
     NEAR,
@@ -45,12 +46,13 @@ from chela_bench.kernels.linear_attention_config import (
 )
 from chela_bench.kernels.linear_attention_model import wgmma_sweep_config
 from chela_bench.kernels.linear_attention_walk import (
+    Strides,
     Walk,
     _bounds,
     _columns,
     _rows,
+    _rows_of,
     precision,
-    rows_of,
 )
 
 
@@ -221,65 +223,102 @@ def sweep(
     segment (none: zero); R at the start of each of several segments, or behind a single one (none:
     zero), whose R at its first token goes into `first`, if given. Two-sided, whole S and R.
     """
-    _, T, H, K = q.shape
-    V = v.shape[-1]
-    unit, strides, near = rows_of(q, k, v, do)
-    wgmma, config = _sweep_config(
-        K, V, q.dtype, q.device, call.precise, call.causal,
-        unit == 16 and near and H * max(K, V) < NEAR, call.options,
+    plan = _sweep_plan(
+        q.shape, v.shape[-1], q.stride(), k.stride(), v.stride(), do.stride(), q.dtype, q.device,
+        call.scale, call.N, call.segments, call.precise, call.causal, call.cu_seqlens is not None,
+        call.options, before is not None, behind is not None, first is not None, ADDED,
     )  # fmt: skip
-    alike = strides[0:3] * 4 == strides and max(K, V) <= config["BLOCK_V"] and K == V
-    parts_v, parts_k = cdiv(V, config["BLOCK_V"]), cdiv(K, config["BLOCK_K"])
-    at_once = min(parts_v, ADDED)
-    dv_parts = dv if parts_k == 1 else dv.new_empty(parts_k, *dv.shape)
-    sums: list[Tensor | None] = [None, None]
-    if parts_v > at_once:
-        sums = [x.new_empty(x.shape, dtype=torch.float32) for x in (dq, dk)]
-    for first_v in range(0, parts_v, at_once):
-        count = min(at_once, parts_v - first_v)
-        whole = parts_v == 1
-        parts = (dq, dk) if whole else tuple(q.new_empty(count, *q.shape) for _ in range(2))
-        launcher, constants, num_warps, num_stages = _sweep_plan(
-            wgmma, alike, K, V, unit, q.dtype, call.precise, call.causal,
-            call.cu_seqlens is not None, count, before is not None, behind is not None,
-            first is not None, call.segments == 1,
-        )  # fmt: skip
-        launcher(
-            call.N * H * call.segments * count * parts_k,
-            (q, k, v, do, *parts, dv_parts, before, behind, first, call.cu_seqlens),
-            (*strides, call.scale, T, H, call.segments, first_v),
-            constants, num_warps, num_stages,
-        )  # fmt: skip
-        if not whole:
-            is_last = first_v + count == parts_v
+    dv_parts = dv if plan.parts_k == 1 else dv.new_empty(plan.parts_k, *dv.shape)
+    states = (before, behind, first, call.cu_seqlens)
+    if plan.parts_v == 1:
+        [(_, variant, programs, scalars)] = plan.rounds
+        variant(programs, (q, k, v, do, dq, dk, dv_parts, *states), scalars)
+    else:
+        sums: list[Tensor | None] = [None, None]
+        if len(plan.rounds) > 1:
+            sums = [x.new_empty(x.shape, dtype=torch.float32) for x in (dq, dk)]
+        for i, (count, variant, programs, scalars) in enumerate(plan.rounds):
+            parts = [q.new_empty(count, *q.shape) for _ in range(2)]
+            variant(programs, (q, k, v, do, *parts, dv_parts, *states), scalars)
             for part, total, out in zip(parts, sums, (dq, dk), strict=True):
-                _add_up(part, total, out, first_v > 0, not is_last)
-        del parts
-    if parts_k > 1:
+                _add_up(part, total, out, i > 0, i + 1 < len(plan.rounds))
+            del parts, part
+    if plan.parts_k > 1:
         _add_up(dv_parts, None, dv, False, False)
 
 
-@functools.lru_cache(maxsize=1024)
-def _sweep_config(
-    K: int,
+class Plan(NamedTuple):
+    """Of a sweep: parts of dq and dk, parts of dv, and rounds of it, each so many parts of dq and
+    dk: a kernel, how many programs, and its scalars."""
+
+    parts_v: int
+    parts_k: int
+    rounds: tuple[tuple[int, Variant, int, tuple[int | float, ...]], ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def _sweep_plan(
+    shape: torch.Size,
     V: int,
+    q_strides: Strides,
+    k_strides: Strides,
+    v_strides: Strides,
+    do_strides: Strides,
     dtype: torch.dtype,
     device: torch.device,
+    scale: float,
+    N: int,
+    segments: int,
     precise: bool,
     causal: bool,
-    aligned: bool,
+    packed: bool,
     options: tuple[int, ...],
-) -> tuple[bool, dict[str, int]]:
-    """Whether the kernel for sm_90 sweeps, and the block sizes."""
-    wgmma = (
+    has_before: bool,
+    has_behind: bool,
+    has_first: bool,
+    added: int,
+) -> Plan:
+    """Every T has its own plan, not its own kernel."""
+    _, T, H, K = shape
+    unit, strides, near = _rows_of((q_strides, K), (k_strides, K), (v_strides, V), (do_strides, V))
+    by_hand = (
         has_wgmma(device)
         and dtype == torch.bfloat16
         and not precise
         and causal
-        and aligned
+        and unit == 16
+        and near
+        and H * max(K, V) < NEAR
         and options[OPTIONS.index("wgmma")] != 0
     )
-    return wgmma, wgmma_sweep_config(K, V) if wgmma else sweep_config(K, V, dtype, precise)
+    config = wgmma_sweep_config(K, V) if by_hand else sweep_config(K, V, dtype, precise)
+    parts_v, parts_k = cdiv(V, config["BLOCK_V"]), cdiv(K, config["BLOCK_K"])
+    shared: dict[str, object] = {
+        "K": K, "V": V, "BLOCK_T": config["BLOCK_T"], "BLOCK_K": config["BLOCK_K"],
+        "BLOCK_V": config["BLOCK_V"], "IS_PACKED": packed, "ALIGN": SEGMENT_ALIGN,
+        "USE_BEFORE": has_before, "USE_BEHIND": has_behind,
+        "SUM_BEHIND": segments == 1 and causal, "STORE_FIRST": has_first and causal,
+    }  # fmt: skip
+    if by_hand:
+        launcher = sweep_by_hand()
+        shared |= {
+            "GROUPS": config["num_warps"] // 4, "STAGES": config["num_stages"],
+            "IS_ALIKE": strides[0:3] * 4 == strides and K == V and parts_v == 1,
+        }  # fmt: skip
+    else:
+        launcher = _sweep
+        shared |= {"UNIT": unit, "IS_CAUSAL": causal, **precision(dtype, precise)}
+    rounds = []
+    for first_v in range(0, parts_v, added):
+        count = min(added, parts_v - first_v)
+        constants = launcher.constants(NV=count, **shared)
+        rounds.append((
+            count,
+            launcher.variant(constants, config["num_warps"], config["num_stages"]),
+            N * H * segments * count * parts_k,
+            (*strides, scale, T, H, segments, first_v),
+        ))  # fmt: skip
+    return Plan(parts_v, parts_k, tuple(rounds))
 
 
 def _add_up(
@@ -298,38 +337,3 @@ def blocks(K: int, V: int, dtype: torch.dtype, precise: bool) -> int:
     """Blocks of a head's state that are swept side by side."""
     config = sweep_config(K, V, dtype, precise)
     return cdiv(K, config["BLOCK_K"]) * min(cdiv(V, config["BLOCK_V"]), ADDED)
-
-
-@functools.lru_cache(maxsize=1024)
-def _sweep_plan(
-    wgmma: bool,
-    alike: bool,
-    K: int,
-    V: int,
-    unit: int,
-    dtype: torch.dtype,
-    precise: bool,
-    causal: bool,
-    packed: bool,
-    blocks_v: int,
-    has_before: bool,
-    has_behind: bool,
-    has_first: bool,
-    sums: bool,
-) -> tuple[Launcher, tuple[object, ...], int, int]:
-    """The sweep's constants, num_warps and num_stages."""
-    config = wgmma_sweep_config(K, V) if wgmma else sweep_config(K, V, dtype, precise)
-    shared: dict[str, object] = {
-        "K": K, "V": V, "BLOCK_T": config["BLOCK_T"], "BLOCK_K": config["BLOCK_K"],
-        "BLOCK_V": config["BLOCK_V"], "NV": blocks_v, "IS_PACKED": packed, "ALIGN": SEGMENT_ALIGN,
-        "USE_BEFORE": has_before, "USE_BEHIND": has_behind, "SUM_BEHIND": sums and causal,
-        "STORE_FIRST": has_first and causal,
-    }  # fmt: skip
-    if wgmma:
-        launcher = sweep_by_hand()
-        constants = launcher.constants(
-            GROUPS=config["num_warps"] // 4, STAGES=config["num_stages"], IS_ALIKE=alike, **shared
-        )
-        return launcher, constants, config["num_warps"], config["num_stages"]
-    constants = _sweep.constants(UNIT=unit, IS_CAUSAL=causal, **precision(dtype, precise), **shared)
-    return _sweep, constants, config["num_warps"], config["num_stages"]
