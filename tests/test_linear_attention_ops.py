@@ -28,7 +28,7 @@ def both(q, k, v, state):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("segments", "pieces"), [(1, 1), (2, 1), (2, 2)])
+@pytest.mark.parametrize(("segments", "pieces"), [(1, 1), (2, 2)])
 @pytest.mark.parametrize("has_state", [True, False])
 @pytest.mark.parametrize("sweep", [0, 1])
 def test_the_operator_keeps_pytorchs_rules(causal, segments, pieces, has_state, sweep):
@@ -71,7 +71,7 @@ def test_the_plan_for_hopper_can_be_traced(monkeypatch, trained):
     monkeypatch.setattr(module, "processors", lambda _: 132)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(linear_attention, fullgraph=True, backend=counter, dynamic=True)
-    for T in (1100, 1300, 1500):
+    for T in (1100, 1300):
         q, k, v, _ = (x.requires_grad_(trained) for x in leaves(T, H=1, K=16, V=16))
         o = compiled(q, k, v)[0]
         assert torch.allclose(o, linear_attention(q, k, v)[0], rtol=1e-4, atol=1e-4)
