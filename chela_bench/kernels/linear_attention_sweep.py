@@ -171,24 +171,20 @@ def _store_rows(ptr, stride, t, offs_t, offs_c, mask_t, mask_c, rows):
 
 @triton.jit(do_not_specialize=["size"])
 def _linear_attention_add_kernel(
-    parts_ptr, sum_ptr, out_ptr,  # pointers
+    parts_ptr, out_ptr,  # pointers
     size: tl.int64,  # runtime scalar: elements of a part
-    COUNT: tl.constexpr, BLOCK: tl.constexpr,
-    USE_SUM: tl.constexpr, STORE_SUM: tl.constexpr,
+    COUNT: tl.constexpr, BLOCK: tl.constexpr, IS_BEGUN: tl.constexpr,
 ):  # fmt: skip
-    """The sum of COUNT parts, and of an earlier sum: into sum_ptr, float32, or rounded into out."""
+    """out becomes the sum of COUNT parts, and of what it is already, if begun."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
-    if USE_SUM:
-        total = tl.load(sum_ptr + offs, mask=mask, other=0.0)
+    if IS_BEGUN:
+        total = tl.load(out_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     else:
         total = tl.zeros([BLOCK], dtype=tl.float32)
     for i in tl.static_range(COUNT):
         total += tl.load(parts_ptr + i * size + offs, mask=mask, other=0.0).to(tl.float32)
-    if STORE_SUM:
-        tl.store(sum_ptr + offs, total, mask=mask)
-    else:
-        tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 _add = Launcher(_linear_attention_add_kernel)
@@ -234,17 +230,14 @@ def sweep(
         [(_, variant, programs, scalars)] = plan.rounds
         variant(programs, (q, k, v, do, dq, dk, dv_parts, *states), scalars)
     else:
-        sums: list[Tensor | None] = [None, None]
-        if len(plan.rounds) > 1:
-            sums = [x.new_empty(x.shape, dtype=torch.float32) for x in (dq, dk)]
         for i, (count, variant, programs, scalars) in enumerate(plan.rounds):
             parts = [q.new_empty(count, *q.shape) for _ in range(2)]
             variant(programs, (q, k, v, do, *parts, dv_parts, *states), scalars)
-            for part, total, out in zip(parts, sums, (dq, dk), strict=True):
-                _add_up(part, total, out, i > 0, i + 1 < len(plan.rounds))
+            for part, out in zip(parts, (dq, dk), strict=True):
+                _add_up(part, out, i > 0)
             del parts, part
     if plan.parts_k > 1:
-        _add_up(dv_parts, None, dv, False, False)
+        _add_up(dv_parts, dv, False)
 
 
 class Plan(NamedTuple):
@@ -321,16 +314,11 @@ def _sweep_plan(
     return Plan(parts_v, parts_k, tuple(rounds))
 
 
-def _add_up(
-    parts: Tensor, total: Tensor | None, out: Tensor, is_begun: bool, goes_on: bool
-) -> None:
-    """Adds up `parts` [count, ...]: into `total`, begun or not, if it goes on; else into `out`."""
+def _add_up(parts: Tensor, out: Tensor, is_begun: bool) -> None:
+    """out = the sum of `parts` [count, ...], and of out, if begun."""
     block = 2048
-    constants = _add.constants(
-        COUNT=parts.shape[0], BLOCK=block, USE_SUM=is_begun, STORE_SUM=goes_on
-    )
-    programs = cdiv(out.numel(), block)
-    _add(programs, (parts, total, out), (out.numel(),), constants, 8, 1)
+    constants = _add.constants(COUNT=parts.shape[0], BLOCK=block, IS_BEGUN=is_begun)
+    _add(cdiv(out.numel(), block), (parts, out), (out.numel(),), constants, 8, 1)
 
 
 def blocks(K: int, V: int, dtype: torch.dtype, precise: bool) -> int:
