@@ -31,7 +31,7 @@ ALLOWED_CONFIG: dict[str, tuple[int, ...]] = {
     "wgmma": (0, 1),  # 1: walks scheduled by hand for sm_90, where they can be; 0: by Triton
 }
 SWEPT = 16384  # tokens in a segment of a sweep at most
-ADDED = 4  # parts of a gradient in memory at once
+ADDED = 8  # parts of a gradient in memory at once
 SHORTEST_SEGMENT = 512  # tokens; below, the states cost as much as what they save
 
 
@@ -67,13 +67,15 @@ def suits_wgmma(options: Sequence[int], K: int, dtype: torch.dtype) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def sum_config(K: int, V: int, dtype: torch.dtype) -> dict[str, int]:
-    """Of the sum over a segment."""
+def sum_config(K: int, V: int, dtype: torch.dtype, roomy: bool) -> dict[str, int]:
+    """Of the sum over a segment. `roomy`: with the shared memory of a Hopper SM, which one program
+    of 128 columns fills sooner than two of 64 do."""
+    wide = roomy and dtype != torch.float32 and min(K, V) > 64
     return {
         "BLOCK_T": 32 if dtype == torch.float32 else 64,
         "BLOCK_K": min(128, tile(K)),
-        "BLOCK_V": min(64, tile(V)),
-        "num_warps": 4,
+        "BLOCK_V": min(128 if wide else 64, tile(V)),
+        "num_warps": 8 if wide else 4,
         "num_stages": 4,
     }
 

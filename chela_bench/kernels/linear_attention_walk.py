@@ -387,7 +387,7 @@ def segment_states(
     if inclusive or whole is not None:
         skipped = 0
     first = 0 if reverse else segments - skipped
-    config = sum_config(K, V, k.dtype)
+    config = sum_config(K, V, k.dtype, has_wgmma(k.device))
     unit, strides, _ = rows_of(k, v)
     precisely = precision(k.dtype, call.precise)
     del precisely["WIDEN"]
