@@ -93,9 +93,10 @@ def by_hand() -> Iterator[tuple[str, Any, dict[str, Any], int, int]]:
         options = (64, columns, warps, stages, -1, 1)
         keys, slots = (torch.empty(1, 64, 16, size, device="meta") for size in (K, V))
         rows = [x.stride() for x in (keys, keys, slots, slots)]
-        variant, _, _ = walks._walk_plan(
+        packed = torch.int64 if everything else None
+        variant, _, _ = walks.walk_plan(
             keys.shape, V, *rows, torch.bfloat16, device, 1.0, 1, 1, 1, options, False, True,
-            *[everything] * 5,
+            everything, packed, *[everything] * 3,
         )  # fmt: skip
         kernel = variant.launcher.kernel
         assert variant.launcher is walks.walk_by_hand()
@@ -111,8 +112,9 @@ def by_hand() -> Iterator[tuple[str, Any, dict[str, Any], int, int]]:
         keys, slots = (torch.empty(1, 64, 16, size, device="meta") for size in (K, V))
         apart = torch.empty(1, 64, 16, 2 * V, device="meta")[..., :V]
         rows = [x.stride() for x in (keys, keys, slots, slots if alike else apart)]
+        packed = torch.int64 if everything else None
         plan = sweeps._sweep_plan(
-            keys.shape, V, *rows, torch.bfloat16, device, 1.0, 1, 1, False, True, everything,
+            keys.shape, V, *rows, torch.bfloat16, device, 1.0, 1, 1, False, True, packed,
             (-1,) * 5 + (1,), True, True, everything, 4,
         )  # fmt: skip
         variant = plan.rounds[0][1]

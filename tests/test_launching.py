@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
+from triton.backends.nvidia.driver import CudaLauncher
 
 from chela_bench.kernels import (
     linear_attention_recurrent,
     linear_attention_sweep,
     linear_attention_walk,
 )
-from chela_bench.kernels.launching import Launcher
+from chela_bench.kernels.launching import Launcher, form_of
 from chela_bench.kernels.linear_attention_config import RUNTIME
 
 
@@ -22,7 +24,7 @@ class Kernel:
 
     def __init__(self):
         self.arg_names = ["x_ptr", "y_ptr", "T", "BLOCK", "IS_CAUSAL"]
-        self.compiled, self.launched, self.hooked = [], [], []
+        self.compiled, self.launched = [], []
 
     def __getitem__(self, grid):
         def run(*arguments, num_warps, num_stages):
@@ -42,9 +44,6 @@ class Compiled:
         assert (stream, function, metadata) == (17, "function", "metadata")
         assert launch_metadata is enter is leave is None
         self.kernel.launched.append(((x, y, z), arguments))
-
-    def __getitem__(self, grid):
-        return lambda *arguments: self.kernel.hooked.append((grid, arguments))
 
 
 @pytest.fixture
@@ -67,7 +66,7 @@ def test_the_second_launch_goes_straight_to_the_compiled_kernel(launch):
     assert launch.kernel.compiled == [((7,), (x, None, 100, 64, True), 4, 2)]
     [(grid, arguments)] = launch.kernel.launched
     assert grid == (9, 1, 1)
-    assert arguments[0] is y and arguments[1:] == (None, 200, 64, True)
+    assert arguments == (y.data_ptr(), 0, 200, 64, True)
 
 
 def test_a_profilers_hooks_are_called(launch, monkeypatch):
@@ -76,8 +75,7 @@ def test_a_profilers_hooks_are_called(launch, monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [print])
     launch(3, (torch.zeros(4), None), (1,), (64, True), 4, 2)
     assert len(launch.kernel.launched) == 1
-    [(grid, _)] = launch.kernel.hooked
-    assert grid == (3, 1, 1)
+    assert [grid for grid, *_ in launch.kernel.compiled] == [(1,), (3,)]  # by Triton itself
 
 
 def test_whatever_it_was_compiled_for_tells_kernels_apart(launch):
@@ -95,6 +93,38 @@ def test_whatever_it_was_compiled_for_tells_kernels_apart(launch):
         for tensors, constants, num_warps, num_stages in different:
             launch(1, tensors, (1,), constants, num_warps, num_stages)
     assert len(launch.kernel.compiled) == len(launch.kernel.launched) == len(different)
+
+
+def test_a_form_launches_what_tritons_launcher_would(launch):
+    """Each argument at its place, in the version that is installed."""
+    seen = []
+    compiled = launched_by_triton(lambda *arguments: seen.append(arguments))
+    compiled.run(5, 1, 1, 17, "function", (4, 1, 0), None, None, None, 1024, 0, 2.0, True)
+    form_of(compiled, torch.device("cuda", 0))(5, (1024, 0, 2.0, True))
+    assert seen[0] == seen[1]
+
+
+def test_scratch_memory_is_left_to_tritons_launcher(launch):
+    compiled = launched_by_triton(None)
+    compiled.run.profile_scratch_size = 8
+    calls = []
+    compiled.run.__class__ = type(
+        "Launcher",
+        (CudaLauncher,),
+        {"__module__": CudaLauncher.__module__, "__call__": lambda _, *x: calls.append(x)},
+    )
+    form_of(compiled, torch.device("cuda", 0))(5, (1024, 2.0))
+    assert calls == [(5, 1, 1, 17, "function", (4, 1, 0), None, None, None, 1024, 2.0)]
+
+
+def launched_by_triton(launch):
+    run = CudaLauncher.__new__(CudaLauncher)
+    run.launch, run.num_ctas = launch, 1
+    run.global_scratch_size = run.profile_scratch_size = 0
+    run.global_scratch_align = run.profile_scratch_align = 1
+    run.launch_cooperative_grid, run.launch_pdl = False, True
+    run.arg_annotations, run.kernel_signature = ["annotations"], b"signature"
+    return SimpleNamespace(run=run, function="function", packed_metadata=(4, 1, 0))
 
 
 def test_an_interpreted_kernel_is_always_called(launch, monkeypatch):

@@ -7,13 +7,17 @@ so that is enough to find it again; after that only the driver's own launch is l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+
+_TRITON = ".".join(triton.__version__.split(".")[:2])
+
+Form = Callable[[int, tuple[object, ...]], None]
 
 
 class Launcher:
@@ -34,29 +38,42 @@ class Launcher:
         assert self.kernel.arg_names[-len(values) :] == names
         return tuple([values[name] for name in names])
 
-    def variant(self, constants: tuple[object, ...], num_warps: int, num_stages: int) -> Variant:
-        """What to launch again and again with other tensors and scalars."""
-        key = (constants, num_warps, num_stages)
+    def variant(
+        self,
+        constants: tuple[object, ...],
+        num_warps: int,
+        num_stages: int,
+        device: torch.device,
+        dtypes: tuple[torch.dtype | None, ...],
+    ) -> Variant:
+        """What to launch again and again with other tensors, on this device and of these dtypes (or
+        of what tells them), and with other scalars."""
+        key = (constants, num_warps, num_stages, device, dtypes)
         found = self._variants.get(key)
         if found is None:
-            found = self._variants[key] = Variant(self, *key)
+            found = self._variants[key] = Variant(self, *key[:-1])
         return found
 
     def __call__(
         self,
         programs: int,
         tensors: Sequence[Tensor | None],
-        scalars: Sequence[int | float],
+        scalars: tuple[int | float, ...],
         constants: tuple[object, ...],
         num_warps: int,
         num_stages: int,
     ) -> None:
         """Runs `programs` of it on the current device and stream."""
-        self.variant(constants, num_warps, num_stages)(programs, tensors, scalars)
+        first = tensors[0]
+        assert first is not None
+        dtypes = tuple([None if x is None else x.dtype for x in tensors])
+        variant = self.variant(constants, num_warps, num_stages, first.device, dtypes)
+        variant(programs, tensors, scalars)
 
 
 class Variant:
-    """A kernel with its constexprs, of which there may be several compiled forms."""
+    """A kernel with its constexprs, on one device, and for tensors of certain dtypes or none: the
+    forms of it that are compiled differ in which pointers are aligned."""
 
     def __init__(
         self,
@@ -64,42 +81,55 @@ class Variant:
         constants: tuple[object, ...],
         num_warps: int,
         num_stages: int,
+        device: torch.device,
     ) -> None:
-        self.launcher, self.constants = launcher, constants
+        self.launcher, self.constants, self.device = launcher, constants, device
         self.num_warps, self.num_stages = num_warps, num_stages
-        self._compiled: dict[tuple[Any, ...], Any] = {}
+        self._forms: dict[tuple[bool, ...], Form] = {}
 
     def __call__(
-        self, programs: int, tensors: Sequence[Tensor | None], scalars: Sequence[int | float]
+        self, programs: int, tensors: Sequence[Tensor | None], scalars: tuple[int | float, ...]
     ) -> None:
         """Runs `programs` of it on the current device and stream."""
-        first = tensors[0]
-        assert first is not None
-        device = first.device.index
-        kinds = [None if x is None else (x.dtype, x.data_ptr() % 16 == 0) for x in tensors]
-        compiled = self._compiled.get((device, *kinds))
-        if compiled is not None:
-            launch(compiled, programs, device, (*tensors, *scalars, *self.constants))
+        pointers = [0 if x is None else x.data_ptr() for x in tensors]
+        aligned = tuple([pointer % 16 == 0 for pointer in pointers])
+        form = self._forms.get(aligned)
+        if form is not None and not hooked():
+            form(programs, (*pointers, *scalars, *self.constants))
             return
         compiled = self.launcher.kernel[(programs,)](
             *tensors, *scalars, *self.constants,
             num_warps=self.num_warps, num_stages=self.num_stages,
         )  # fmt: skip
         if not self.launcher.interpreted:
-            self._compiled[device, *kinds] = compiled
+            self._forms[aligned] = form_of(compiled, self.device)
 
 
-def launch(compiled: Any, programs: int, device: int, arguments: tuple[object, ...]) -> None:
-    """`compiled[programs, 1, 1](*arguments)`, without the metadata that only hooks look at."""
+def form_of(compiled: Any, device: torch.device) -> Form:
+    """`compiled[programs, 1, 1](*arguments)` on the device's current stream, pointers as numbers,
+    without the metadata that only hooks look at. Where Triton's launcher is one whose order of
+    arguments is known, and the kernel needs no scratch memory, without its own Python too."""
+    stream, index = torch._C._cuda_getCurrentRawStream, device.index
+    run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
+    fixed: tuple[Any, ...] = (function, packed, None, None, None)
+    launch, together = run, False
+    known = type(run).__module__ == "triton.backends.nvidia.driver" and _TRITON in ("3.6", "3.7")
+    if known and run.global_scratch_size == run.profile_scratch_size == 0:
+        launch, fixed = run.launch, (function, run.launch_cooperative_grid, run.launch_pdl)
+        if _TRITON == "3.6":  # scratch memory, metadata, launch metadata, hooks
+            fixed += (None, None, packed, None, None, None)
+        else:  # metadata, launch metadata, hooks, scratch memory
+            fixed += (packed, *[None] * 5, run.arg_annotations, run.kernel_signature)
+            together = True
+    if together:
+        return lambda programs, arguments: launch(programs, 1, 1, stream(index), *fixed, arguments)
+    return lambda programs, arguments: launch(programs, 1, 1, stream(index), *fixed, *arguments)
+
+
+def hooked() -> bool:
+    """Whether a profiler wants to know of every launch."""
     runtime = triton.knobs.runtime
-    if runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
-        compiled[programs, 1, 1](*arguments)
-        return
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    compiled.run(
-        programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
-        *arguments,
-    )  # fmt: skip
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:

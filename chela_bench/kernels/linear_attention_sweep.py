@@ -221,8 +221,8 @@ def sweep(
     """
     plan = _sweep_plan(
         q.shape, v.shape[-1], q.stride(), k.stride(), v.stride(), do.stride(), q.dtype, q.device,
-        call.scale, call.N, call.segments, call.precise, call.causal, call.cu_seqlens is not None,
-        call.options, before is not None, behind is not None, first is not None, ADDED,
+        call.scale, call.N, call.segments, call.precise, call.causal, call.packed, call.options,
+        before is not None, behind is not None, first is not None, ADDED,
     )  # fmt: skip
     dv_parts = dv if plan.parts_k == 1 else dv.new_empty(plan.parts_k, *dv.shape)
     states = (before, behind, first, call.cu_seqlens)
@@ -264,7 +264,7 @@ def _sweep_plan(
     segments: int,
     precise: bool,
     causal: bool,
-    packed: bool,
+    packed: torch.dtype | None,
     options: tuple[int, ...],
     has_before: bool,
     has_behind: bool,
@@ -288,7 +288,7 @@ def _sweep_plan(
     parts_v, parts_k = cdiv(V, config["BLOCK_V"]), cdiv(K, config["BLOCK_K"])
     shared: dict[str, object] = {
         "K": K, "V": V, "BLOCK_T": config["BLOCK_T"], "BLOCK_K": config["BLOCK_K"],
-        "BLOCK_V": config["BLOCK_V"], "IS_PACKED": packed, "ALIGN": SEGMENT_ALIGN,
+        "BLOCK_V": config["BLOCK_V"], "IS_PACKED": packed is not None, "ALIGN": SEGMENT_ALIGN,
         "USE_BEFORE": has_before, "USE_BEHIND": has_behind,
         "SUM_BEHIND": segments == 1 and causal, "STORE_FIRST": has_first and causal,
     }  # fmt: skip
@@ -301,13 +301,13 @@ def _sweep_plan(
     else:
         launcher = _sweep
         shared |= {"UNIT": unit, "IS_CAUSAL": causal, **precision(dtype, precise)}
-    rounds = []
+    rounds, on = [], (device, (dtype, packed))
     for first_v in range(0, parts_v, added):
         count = min(added, parts_v - first_v)
         constants = launcher.constants(NV=count, **shared)
         rounds.append((
             count,
-            launcher.variant(constants, config["num_warps"], config["num_stages"]),
+            launcher.variant(constants, config["num_warps"], config["num_stages"], *on),
             N * H * segments * count * parts_k,
             (*strides, scale, T, H, segments, first_v),
         ))  # fmt: skip

@@ -47,6 +47,11 @@ from chela_bench.kernels.linear_attention_model import wgmma_config
 _SCANNED = 1024  # elements of a state that one program adds up
 
 
+Strides = tuple[int, ...]
+WalkPlan = tuple[Variant, int, tuple[int | float, ...]]
+"""The kernel, how many programs, and its scalars."""
+
+
 class Walk(NamedTuple):
     """What all the walks of one call share."""
 
@@ -58,6 +63,12 @@ class Walk(NamedTuple):
     pieces: int  # of a segment, whose states are summed side by side
     precise: bool
     options: tuple[int, ...]  # what the caller asked for, by linear_attention_config.OPTIONS
+    forward: WalkPlan | None = None  # of the walk that writes o, where it is known beforehand
+
+    @property
+    def packed(self) -> torch.dtype | None:
+        """Of cu_seqlens, if sequences are packed."""
+        return None if self.cu_seqlens is None else self.cu_seqlens.dtype
 
 
 @triton.jit
@@ -288,27 +299,25 @@ def walk(
     final: Tensor | None = None,
     transposed: bool = False,
     reverse: bool = False,
+    plan: WalkPlan | None = None,
 ) -> None:
     """Writes o, and the last state into `final`.
 
     q, k [B, T, H, K]; v, o [B, T, H, V]; rows contiguous. `initial` is a state for each piece of
     each segment, [N, H, segments * pieces, K, V], or two-sided one for all, [N, H, K, V]; with
     `transposed` states are [..., V, K]. There is a `final` [N, H, K, V] of a causal walk in one
-    segment only.
+    segment only. `plan` is what `walk_plan` would find.
     """
-    variant, programs, scalars = _walk_plan(
+    variant, programs, scalars = plan or walk_plan(
         q.shape, v.shape[-1], q.stride(), k.stride(), v.stride(), o.stride(), q.dtype, q.device,
         call.scale, call.N, call.segments, call.pieces, call.options, call.precise, call.causal,
-        reverse, call.cu_seqlens is not None, initial is not None, final is not None, transposed,
+        reverse, call.packed, initial is not None, final is not None, transposed,
     )  # fmt: skip
     variant(programs, (q, k, v, o, initial, final, call.cu_seqlens), scalars)
 
 
-Strides = tuple[int, ...]
-
-
 @functools.lru_cache(maxsize=4096)
-def _walk_plan(
+def walk_plan(
     shape: torch.Size,
     V: int,
     q_strides: Strides,
@@ -325,19 +334,18 @@ def _walk_plan(
     precise: bool,
     causal: bool,
     reverse: bool,
-    packed: bool,
+    packed: torch.dtype | None,
     has_initial: bool,
     has_final: bool,
     transposed: bool,
-) -> tuple[Variant, int, tuple[int | float, ...]]:
-    """The kernel, how many programs, and its scalars. Every T has its own plan, not its own
-    kernel."""
+) -> WalkPlan:
+    """Every T has its own plan, not its own kernel."""
     _, T, H, K = shape
     unit, strides, near = _rows_of((q_strides, K), (k_strides, K), (v_strides, V), (o_strides, V))
     shared: dict[str, object] = {
-        "K": K, "V": V, "IS_REVERSED": reverse, "IS_PACKED": packed, "ALIGN": SEGMENT_ALIGN,
-        "USE_INITIAL_STATE": has_initial, "STORE_FINAL_STATE": has_final,
-        "STATE_IS_TRANSPOSED": transposed,
+        "K": K, "V": V, "IS_REVERSED": reverse, "IS_PACKED": packed is not None,
+        "ALIGN": SEGMENT_ALIGN, "USE_INITIAL_STATE": has_initial,
+        "STORE_FINAL_STATE": has_final, "STATE_IS_TRANSPOSED": transposed,
     }  # fmt: skip
     config = None
     if has_wgmma(device) and unit == 16 and near and causal and not precise:
@@ -357,7 +365,8 @@ def _walk_plan(
             IS_CAUSAL=causal, **precision(dtype, precise), **shared,
         )  # fmt: skip
         launcher = _walk
-    variant = launcher.variant(constants, config["num_warps"], config["num_stages"])
+    on = (device, (dtype, packed))
+    variant = launcher.variant(constants, config["num_warps"], config["num_stages"], *on)
     programs = N * H * segments * cdiv(V, config["BLOCK_V"])
     return variant, programs, (*strides, scale, T, H, segments, pieces)
 
