@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from chela_bench.errors import ArgumentError
 from chela_bench.kernels import linear_attention as module
+from chela_bench.kernels import linear_attention_ops as ops
+from chela_bench.kernels import linear_attention_walk as walks
 from chela_bench.kernels.linear_attention import linear_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -165,3 +167,34 @@ def test_a_new_length_batch_or_number_of_heads_compiles_nothing():
         for shape in [(1, 1000, 2, K), (2, 1, 2, K), (3, 130, 1, K), (1, 129, 16, K)]:
             run(*shape)
         assert compiled() == before
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("schedule", ["fused", "split"])
+def test_the_walk_known_beforehand_is_the_one_that_it_would_plan(monkeypatch, causal, schedule):
+    planned = []
+
+    def walk(q, k, v, o, call, *, plan, **states):
+        walks.walk(q, k, v, o, call, plan=plan, **states)
+        strides = [x.stride() for x in (q, k, v, o)]
+        wanted = walks.walk_plan(
+            q.shape, v.shape[-1], *strides, q.dtype, q.device, call.scale, call.N, call.segments,
+            call.pieces, call.options, call.precise, call.causal, False, call.packed,
+            states.get("initial") is not None, states.get("final") is not None, False,
+        )  # fmt: skip
+        assert plan in (None, wanted)
+        planned.append(plan is not None)
+
+    monkeypatch.setattr(ops, "walk", walk)
+    q, k, v, state = leaves(T=20, H=2)
+    options = {"causal": causal, "schedule": schedule}
+    heads_first = v.transpose(1, 2).contiguous().transpose(1, 2)
+    for given, final in ((None, False), (state, True)):
+        linear_attention(q, k, v, initial_state=given, output_final_state=final, **options)
+        linear_attention(q, k, heads_first, initial_state=given, **options)
+    assert planned == [True] * 4
+    columns = v.transpose(2, 3).contiguous().transpose(2, 3)  # to be copied
+    linear_attention(q, k, columns, **options)
+    bounds = torch.tensor([0, 7, 20], device=DEVICE)
+    linear_attention(q, k, v, cu_seqlens=bounds, **options)
+    assert planned[4:] == [False] * 2

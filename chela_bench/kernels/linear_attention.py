@@ -55,7 +55,12 @@ from chela_bench.kernels.linear_attention_ops import (
     rows_contiguous,
 )
 from chela_bench.kernels.linear_attention_recurrent import recurrent_walk, step
-from chela_bench.kernels.linear_attention_walk import Walk, _linear_attention_walk_kernel
+from chela_bench.kernels.linear_attention_walk import (
+    Strides,
+    Walk,
+    _linear_attention_walk_kernel,
+    walk_plan,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -101,21 +106,27 @@ def linear_attention(
     ArgumentError.
     """
     q, k, v = _autocast(q, k, v)
-    resolve = _resolved.__wrapped__ if torch.compiler.is_compiling() else _resolved
+    trained = is_trained(q, k, v, initial_state)
+    plain = is_plain(q, k, v) and (initial_state is None or is_plain(initial_state))
+    resolve = _resolved if plain or not torch.compiler.is_compiling() else _resolved.__wrapped__
     call = resolve(
         (q.shape, q.dtype, q.device), (k.shape, k.dtype, k.device), (v.shape, v.dtype, v.device),
+        (q.stride(), k.stride(), v.stride()) if plain else None,
+        initial_state is not None, output_final_state,
         None if cu_seqlens is None else max(1, cu_seqlens.numel() - 1),
         None if scale is None else float(scale), causal, precise, schedule,
         None if config is None else tuple(checked(config).items()),
-        is_trained(q, k, v, initial_state),
+        trained,
     )  # fmt: skip
     if cu_seqlens is not None:
         cu_seqlens = _check_cu_seqlens(cu_seqlens, q)
         call = call._replace(cu_seqlens=cu_seqlens)
     if initial_state is not None:
         initial_state = _check_state(initial_state, (call.N, *q.shape[2:], v.shape[-1]), q)
-    if is_plain(q, k, v) and (initial_state is None or is_plain(initial_state)):
-        return eager(q, k, v, initial_state, call, output_final_state=output_final_state)
+    if plain:
+        return eager(
+            q, k, v, initial_state, call, output_final_state=output_final_state, trained=trained
+        )
     o, final, _ = torch.ops.chela_bench.linear_attention_forward(
         q, k, v, initial_state, cu_seqlens, call.scale, output_final_state, causal, precise,
         call.segments, call.pieces, call.options,
@@ -228,6 +239,9 @@ def _resolved(
     q: Facts,
     k: Facts,
     v: Facts,
+    strides: tuple[Strides, Strides, Strides] | None,
+    has_initial: bool,
+    has_final: bool,
     sequences: int | None,
     scale: float | None,
     causal: bool,
@@ -237,7 +251,8 @@ def _resolved(
     trained: bool,
 ) -> Walk:
     """A call whose arguments are checked and whose schedule is chosen; remembered, since that takes
-    the host longer than a launch. Packed `sequences` are added to it."""
+    the host longer than a launch. Packed `sequences` are added to it. Where `strides` need no copy,
+    it knows how to launch the walk, too."""
     _check_facts(q, k, v)
     (B, T, H, K), dtype, device = q
     N = B if sequences is None else sequences
@@ -247,7 +262,19 @@ def _resolved(
         causal, precise, sequences is not None,
     )  # fmt: skip
     scale = K**-0.5 if scale is None else scale
-    return Walk(scale, causal, None, N, segments, pieces, precise, options)
+    call = Walk(scale, causal, None, N, segments, pieces, precise, options)
+    V = v[0][-1]
+    if strides is None or any(x[-1] != 1 for x in strides):
+        return call
+    if sequences is not None or N * H * V == 0:
+        return call
+    has_states = segments > 1 or not causal
+    plan = walk_plan(
+        q[0], V, *strides, (T * H * V, H * V, V, 1), dtype, device, scale, N, segments, pieces,
+        options, precise, causal, False, None, has_initial or has_states,
+        has_final and not has_states, False,
+    )  # fmt: skip
+    return call._replace(forward=plan)
 
 
 def _plan(
@@ -310,7 +337,7 @@ def _prepared(
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    kind = tensors[0].device.type
+    kind = "cuda" if tensors[0].is_cuda else tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)

@@ -52,23 +52,24 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """o; the final state, if wanted; the states between segments, or two-sided the state that all
     read, if there are any and they are to be kept."""
-    H, K = q.shape[2:]
+    _, _, H, K = q.shape
     V = v.shape[-1]
-    o = q.new_empty(v.shape)
+    o = torch.empty_like(v) if v.is_contiguous() else v.new_empty(v.shape)  # the faster first
     final = q.new_empty(call.N, H, K, V, dtype=torch.float32) if output_final_state else None
     states = None
     if call.segments > 1 or not call.causal:
         states = q.new_empty(states_shape(call, H, K, V), dtype=torch.float32)
     if call.N * H * V > 0:
-        q, k, v = rows_contiguous(q, k, v)
+        if call.forward is None:
+            q, k, v = rows_contiguous(q, k, v)
         with on_device_of(q):
             if states is None:
-                walk(q, k, v, o, call, initial=initial, final=final)
+                walk(q, k, v, o, call, initial=initial, final=final, plan=call.forward)
             else:
                 segment_states(
                     k, v, states, call, initial=initial, final=final, every_piece=keep_states
                 )
-                walk(q, k, v, o, call, initial=states)
+                walk(q, k, v, o, call, initial=states, plan=call.forward)
     return o, final, states if keep_states else None
 
 
@@ -288,9 +289,10 @@ def eager(
     call: Walk,
     *,
     output_final_state: bool,
+    trained: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """o and the final state, if wanted: the operator without the dispatcher."""
-    if is_trained(q, k, v, initial):
+    if trained:
         o, final = _Eager.apply(q, k, v, initial, call, output_final_state)
         return o, final
     return forward(
@@ -311,13 +313,16 @@ def is_trained(q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None) -> bool:
 def is_plain(*tensors: Tensor) -> bool:
     """Nobody is watching that `eager` would bypass: no tracing, no mode, no tensor subclass."""
     for x in tensors:
-        if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+        if type(x) not in _PLAIN:
             return False
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
     )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class _Eager(torch.autograd.Function):
@@ -337,7 +342,7 @@ class _Eager(torch.autograd.Function):
         options = (
             call.scale, call.causal, call.precise, call.segments, call.pieces, call.options
         )  # fmt: skip
-        _keep(ctx, (q, k, v, initial, call.cu_seqlens), o, states, options)
+        _keep(ctx, (q, k, v, initial, call.cu_seqlens), states, options)
         return o, final
 
     @staticmethod
@@ -347,7 +352,7 @@ class _Eager(torch.autograd.Function):
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     tensors, (scale, has_final, *options) = inputs[:5], inputs[5:]
-    _keep(ctx, tensors, output[0], output[2], (scale, *options))
+    _keep(ctx, tensors, output[2], (scale, *options))
     ctx.has_final = has_final
     ctx.mark_non_differentiable(output[2])
 
@@ -355,12 +360,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 def _keep(
     ctx: Any,
     tensors: tuple[Tensor | None, ...],
-    o: Tensor,
     states: Tensor | None,
     options: tuple[Any, ...],
 ) -> None:
     ctx.save_for_backward(*tensors, states)
-    ctx.options, ctx.o_like = options, (o.shape, o.dtype)
+    ctx.options = options
     ctx.set_materialize_grads(False)
 
 
@@ -377,7 +381,7 @@ def _gradients(ctx: Any, do: Tensor | None, d_final: Tensor | None) -> tuple[Ten
     if do is None and d_final is None:
         return None, None, None, None
     if do is None:
-        do = q.new_zeros(ctx.o_like[0], dtype=ctx.o_like[1])
+        do = v.new_zeros(v.shape)
     backward: Callable[..., Any] = torch.ops.chela_bench.linear_attention_backward
     watched = [x for x in (q, k, v, do, d_final) if x is not None]
     if not torch.is_grad_enabled() and is_plain(*watched):
@@ -400,7 +404,8 @@ def _sequences(q: Tensor, cu_seqlens: Tensor | None) -> int:
 
 
 def rows_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple([x if x.stride(-1) == 1 else x.contiguous() for x in tensors])
+    """Strided as they may be, but for the last axis."""
+    return tuple([x if x.is_contiguous() or x.stride(-1) == 1 else x.contiguous() for x in tensors])
 
 
 _FORWARD, _BACKWARD = (f"chela_bench::linear_attention_{way}" for way in ("forward", "backward"))
