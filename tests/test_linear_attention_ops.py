@@ -198,3 +198,13 @@ def test_the_walk_known_beforehand_is_the_one_that_it_would_plan(monkeypatch, ca
     bounds = torch.tensor([0, 7, 20], device=DEVICE)
     linear_attention(q, k, v, cu_seqlens=bounds, **options)
     assert planned[4:] == [False] * 2
+
+
+def test_a_tensor_that_outlived_its_transform_is_taken():
+    kept = []
+    q, k, v, _ = leaves()
+    torch.func.grad(lambda x: (kept.append(x), x.sum())[1])(q.detach())
+    o = linear_attention(kept[0], k, v)[0]
+    assert torch.equal(o, linear_attention(q, k, v)[0])
+    o.sum().backward()
+    assert k.grad is not None

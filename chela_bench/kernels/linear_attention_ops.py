@@ -293,7 +293,9 @@ def eager(
 ) -> tuple[Tensor, Tensor | None]:
     """o and the final state, if wanted: the operator without the dispatcher."""
     if trained:
-        o, final = _Eager.apply(q, k, v, initial, call, output_final_state)
+        unwrap = torch._C._functorch.unwrap_if_dead
+        initial = None if initial is None else unwrap(initial)
+        o, final = _apply(unwrap(q), unwrap(k), unwrap(v), initial, call, output_final_state)
         return o, final
     return forward(
         q, k, v, initial, call, output_final_state=output_final_state, keep_states=False
@@ -348,6 +350,10 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, d_final: Tensor | None) -> Any:
         return *_gradients(ctx, do, d_final), None, None
+
+
+# Without the Python of Function.apply: is_plain has just looked for transforms.
+_apply: Callable[..., Any] = super(torch.autograd.Function, _Eager).apply
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
