@@ -153,7 +153,7 @@ def _backward(
     N, H, V = _sequences(q, cu_seqlens), q.shape[2], v.shape[-1]
     if N * H * V == 0:
         return dq, dk, dv, d_initial
-    q, k, v, do = rows_contiguous(q, k, v, do)
+    q, k, v, do = rows_contiguous(q, k, v, do.to(q.dtype))
     zero = scale == 0.0  # R cannot hold d(final state) / scale: let q and do's part be 0 instead
     factor = 1.0 if zero else scale
     call = Walk(factor, causal, cu_seqlens, N, segments, pieces, precise, tuple(options))
