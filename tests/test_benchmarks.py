@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 
 import pytest
+import torch
 
 from chela_bench.kernels.linear_attention_config import checked
 from chela_bench.kernels.linear_attention_model import (
@@ -23,7 +24,11 @@ from tests.running import ROOT
 
 @pytest.fixture(scope="module")
 def configs():
-    path = ROOT / "benchmarks" / "linear_attention_configs.py"
+    return script("linear_attention_configs")
+
+
+def script(name):
+    path = ROOT / "benchmarks" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -89,3 +94,11 @@ def test_the_model_chooses_near_the_best_that_was_measured(configs, direction, n
     assert len(losses) >= 60
     assert sum(loss <= 1.05 for loss in losses) >= 0.9 * len(losses)
     assert max(losses) <= 1.3
+
+
+def test_errors_are_those_of_o_and_the_gradients():
+    facts = script("linear_attention_facts")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = facts.errors(70, 1, torch.float16, mean=1.0, precise=False, device=device)
+    assert list(found) == ["o", "dq", "dk", "dv"]
+    assert all(1e-5 < error < 1e-3 for error in found.values())
