@@ -3,7 +3,7 @@
 The tiles that may be chosen, and what was fitted to measurements of them, stand in
 linear_attention_sm90.json, which `benchmarks/linear_attention_configs.py fit` writes. Of a kernel
 the model takes the longer of its bytes over the bandwidth and of its waves of programs, each of
-which walks chunk after chunk. `heads` are those of all sequences.
+which walks chunk after chunk; of a walk, wave by wave. `heads` are those of all sequences.
 """
 
 from __future__ import annotations
