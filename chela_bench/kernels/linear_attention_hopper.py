@@ -47,10 +47,16 @@ def _copied(columns, groups):
 
 
 @gluon.constexpr_function
-def _stored(groups):
-    """Each warp the 16 rows that it has of a product: no other warp is waited for."""
-    lanes = 2 * groups  # to a row
-    return gl.BlockedLayout([lanes // 2, 8], [32 // lanes, lanes], [4, groups], [1, 0])
+def _stored(columns, groups):
+    """Of 64 rows: what a quad of lanes has of a product, 16 bytes a lane instead of 4 four times. So
+    no warp waits for another."""
+    own = columns // groups
+    across = [[0, step] for step in (8, 16) if step < own]
+    down = [[step, 0] for step in (1, 2, 4, 8)]
+    lanes, rest = across + down[: 5 - len(across)], down[5 - len(across) :]
+    registers = [[0, 1], [0, 2], [0, 4], *[[0, x] for x in (32, 64, 128) if x < own], *rest]
+    warps = [[16, 0], [32, 0], *[[0, own]] * (groups - 1)]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [64, columns])
 
 
 @gluon.constexpr_function
@@ -78,10 +84,12 @@ def _segment(
 
 @gluon.jit
 def _offsets(stride, BLOCK_T: gl.constexpr, BLOCK_C: gl.constexpr, LAYOUT: gl.constexpr):
-    """Of a tile in memory, without sign: 64 bits then need no register of their own."""
+    """Of a tile in memory, `stride` in units of 16 elements. Offsets in bytes are below 2^30, and
+    LLVM is told so: no register holds their upper halves."""
     offs_t = gl.arange(0, BLOCK_T, gl.SliceLayout(1, LAYOUT))
     offs_c = gl.arange(0, BLOCK_C, gl.SliceLayout(0, LAYOUT))
-    return (offs_t[:, None] * stride.to(gl.int32) + offs_c[None, :]).to(gl.uint32)
+    stride = (stride.to(gl.int32) & ((1 << 18) - 1)) * 16
+    return (offs_t[:, None] * stride + offs_c[None, :]).to(gl.uint32)
 
 
 @gluon.jit
@@ -103,19 +111,30 @@ def _copy(smem, ptr, offs, rows, columns, IS_WHOLE: gl.constexpr):
 
 
 @gluon.jit
-def _store(ptr, tile, offs, rows, columns, scale, IS_WHOLE: gl.constexpr):
-    tile = gl.convert_layout((tile * scale).to(gl.bfloat16), offs.type.layout)
+def _rounded(tile, scale):
+    return (tile * scale).to(gl.bfloat16)
+
+
+@gluon.jit
+def _store(ptr, tile, offs, rows, columns, IS_WHOLE: gl.constexpr):
+    tile = gl.convert_layout(tile, offs.type.layout)
     mask = _mask(offs, rows, columns, IS_WHOLE)
     gl.store(ptr + offs, tile, mask=mask, eviction_policy="evict_first")
 
 
 @gluon.jit
 def _opaque(x):
-    """x, int64, of which LLVM knows nothing: it would keep an address for every copy and store in
-    registers, and spill."""
+    """x, int32, of which LLVM knows nothing. What a loop computes from it is not kept in registers
+    from chunk to chunk, where accumulators leave few: those would spill."""
     return gl.inline_asm_elementwise(
-        "mov.b64 $0, $1;", "=l,l", [x], dtype=gl.int64, is_pure=False, pack=1
+        "mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
     )
+
+
+@gluon.jit
+def _times(t, stride):
+    """In 64 bits, of two that fit 32."""
+    return (t.to(gl.uint32).to(gl.uint64) * stride.to(gl.uint32).to(gl.uint64)).to(gl.int64)
 
 
 @gluon.jit(do_not_specialize=RUNTIME)
@@ -154,10 +173,10 @@ def _linear_attention_wgmma_kernel(
     k_ptr += (b * stride_kb + h * stride_kh + start * stride_kt) * UNIT
     v_ptr += (b * stride_vb + h * stride_vh + start * stride_vt) * UNIT + first_v
     o_ptr += (b * stride_ob + h * stride_oh + start * stride_ot) * UNIT + first_v
-    q_offs = _offsets(stride_qt * UNIT, BLOCK_T, BLOCK_K, _copied(BLOCK_K, GROUPS))
-    k_offs = _offsets(stride_kt * UNIT, BLOCK_T, BLOCK_K, _copied(BLOCK_K, GROUPS))
-    v_offs = _offsets(stride_vt * UNIT, BLOCK_T, BLOCK_V, _copied(BLOCK_V, GROUPS))
-    o_offs = _offsets(stride_ot * UNIT, BLOCK_T, BLOCK_V, _stored(GROUPS))
+    q_offs = _offsets(stride_qt, BLOCK_T, BLOCK_K, _copied(BLOCK_K, GROUPS))
+    k_offs = _offsets(stride_kt, BLOCK_T, BLOCK_K, _copied(BLOCK_K, GROUPS))
+    v_offs = _offsets(stride_vt, BLOCK_T, BLOCK_V, _copied(BLOCK_V, GROUPS))
+    o_offs = _offsets(stride_ot, BLOCK_T, BLOCK_V, _stored(BLOCK_V, GROUPS))
 
     keys: gl.constexpr = _shared(BLOCK_T, BLOCK_K)
     values: gl.constexpr = _shared(BLOCK_T, BLOCK_V)
@@ -236,7 +255,7 @@ def _linear_attention_wgmma_kernel(
             async_copy.commit_group()
         c = chunks - 1 - i if IS_REVERSED else i
         rows = left - c * BLOCK_T
-        _store(o_ptr + c * BLOCK_T * (stride_ot * UNIT), o, o_offs, rows, left_v, scale, WHOLE_V)
+        _store(o_ptr + c * BLOCK_T * (stride_ot * UNIT), _rounded(o, scale), o_offs, rows, left_v, WHOLE_V)
     async_copy.wait_group(0)
     state = warpgroup_mma_wait(0, deps=[next_state])
     if STORE_FINAL_STATE:
@@ -257,18 +276,19 @@ def _linear_attention_wgmma_sweep_kernel(
     GROUPS: gl.constexpr, STAGES: gl.constexpr, NV: gl.constexpr,  # NV: blocks of V in this grid
     IS_PACKED: gl.constexpr, USE_BEFORE: gl.constexpr, USE_BEHIND: gl.constexpr,
     SUM_BEHIND: gl.constexpr, STORE_FIRST: gl.constexpr, ALIGN: gl.constexpr,
-    IS_ALIKE: gl.constexpr,
+    IS_ALIKE: gl.constexpr, IS_PAIRED: gl.constexpr,
 ):  # fmt: skip
-    """linear_attention_sweep._linear_attention_sweep_kernel, causal. IS_ALIKE: strides of q, k, v
-    and do are the same, and dq, dk and dv lie alike, which spares registers."""
+    """linear_attention_sweep._linear_attention_sweep_kernel, causal. To spare registers, dq, dk and
+    dv are computed one after another in the same ones. IS_ALIKE: strides of q, k, v and do are the
+    same, and dq, dk and dv lie alike. IS_PAIRED: those of q and k are, and those of v and do."""
     UNIT: gl.constexpr = 16
     NK: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     WHOLE_K: gl.constexpr = K % BLOCK_K == 0
     WHOLE_V: gl.constexpr = V % BLOCK_V == 0
     STATE: gl.constexpr = _product(BLOCK_V, GROUPS)
     SCORES: gl.constexpr = _product(BLOCK_T, GROUPS)
-    KEYS: gl.constexpr = _product(BLOCK_K, GROUPS)
-    VALUES: gl.constexpr = _product(BLOCK_V, GROUPS)
+    ROWS: gl.constexpr = _product(BLOCK_V, GROUPS)
+    gl.static_assert(BLOCK_K == BLOCK_V)
     pid = gl.program_id(0).to(gl.int64)
     pid_v, pid_k, pid = pid % NV, pid // NV % NK, pid // NV // NK
     pid_s, pid_nh = pid % segments, pid // segments
@@ -284,6 +304,9 @@ def _linear_attention_wgmma_sweep_kernel(
         stride_kb, stride_kt, stride_kh = stride_qb, stride_qt, stride_qh
         stride_vb, stride_vt, stride_vh = stride_qb, stride_qt, stride_qh
         stride_ob, stride_ot, stride_oh = stride_qb, stride_qt, stride_qh
+    elif IS_PAIRED:
+        stride_kb, stride_kt, stride_kh = stride_qb, stride_qt, stride_qh
+        stride_ob, stride_ot, stride_oh = stride_vb, stride_vt, stride_vh
     # Where each tensor's first tile is, in units.
     q_at = b * stride_qb + h * stride_qh + start * stride_qt + first_k // UNIT
     k_at = b * stride_kb + h * stride_kh + start * stride_kt + first_k // UNIT
@@ -292,12 +315,12 @@ def _linear_attention_wgmma_sweep_kernel(
     at = (b * T + start) * H + h
     dk_at = (pid_v * all_rows + at) * (K // UNIT) + first_k // UNIT
     dv_at = (pid_k * all_rows + at) * (V // UNIT) + first_v // UNIT
-    q_offs = _offsets(stride_qt * UNIT, BLOCK_T, BLOCK_K, _copied(BLOCK_K, GROUPS))
-    k_offs = _offsets(stride_kt * UNIT, BLOCK_T, BLOCK_K, _copied(BLOCK_K, GROUPS))
-    v_offs = _offsets(stride_vt * UNIT, BLOCK_T, BLOCK_V, _copied(BLOCK_V, GROUPS))
-    do_offs = _offsets(stride_ot * UNIT, BLOCK_T, BLOCK_V, _copied(BLOCK_V, GROUPS))
-    dk_offs = _offsets(H * K, BLOCK_T, BLOCK_K, _stored(GROUPS))
-    dv_offs = _offsets(H * V, BLOCK_T, BLOCK_V, _stored(GROUPS))
+    q_offs = _offsets(stride_qt, BLOCK_T, BLOCK_K, _copied(BLOCK_K, GROUPS))
+    k_offs = _offsets(stride_kt, BLOCK_T, BLOCK_K, _copied(BLOCK_K, GROUPS))
+    v_offs = _offsets(stride_vt, BLOCK_T, BLOCK_V, _copied(BLOCK_V, GROUPS))
+    do_offs = _offsets(stride_ot, BLOCK_T, BLOCK_V, _copied(BLOCK_V, GROUPS))
+    dk_offs = _offsets(H * (K // UNIT), BLOCK_T, BLOCK_K, _stored(BLOCK_K, GROUPS))
+    dv_offs = _offsets(H * (V // UNIT), BLOCK_T, BLOCK_V, _stored(BLOCK_V, GROUPS))
 
     keys: gl.constexpr = _shared(BLOCK_T, BLOCK_K)
     values: gl.constexpr = _shared(BLOCK_T, BLOCK_V)
@@ -356,16 +379,15 @@ def _linear_attention_wgmma_sweep_kernel(
         async_copy.commit_group()
     square: gl.constexpr = _shared(BLOCK_T, BLOCK_T)
     states: gl.constexpr = _shared(BLOCK_K, BLOCK_V)
-    dov = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_T, BLOCK_T], square)
-    qk = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_T, BLOCK_T], square)
-    s = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_K, BLOCK_V], states)
-    r = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_K, BLOCK_V], states)
+    dov_smem = gl.allocate_shared_memory(gl.bfloat16, [1, BLOCK_T, BLOCK_T], square)
+    qk_smem = gl.allocate_shared_memory(gl.bfloat16, [1, BLOCK_T, BLOCK_T], square)
+    s_smem = gl.allocate_shared_memory(gl.bfloat16, [1, BLOCK_K, BLOCK_V], states)
+    r_smem = gl.allocate_shared_memory(gl.bfloat16, [1, BLOCK_K, BLOCK_V], states)
     queries = gl.arange(0, BLOCK_T, gl.SliceLayout(1, SCORES))[:, None]
     others = gl.arange(0, BLOCK_T, gl.SliceLayout(0, SCORES))[None, :]
     seen = queries >= others
     no_scores = gl.zeros([BLOCK_T, BLOCK_T], gl.float32, SCORES)
-    no_keys = gl.zeros([BLOCK_T, BLOCK_K], gl.float32, KEYS)
-    no_values = gl.zeros([BLOCK_T, BLOCK_V], gl.float32, VALUES)
+    nothing = gl.zeros([BLOCK_T, BLOCK_V], gl.float32, ROWS)
     next_before = warpgroup_mma_init(before)
     for i in range(0, chunks):
         async_copy.wait_group(STAGES - 2)
@@ -378,15 +400,19 @@ def _linear_attention_wgmma_sweep_kernel(
 
         _barrier()
         ahead = i + STAGES - 1
-        t = ahead.to(gl.int64) * BLOCK_T
+        t = _opaque(ahead * BLOCK_T)
         rows = left - ahead * BLOCK_T
-        q_t = _opaque(q_at + t * stride_qt)
+        q_t = q_at + _times(t, stride_qt)
         if IS_ALIKE:
             k_t, v_t, do_t = q_t, q_t, q_t
+        elif IS_PAIRED:
+            k_t = q_t
+            v_t = v_at + _times(t, stride_vt)
+            do_t = v_t
         else:
-            k_t = _opaque(k_at + t * stride_kt)
-            v_t = _opaque(v_at + t * stride_vt)
-            do_t = _opaque(do_at + t * stride_ot)
+            k_t = k_at + _times(t, stride_kt)
+            v_t = v_at + _times(t, stride_vt)
+            do_t = do_at + _times(t, stride_ot)
         to = ahead % STAGES
         _copy(qs.index(to), q_ptr + q_t * UNIT, q_offs, rows, left_k, WHOLE_K)
         _copy(ks.index(to), k_ptr + k_t * UNIT, k_offs, rows, left_k, WHOLE_K)
@@ -394,6 +420,9 @@ def _linear_attention_wgmma_sweep_kernel(
         _copy(dos.index(to), do_ptr + do_t * UNIT, do_offs, rows, left_v, WHOLE_V)
         async_copy.commit_group()
 
+        zero = _opaque(i * 0)
+        dov, qk = dov_smem.index(zero), qk_smem.index(zero)
+        s, r = s_smem.index(zero), r_smem.index(zero)
         s.store(before.to(gl.bfloat16))
         do_v, q_k = warpgroup_mma_wait(1, deps=[do_v, q_k])
         dov.store(gl.where(seen, do_v, 0.0).to(gl.bfloat16))
@@ -402,22 +431,25 @@ def _linear_attention_wgmma_sweep_kernel(
         r.store((-minus_behind).to(gl.bfloat16))
         fence_async_shared()
 
-        t = i * BLOCK_T * H.to(gl.int64)
+        t = _opaque(i * BLOCK_T)
         rows = left - i * BLOCK_T
-        dk_t = _opaque(dk_at + t * (K // UNIT))
-        dv_t = dk_t if IS_ALIKE else _opaque(dv_at + t * (V // UNIT))
-        dq = warpgroup_mma(dov, k, no_keys, use_acc=False, is_async=True)
-        dq = warpgroup_mma(do, s.permute((1, 0)), dq, is_async=True)
-        dk = warpgroup_mma(dov.permute((1, 0)), q, no_keys, use_acc=False, is_async=True)
-        dk = warpgroup_mma(v, r.permute((1, 0)), dk, is_async=True)
-        dq = warpgroup_mma_wait(2, deps=[dq])
-        _store(dq_ptr + dk_t * UNIT, dq, dk_offs, rows, left_k, scale, WHOLE_K)
-        dv = warpgroup_mma(qk.permute((1, 0)), do, no_values, use_acc=False, is_async=True)
-        dv = warpgroup_mma(k, r, dv, is_async=True)
-        dk = warpgroup_mma_wait(2, deps=[dk])
-        _store(dk_ptr + dk_t * UNIT, dk, dk_offs, rows, left_k, scale, WHOLE_K)
+        dk_t = dk_at + _times(t, H * (K // UNIT))
+        dv_t = dk_t if IS_ALIKE else dv_at + _times(t, H * (V // UNIT))
+        d = warpgroup_mma(dov, k, nothing, use_acc=False, is_async=True)
+        d = warpgroup_mma(do, s.permute((1, 0)), d, is_async=True)
+        d = warpgroup_mma_wait(0, deps=[d])
+        dq = _rounded(d, scale)
+        d = warpgroup_mma(dov.permute((1, 0)), q, d, use_acc=False, is_async=True)
+        d = warpgroup_mma(v, r.permute((1, 0)), d, is_async=True)
+        _store(dq_ptr + dk_t * UNIT, dq, dk_offs, rows, left_k, WHOLE_K)
+        d = warpgroup_mma_wait(0, deps=[d])
+        dk = _rounded(d, scale)
+        d = warpgroup_mma(qk.permute((1, 0)), do, d, use_acc=False, is_async=True)
+        d = warpgroup_mma(k, r, d, is_async=True)
+        _store(dk_ptr + dk_t * UNIT, dk, dk_offs, rows, left_k, WHOLE_K)
+        d = warpgroup_mma_wait(0, deps=[d])
+        dv = _rounded(d, scale)
         next_before = warpgroup_mma(k.permute((1, 0)), v, before, is_async=True)
-        dv = warpgroup_mma_wait(1, deps=[dv])
-        _store(dv_ptr + dv_t * UNIT, dv, dv_offs, rows, left_v, scale, WHOLE_V)
+        _store(dv_ptr + dv_t * UNIT, dv, dv_offs, rows, left_v, WHOLE_V)
     async_copy.wait_group(0)
     warpgroup_mma_wait(0, deps=[next_before])

@@ -172,10 +172,11 @@ def _store_rows(ptr, stride, t, offs_t, offs_c, mask_t, mask_c, rows):
 @triton.jit(do_not_specialize=["size"])
 def _linear_attention_add_kernel(
     parts_ptr, out_ptr,  # pointers
-    size: tl.int64,  # runtime scalar: elements of a part
-    COUNT: tl.constexpr, BLOCK: tl.constexpr, IS_BEGUN: tl.constexpr,
+    size: tl.int64,  # runtime scalar: of a part, in units of UNIT elements
+    COUNT: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, IS_BEGUN: tl.constexpr,
 ):  # fmt: skip
     """out becomes the sum of COUNT parts, and of what it is already, if begun."""
+    size *= UNIT
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
     if IS_BEGUN:
@@ -297,6 +298,7 @@ def _sweep_plan(
         shared |= {
             "GROUPS": config["num_warps"] // 4, "STAGES": config["num_stages"],
             "IS_ALIKE": strides[0:3] * 4 == strides and K == V and parts_v == 1,
+            "IS_PAIRED": strides[0:3] == strides[3:6] and strides[6:9] == strides[9:12],
         }  # fmt: skip
     else:
         launcher = _sweep
@@ -316,9 +318,10 @@ def _sweep_plan(
 
 def _add_up(parts: Tensor, out: Tensor, is_begun: bool) -> None:
     """out = the sum of `parts` [count, ...], and of out, if begun."""
-    block = 2048
-    constants = _add.constants(COUNT=parts.shape[0], BLOCK=block, IS_BEGUN=is_begun)
-    _add(cdiv(out.numel(), block), (parts, out), (out.numel(),), constants, 8, 1)
+    block, size = 2048, out.numel()
+    unit = 16 if size % 16 == 0 else 1
+    constants = _add.constants(COUNT=parts.shape[0], UNIT=unit, BLOCK=block, IS_BEGUN=is_begun)
+    _add(cdiv(size, block), (parts, out), (size // unit,), constants, 8, 1)
 
 
 def blocks(K: int, V: int, dtype: torch.dtype, precise: bool) -> int:
