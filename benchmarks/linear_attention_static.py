@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from chela_bench.kernels import linear_attention_kept as kept
 from chela_bench.kernels import linear_attention_sweep as sweeps
 from chela_bench.kernels import linear_attention_walk as walks
 from chela_bench.kernels.linear_attention_model import SM90
@@ -49,7 +50,8 @@ def compiled(kernel: Any, constants: dict[str, Any], warps: int, stages: int, ar
                 "before_ptr",
                 "behind_ptr",
             )
-            signature[name] = "*fp32" if name in states else "*bf16"
+            wide = name in states and kernel is not kept._linear_attention_kept_kernel
+            signature[name] = "*fp32" if wide else "*bf16"
             attributes[(i,)] = [["tt.divisibility", 16]]
         elif name == "scale":
             signature[name] = "fp32"
@@ -84,47 +86,60 @@ def by_hand() -> Iterator[tuple[str, Any, dict[str, Any], int, int]]:
     """Each tile, and with all that a walk can be asked for at once; sweeps likewise."""
     on_hopper(walks)
     on_hopper(sweeps)
+    on_hopper(kept)
     device = torch.device("cuda", 0)
-    for K, V, columns, warps, stages, everything in [
-        *((K, K, x.BLOCK_V, x.num_warps, x.num_stages, False)
+    for K, V, columns, warps, stages, what in [
+        *((K, K, x.BLOCK_V, x.num_warps, x.num_stages, "")
           for K, tiles in SM90.walks.items() for x in tiles),
-        (128, 128, 64, 4, 3, True), (96, 80, 128, 8, 3, True),
+        (128, 128, 64, 4, 3, "everything"), (96, 80, 128, 8, 3, "everything"),
+        (128, 2048, 128, 8, 3, "keeps"), (128, 2048, 128, 8, 3, "keeps, reversed"),
     ]:  # fmt: skip
-        options = (64, columns, warps, stages, -1, 1)
+        everything, keeps = what == "everything", what.startswith("keeps")
+        options = (64, columns, warps, stages, -1, 1, int(keeps))
         keys, slots = (torch.empty(1, 64, 16, size, device="meta") for size in (K, V))
         rows = [x.stride() for x in (keys, keys, slots, slots)]
         packed = torch.int64 if everything else None
         variant, _, _ = walks.walk_plan(
             keys.shape, V, *rows, torch.bfloat16, device, 1.0, 1, 1, 1, options, False, True,
-            everything, packed, *[everything] * 3,
+            what in ("everything", "keeps, reversed"), packed, *[everything] * 3, keeps,
         )  # fmt: skip
         kernel = variant.launcher.kernel
         assert variant.launcher is walks.walk_by_hand()
         constants = named(kernel, variant.constants)
         if not everything:
             constants |= {"initial_ptr": None, "final_ptr": None, "cu_seqlens_ptr": None}
-        name = f"walk  K {K:<3} V {V:<3} BLOCK_V {columns:<3} {'everything' if everything else ''}"
+        if not keeps:
+            constants["kept_ptr"] = None
+        name = f"walk  K {K:<3} V {V:<4} BLOCK_V {columns:<3} {what}"
         yield name, kernel, constants, warps, stages
-    for K, V, alike, everything in [
-        (128, 128, True, False), (64, 64, True, False), (128, 128, False, False),
-        (96, 320, False, True),
+    for K, V, what in [
+        (128, 128, "alike"), (64, 64, "alike"), (128, 2048, "paired"), (128, 128, "apart"),
+        (96, 320, "apart, everything"),
     ]:  # fmt: skip
+        everything = what.endswith("everything")
         keys, slots = (torch.empty(1, 64, 16, size, device="meta") for size in (K, V))
         apart = torch.empty(1, 64, 16, 2 * V, device="meta")[..., :V]
-        rows = [x.stride() for x in (keys, keys, slots, slots if alike else apart)]
+        rows = [x.stride() for x in (keys, keys, slots, apart if what.startswith("apart") else slots)]
         packed = torch.int64 if everything else None
         plan = sweeps._sweep_plan(
             keys.shape, V, *rows, torch.bfloat16, device, 1.0, 1, 1, False, True, packed,
-            (-1,) * 5 + (1,), True, True, everything, 4,
+            (-1,) * 5 + (1, -1), True, True, everything, 4,
         )  # fmt: skip
         variant = plan.rounds[0][1]
         assert variant.launcher is sweeps.sweep_by_hand()
         constants = named(variant.launcher.kernel, variant.constants)
         if not everything:
             constants |= {"first_ptr": None, "cu_seqlens_ptr": None}
-        what = "alike" if alike else "everything" if everything else ""
-        name = f"sweep K {K:<3} V {V:<3} {what}"
+        name = f"sweep K {K:<3} V {V:<4} {what}"
         yield name, variant.launcher.kernel, constants, variant.num_warps, variant.num_stages
+    keys, slots = (torch.empty(1, 64, 1, size, device="meta") for size in (128, 2048))
+    rows = [x.stride() for x in (keys, keys, slots, slots)]
+    variant, _, _ = kept.kept_plan(
+        keys.shape, 2048, *rows, torch.bfloat16, device, 1.0, kept.LATE
+    )
+    constants = named(variant.launcher.kernel, variant.constants)
+    name = "kept  K 128 V 2048"
+    yield name, variant.launcher.kernel, constants, variant.num_warps, variant.num_stages
 
 
 def named(kernel: Any, values: tuple[object, ...]) -> dict[str, Any]:
@@ -151,7 +166,8 @@ def by_triton() -> Iterator[tuple[str, Any, dict[str, Any], int, int]]:
         constants = {
             **shared, "K": d, "V": d, "BLOCK_T": tokens, "BLOCK_K": d, "BLOCK_V": columns,
             "IS_REVERSED": False, "STATE_IS_TRANSPOSED": False, "USE_INITIAL_STATE": False,
-            "STORE_FINAL_STATE": False, "initial_ptr": None, "final_ptr": None,
+            "STORE_FINAL_STATE": False, "initial_ptr": None, "final_ptr": None, "kept_ptr": None,
+            "KEEP": 0,
         }  # fmt: skip
         name = f"walk  d {d:<3} BLOCK_T {tokens:<3} BLOCK_V {columns:<3}"
         yield name, walks._linear_attention_walk_kernel, constants, warps, stages

@@ -211,7 +211,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
             v = torch.randn(B, T, H, V, device="cuda", dtype=dtype)
             h0 = torch.randn(B, H, K, V, device="cuda")
             inputs = [x.requires_grad_() for x in (q, k, v, h0)]
-            for config in ({"sweep": 0}, {"sweep": 1, "segments": 2}):
+            for config in ({"sweep": 0}, {"sweep": 1, "segments": 2}, {"keep": 1}):
                 results = linear_attention(
                     q, k, v, initial_state=h0, output_final_state=True, causal=causal, config=config
                 )

@@ -8,6 +8,7 @@ from chela_bench.bench.check import worst_block_error
 from chela_bench.errors import ArgumentError
 from chela_bench.kernels import linear_attention as module
 from chela_bench.kernels import linear_attention_config as config_module
+from chela_bench.kernels import linear_attention_kept as kept
 from chela_bench.kernels import linear_attention_ops as ops
 from chela_bench.kernels import linear_attention_sweep as sweeps
 from chela_bench.kernels.linear_attention import (
@@ -17,6 +18,7 @@ from chela_bench.kernels.linear_attention import (
 )
 from chela_bench.kernels.linear_attention_config import (
     ALLOWED_CONFIG,
+    OPTIONS,
     choose_segments,
     default_config,
 )
@@ -47,6 +49,11 @@ def test_matches_reference(shape, dtype, causal):
     check(q, k, v, causal=causal, precise=True, gradients=shape[1] <= 5, **options)
 
 
+ways_back = pytest.mark.parametrize(
+    "way", [{"sweep": 0}, {"sweep": 1}, {"keep": 1}], ids=["walks", "sweep", "kept"]
+)
+
+
 def test_rows_are_promised_to_be_aligned_only_if_they_always_are():
     """A row of 60 is, where there are 4 heads: a promise would make 3 heads another kernel."""
     aligned, odd = torch.empty(2, 5, 4, 64), torch.empty(2, 5, 4, 60)
@@ -70,7 +77,7 @@ def test_segments_side_by_side(shape, dtype, causal):
 @both_ways
 @pytest.mark.parametrize("sweep", [0, 1])
 def test_pieces_of_segments_summed_side_by_side(monkeypatch, dtype, causal, sweep):
-    options = (16, -1, -1, -1, sweep, -1)
+    options = (16, -1, -1, -1, sweep, -1, -1)
     monkeypatch.setattr(module, "_plan", lambda *_: (2, 3, options))
     monkeypatch.setattr(module, "_resolved", module._resolved.__wrapped__)
     q, k, v, state = inputs(1, 230, 1, 16, 16, dtype)  # six pieces of 64 tokens, two of them empty
@@ -110,9 +117,9 @@ def test_a_sweep_cuts_long_sequences_for_itself(monkeypatch):
     check(q, k, v, config=SWEEP, **options)
     check(q, k, v, config={**SWEEP, "segments": 2}, **options)  # the forward's states do not fit
     packed, half = torch.tensor([0, 130]), q.bfloat16()
-    assert ops._swept(half, 16, Walk(1.0, True, None, 1, 1, 1, False, (-1,) * 6))
-    assert not ops._swept(half, 16, Walk(1.0, True, packed, 1, 1, 1, False, (-1,) * 6))
-    assert not ops._swept(q, 16, Walk(1.0, True, None, 1, 1, 1, False, (-1,) * 6))
+    assert ops._swept(half, 16, Walk(1.0, True, None, 1, 1, 1, False, (-1,) * len(OPTIONS)))
+    assert not ops._swept(half, 16, Walk(1.0, True, packed, 1, 1, 1, False, (-1,) * len(OPTIONS)))
+    assert not ops._swept(q, 16, Walk(1.0, True, None, 1, 1, 1, False, (-1,) * len(OPTIONS)))
 
 
 @dtypes
@@ -122,6 +129,53 @@ def test_values_wider_than_keys_may_be(dtype, causal):
     q, k, v, state = inputs(1, 70, 1, 70 if dtype == torch.float32 else 16, 272, dtype)
     check(q, k, v, causal=causal, initial_state=state, output_final_state=True)
     check(q[:, :20], k[:, :20], v[:, :20], causal=causal, schedule="split")
+
+
+KEPT = [(2, 257, 1, 16, 128), (1, 520, 1, 90, 64), (1, 1, 1, 3, 64)]
+at_kept = pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+)
+
+
+@at_kept
+@pytest.mark.parametrize("segments", [1, 3])
+@pytest.mark.parametrize("shape", KEPT, ids=label)
+def test_gradients_from_kept_states(shape, dtype, segments):
+    q, k, v, state = inputs(*shape, dtype)
+    config = {"keep": 1, "segments": segments}
+    check(q, k, v, config=config, initial_state=state, output_final_state=True, scale=0.5)
+
+
+@at_kept
+@pytest.mark.parametrize("late", [0, 1, 32])
+def test_a_window_has_four_programs_whichever_come_last(monkeypatch, dtype, late):
+    monkeypatch.setattr(kept, "LATE", late)
+    q, k, v, _ = inputs(1, 300, 3, 3, 64, dtype)
+    check(q, k, v, config={"keep": 1, "BLOCK_T": 128})
+
+
+@dtypes
+def test_states_that_could_overflow_are_not_kept(monkeypatch, dtype):
+    calls = []
+    monkeypatch.setattr(ops, "gradients_of_kept", lambda *tensors: calls.append(tensors))
+    q, k, v, _ = inputs(1, 3, 1, 16, 64, dtype)
+    o, _ = linear_attention(q.requires_grad_(), k, v, config={"keep": 1})
+    o.sum().backward()
+    assert len(calls) == (0 if dtype == torch.float16 else 1)
+
+
+def test_states_that_were_not_kept_are_found_again():
+    q, k, v, state = inputs(1, 300, 1, 16, 64, torch.float32)
+    do = randn_like(v, 1)
+    leaves = [x.requires_grad_() for x in (q, k, v, state)]
+    o, _ = linear_attention(*leaves[:3], initial_state=state, config={"keep": 1, "segments": 2})
+    wanted = torch.autograd.grad(o, leaves, do)
+    options = [-1] * (len(OPTIONS) - 1) + [1]
+    found = torch.ops.chela_bench.linear_attention_backward(
+        q, k, v, state, None, None, do, None, 0.25, True, False, 2, 1, options
+    )
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_so_many_blocks_are_added_up_in_rounds(monkeypatch):
@@ -191,12 +245,12 @@ def test_a_gradient_that_is_one_number_everywhere():
 
 @dtypes
 @pytest.mark.parametrize("scale", [0.0, -2.0])
-@pytest.mark.parametrize("sweep", [0, 1])
-def test_any_scale(dtype, scale, sweep):
-    q, k, v, state = inputs(1, 40, 1, 16, 16, dtype)
+@ways_back
+def test_any_scale(dtype, scale, way):
+    q, k, v, state = inputs(1, 40, 1, 16, 64, dtype)
     q, k, v, state = (x.requires_grad_() for x in (q, k, v, state))
     o, final = linear_attention(
-        q, k, v, scale=scale, initial_state=state, output_final_state=True, config={"sweep": sweep}
+        q, k, v, scale=scale, initial_state=state, output_final_state=True, config=way
     )
     do, d_final = randn_like(o, 1), randn_like(final, 2)
     found = torch.autograd.grad([o, final], [q, k, v, state], [do, d_final])
@@ -239,15 +293,15 @@ def test_the_past_is_blind_to_the_future(dtype, t, segments):
 
 @dtypes
 @pytest.mark.parametrize("segments", [1, 3])
-@pytest.mark.parametrize("sweep", [0, 1])
-def test_same_inputs_same_bits_whatever_the_neighbours(dtype, segments, sweep):
-    q, k, v, state = inputs(2, 130, 1, 16, 16, dtype)
+@ways_back
+def test_same_inputs_same_bits_whatever_the_neighbours(dtype, segments, way):
+    q, k, v, state = inputs(2, 130, 1, 16, 64, dtype)
 
     def results(*tensors):
         leaves = [x.clone().requires_grad_() for x in tensors]
         o, final = linear_attention(
             *leaves[:3], initial_state=leaves[3], output_final_state=True,
-            config={"segments": segments, "sweep": sweep},
+            config={"segments": segments, **way},
         )  # fmt: skip
         do = [randn_like(x[:1], 5).expand_as(x) for x in (o, final)]
         return o, final, *torch.autograd.grad([o, final], leaves, do)

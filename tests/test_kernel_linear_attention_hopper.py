@@ -49,16 +49,16 @@ def test_every_kernel_compiles_for_hopper():
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     rows = re.findall(
-        r"^(walk|sweep) +K (\d+) +V (\d+) (.*?) +warps.* (\d+) stack +(\d+) KB .* HMMA (\d+)",
+        r"^(walk|sweep|kept) +K (\d+) +V (\d+) (.*?) +warps.* (\d+) stack +(\d+) KB .* HMMA (\d+)",
         ended.stdout, re.MULTILINE,
     )  # fmt: skip
-    assert len(rows) == len(TILES) + 2 + 4, ended.stdout
+    assert len(rows) == len(TILES) + 4 + 5 + 1, ended.stdout
     for kind, _, _, what, stack, shared, old_products in rows:
         assert int(shared) <= 227 and old_products == "0", ended.stdout
         if kind == "walk":
             assert stack == "0", ended.stdout
-        elif "alike" in what:
-            assert int(stack) <= 64, ended.stdout
+        elif kind == "sweep" and "apart" not in what:
+            assert int(stack) <= 16, ended.stdout
 
 
 @pytest.mark.parametrize(
@@ -127,6 +127,18 @@ def test_one_sweep(d, segments):
 
 @pytest.mark.gpu
 @hopper
+@on_tiles
+def test_every_tile_keeps_states(K, tile):
+    """The walks that write o and dv; with windows that are whole, and one that is not."""
+    for T, V, segments in [(1, 64, 1), (256, 128, 1), (1000, 320, 1), (2049, 128, 3)]:
+        q, k, v, state = inputs(2, T, 3, min(K, 128), V, torch.bfloat16)
+        config = config_of(tile, segments=segments, wgmma=1, keep=1)
+        check(q, k, v, config=config)
+        check(q, k, v, config=config, initial_state=state, output_final_state=True, scale=0.5)
+
+
+@pytest.mark.gpu
+@hopper
 @pytest.mark.parametrize("sweep", [0, 1])
 def test_packed_and_strided(sweep):
     """Strides that differ, and a token axis that is not the slowest."""
@@ -139,6 +151,7 @@ def test_packed_and_strided(sweep):
     q, k, v, state = inputs(2, 200, 2, 128, 128, torch.bfloat16)
     k, v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (k, v))
     check(q, k, v, config={"sweep": sweep}, initial_state=state, output_final_state=True)
+    check(q, k, v, config={"keep": 1}, initial_state=state, output_final_state=True)
 
 
 @pytest.mark.gpu
@@ -159,12 +172,10 @@ def test_tokens_that_lie_far_apart_are_walked_by_triton():
 @pytest.mark.gpu
 @hopper
 def test_gradients_at_many_heads_come_from_the_sweep_by_hand():
-    before = sum(
-        len(x._compiled) for x in linear_attention_sweep.sweep_by_hand()._variants.values()
-    )
+    before = sum(len(x._forms) for x in linear_attention_sweep.sweep_by_hand()._variants.values())
     q, k, v, _ = inputs(1, 130, cdiv(132, 2), 32, 80, torch.bfloat16)
     check(q, k, v)
-    after = sum(len(x._compiled) for x in linear_attention_sweep.sweep_by_hand()._variants.values())
+    after = sum(len(x._forms) for x in linear_attention_sweep.sweep_by_hand()._variants.values())
     assert after == before + 1
 
 
@@ -188,17 +199,32 @@ def test_any_call_has_a_plan(on_hopper):
     ):  # fmt: skip
         segments, pieces, options = on_hopper(1, H, T, K, V, trained=trained)
         assert segments == pieces == 1 or T // (segments * pieces) >= 512 / 2
-        sweep = options[OPTIONS.index("sweep")]
-        assert sweep in ((0, 1) if trained and H else (-1,)) and not (V > 256 and sweep == 0)
+        sweep, keep = (options[OPTIONS.index(name)] for name in ("sweep", "keep"))
+        if not trained or not H:
+            assert (sweep, keep) == (-1, -1)
+        elif V > 256 and K <= 128:
+            assert (sweep, keep) == (-1, 1)
+        else:
+            assert sweep in (0, 1) and keep == -1 and not (V > 256 and sweep == 0)
+
+
+def test_states_are_kept_only_where_that_is_right(on_hopper):
+    def keep(*config, V=2048, **how):
+        return on_hopper(1, 1, 16384, 128, V, config=config, **{"trained": True, **how})[2][-1]
+
+    assert keep() == keep(V=64) + 2 == keep(("keep", 1), V=64) == 1
+    assert keep(("keep", 0)) == keep(("sweep", 1)) == keep(V=2000) == keep(trained=False) == -1
+    for how in ({"packed": True}, {"precise": True}, {"causal": False}, {"dtype": torch.float16}):
+        assert keep(**how) == keep(("keep", 1), **how) == -1
 
 
 def test_a_plan_keeps_what_was_asked(on_hopper):
     asked = (("segments", 5), ("sweep", 0), ("BLOCK_V", 32))
     segments, _, options = on_hopper(1, 16, 16384, 128, 128, config=asked, trained=True)
-    assert segments == 5 and options == (-1, 32, -1, -1, 0, -1)
+    assert segments == 5 and options == (-1, 32, -1, -1, 0, -1, -1)
     for how in ({"packed": True}, {"precise": True}, {"causal": False}, {"dtype": torch.float16}):
         *_, options = on_hopper(1, 16, 16384, 128, 128, trained=True, **how)
-        assert options == (-1,) * 6
+        assert options == (-1,) * len(OPTIONS)
     assert on_hopper(1, 16, 16384, 128, 128, schedule="fused", trained=True)[0] == 1
     assert on_hopper(1, 96, 16384, 128, 128, schedule="split")[0] > 1
 
@@ -209,4 +235,5 @@ def test_the_layers_and_the_usual_shapes(on_hopper):
     assert on_hopper(1, 16, 16384, 128, 128, trained=True)[:2] == (4, 2)
     assert on_hopper(1, 96, 8192, 128, 128)[:2] == (1, 1)
     assert on_hopper(1, 1, 16384, 128, 2048)[:2] == (8, 1)
+    assert on_hopper(1, 1, 16384, 128, 2048, trained=True)[:2] == (8, 1)
     assert on_hopper(1, 1, 1 << 20, 128, 128)[:2] == (66, 1)

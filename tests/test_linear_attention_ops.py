@@ -30,11 +30,13 @@ def both(q, k, v, state):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("segments", "pieces", "sweep"), [(1, 1, 0), (2, 2, 1)])
+@pytest.mark.parametrize(
+    ("segments", "pieces", "sweep", "keep"), [(1, 1, 0, -1), (2, 2, 1, -1), (2, 1, -1, 1)]
+)
 @pytest.mark.parametrize("has_state", [True, False])
-def test_the_operator_keeps_pytorchs_rules(causal, segments, pieces, has_state, sweep):
-    q, k, v, state = leaves()
-    options = [16, -1, -1, -1, sweep, -1]
+def test_the_operator_keeps_pytorchs_rules(causal, segments, pieces, has_state, sweep, keep):
+    q, k, v, state = leaves(V=64 if keep == 1 else 16)
+    options = [16, -1, -1, -1, sweep, -1, keep if causal else -1]
     arguments = (q, k, v, state if has_state else None, None, 0.25, has_state, causal, False)
     torch.library.opcheck(
         torch.ops.chela_bench.linear_attention_forward.default,
@@ -181,6 +183,7 @@ def test_the_walk_known_beforehand_is_the_one_that_it_would_plan(monkeypatch, ca
             q.shape, v.shape[-1], *strides, q.dtype, q.device, call.scale, call.N, call.segments,
             call.pieces, call.options, call.precise, call.causal, False, call.packed,
             states.get("initial") is not None, states.get("final") is not None, False,
+            states.get("kept") is not None,
         )  # fmt: skip
         assert plan in (None, wanted)
         planned.append(plan is not None)

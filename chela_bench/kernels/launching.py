@@ -134,7 +134,8 @@ def hooked() -> bool:
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """A context in which the tensor's GPU is the current one."""
-    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+    # Without the check of torch.cuda.current_device that CUDA has begun: it has, there is a tensor.
+    if not tensor.is_cuda or tensor.get_device() == torch._C._cuda_getDevice():
         return _ALREADY
     return torch.cuda.device(tensor.device)
 

@@ -35,8 +35,10 @@ from chela_bench.kernels.linear_attention_config import (
     checked,
     choose_segments,
     has_wgmma,
+    keeps,
     options_of,
     processors,
+    suits_kept,
     suits_wgmma,
     walk_config,
 )
@@ -274,7 +276,7 @@ def _resolved(
     plan = walk_plan(
         q[0], V, *strides, (T * H * V, H * V, V, 1), dtype, device, scale, N, segments, pieces,
         options, precise, causal, False, None, has_initial or has_states,
-        has_final and not has_states, False,
+        has_final and not has_states, False, call.keeps,
     )  # fmt: skip
     return call._replace(forward=plan)
 
@@ -296,12 +298,18 @@ def _plan(
 ) -> tuple[int, int, tuple[int, ...]]:
     """Segments of each sequence, as the config says, or else by the schedule; pieces of them for
     the sums; other options, and on Hopper, where gradients are to come, which way back."""
-    asked = checked(dict(config))
+    asked = dict(checked(dict(config)))
     if V > MAX_K and asked.get("sweep") == 0:
         raise ArgumentError(
             f"wanted V <= {MAX_K} for sweep=0, since a walk for dq takes V as its keys, got "
             f"V = {V}; leave sweep out"
         )
+    suits = has_wgmma(device) and causal and not precise and N * H * V > 0
+    suits = suits and suits_wgmma(options_of(asked), K, dtype)
+    wanted = asked.pop("keep", int(suits and V > MAX_K and "sweep" not in asked))
+    keep = wanted == 1 and trained and causal and not precise and not packed
+    if keep and suits_kept(K, V, dtype):
+        asked["keep"] = 1
     options = options_of(asked)
     available = processors(device)
     slices = cdiv(V, walk_config(options, K, V, dtype)["BLOCK_V"])
@@ -309,19 +317,19 @@ def _plan(
         schedule, sequences=N, heads=H, tokens=tokens, slices=slices, processors=available
     )
     segments = asked.get("segments", segments)
-    suits = has_wgmma(device) and suits_wgmma(options, K, dtype) and causal and not precise
-    if not suits or N * H * V == 0:
+    if not suits:
         return segments, 1, options
     x = Shape(N * H, tokens, K, V, available)
     if torch.compiler.is_compiling():
         if schedule == "auto":
             segments = asked.get("segments", filling_segments(N * H, tokens, V, available))
-    elif not trained or packed:
+    elif not trained or packed or keeps(options):
         segments = asked.get("segments", best_segments(schedule, x))
     else:
         segments, sweep = best_training(schedule, x, segments=asked.get("segments"))
         options = options_of({"sweep": int(sweep), **asked})
-    return segments, (swept_pieces if trained else sum_pieces)(x, segments), options
+    pieces = swept_pieces if trained and not keeps(options) else sum_pieces
+    return segments, pieces(x, segments), options
 
 
 def _prepared(

@@ -13,9 +13,10 @@ from chela_bench.errors import ArgumentError
 MAX_K = 256  # of a walk's keys: S [K, BLOCK_V] has to stay in registers
 MAX_V = 4096
 TILES = ("BLOCK_T", "BLOCK_V", "num_warps", "num_stages")  # of a walk
-OPTIONS = (*TILES, "sweep", "wgmma")
+OPTIONS = (*TILES, "sweep", "wgmma", "keep")
 NEAR = 1 << 22  # elements from token to token, below which 256 tokens need but 32 bits
 SEGMENT_ALIGN = 64  # tokens; a segment is a multiple of it
+WINDOW = 256  # tokens, of which a walk may keep a state
 RUNTIME = [  # never specialised: a new B, T, H or layout of rows compiles nothing
     "T", "H", "segments", "pieces", "skip_from", "skip_to", "summed", "first_v", "scale",
     *(f"stride_{x}{axis}" for x in "qkvo" for axis in "bth"),
@@ -29,6 +30,7 @@ ALLOWED_CONFIG: dict[str, tuple[int, ...]] = {
     "segments": tuple(range(1, 1025)),
     "sweep": (0, 1),  # 1: gradients in one sweep; 0: a walk for each, where V <= MAX_K
     "wgmma": (0, 1),  # 1: walks scheduled by hand for sm_90, where they can be; 0: by Triton
+    "keep": (0, 1),  # 1: dq and dk from states that the walks of o and dv keep, where they can be
 }
 SWEPT = 16384  # tokens in a segment of a sweep at most
 ADDED = 8  # parts of a gradient in memory at once
@@ -64,6 +66,17 @@ def suits_wgmma(options: Sequence[int], K: int, dtype: torch.dtype) -> bool:
         and asked["BLOCK_T"] in (-1, 64)
         and asked["num_stages"] != 1
     )
+
+
+def keeps(options: Sequence[int]) -> bool:
+    """Whether walks keep states for the gradients: only where the call was found to suit that."""
+    return len(options) > 0 and options[OPTIONS.index("keep")] == 1
+
+
+def suits_kept(K: int, V: int, dtype: torch.dtype) -> bool:
+    """Whether dq and dk can come from kept states, of a causal call that is not packed: a whole
+    row of K in a program, and states that do not overflow."""
+    return K <= 128 and V % 64 == 0 and dtype != torch.float16
 
 
 @functools.lru_cache(maxsize=1024)

@@ -139,7 +139,7 @@ def _times(t, stride):
 
 @gluon.jit(do_not_specialize=RUNTIME)
 def _linear_attention_wgmma_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, initial_ptr, final_ptr, cu_seqlens_ptr,  # pointers
+    q_ptr, k_ptr, v_ptr, o_ptr, initial_ptr, final_ptr, kept_ptr, cu_seqlens_ptr,  # pointers
     stride_qb: gl.int64, stride_qt: gl.int64, stride_qh: gl.int64,  # in units of 16 elements
     stride_kb: gl.int64, stride_kt: gl.int64, stride_kh: gl.int64,
     stride_vb: gl.int64, stride_vt: gl.int64, stride_vh: gl.int64,
@@ -150,7 +150,7 @@ def _linear_attention_wgmma_kernel(
     GROUPS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,  # copies of a tile
     IS_REVERSED: gl.constexpr, IS_PACKED: gl.constexpr,
     USE_INITIAL_STATE: gl.constexpr, STORE_FINAL_STATE: gl.constexpr,
-    STATE_IS_TRANSPOSED: gl.constexpr, ALIGN: gl.constexpr,
+    STATE_IS_TRANSPOSED: gl.constexpr, KEEP: gl.constexpr, ALIGN: gl.constexpr,
 ):  # fmt: skip
     """linear_attention_walk._linear_attention_walk_kernel, causal. With one stage of q, where two
     do not fit, the next is copied only when this one's products are done."""
@@ -221,6 +221,17 @@ def _linear_attention_wgmma_kernel(
         stage = i % STAGES
         q, k, v = qs.index(stage if Q_STAGES > 1 else 0), ks.index(stage), vs.index(stage)
         state = warpgroup_mma_wait(0, deps=[next_state])
+        if KEEP > 0:  # no product is under way
+            c = chunks - 1 - i if IS_REVERSED else i
+            t = start + c * BLOCK_T
+            if IS_REVERSED:
+                is_first = ((t + BLOCK_T) % KEEP == 0) | (i == 0)
+            else:
+                is_first = t % KEEP == 0
+            if is_first:
+                window = pid_nh * ((T + KEEP - 1) // KEEP) + t // KEEP
+                kept = kept_ptr + window * K * V + state_offs
+                gl.store(kept, state.to(gl.bfloat16), mask=state_mask)
         s_smem.store(state.to(gl.bfloat16))
         fence_async_shared()
         scores = warpgroup_mma(q, k.permute((1, 0)), no_scores, use_acc=False, is_async=True)

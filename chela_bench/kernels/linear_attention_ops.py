@@ -19,10 +19,12 @@ from chela_bench.kernels.linear_attention_config import (
     MAX_K,
     OPTIONS,
     SWEPT,
+    WINDOW,
     cdiv,
     processors,
     swept_segments,
 )
+from chela_bench.kernels.linear_attention_kept import gradients_of_kept
 from chela_bench.kernels.linear_attention_sweep import blocks, sweep
 from chela_bench.kernels.linear_attention_walk import Walk, segment_states, walk
 
@@ -50,8 +52,9 @@ def forward(
     output_final_state: bool,
     keep_states: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """o; the final state, if wanted; the states between segments, or two-sided the state that all
-    read, if there are any and they are to be kept."""
+    """o; the final state, if wanted; if gradients are to come (`keep_states`), what states there
+    are of these: windows', where the call keeps them; those between segments; two-sided the one
+    that all read."""
     _, _, H, K = q.shape
     V = v.shape[-1]
     o = torch.empty_like(v) if v.is_contiguous() else v.new_empty(v.shape)  # the faster first
@@ -59,23 +62,35 @@ def forward(
     states = None
     if call.segments > 1 or not call.causal:
         states = q.new_empty(states_shape(call, H, K, V), dtype=torch.float32)
+    kept = None
+    if keep_states and call.keeps:
+        kept = q.new_empty(kept_shape(q, V))
     if call.N * H * V > 0:
         if call.forward is None:
             q, k, v = rows_contiguous(q, k, v)
         with on_device_of(q):
             if states is None:
-                walk(q, k, v, o, call, initial=initial, final=final, plan=call.forward)
+                walk(q, k, v, o, call, initial=initial, final=final, kept=kept, plan=call.forward)
             else:
+                every_piece = keep_states and kept is None
                 segment_states(
-                    k, v, states, call, initial=initial, final=final, every_piece=keep_states
+                    k, v, states, call, initial=initial, final=final, every_piece=every_piece
                 )
-                walk(q, k, v, o, call, initial=states, plan=call.forward)
-    return o, final, states if keep_states else None
+                walk(q, k, v, o, call, initial=states, kept=kept, plan=call.forward)
+    if not keep_states:
+        states = None
+    return o, final, states if kept is None else kept
 
 
 def states_shape(call: Walk, H: int, K: int, V: int) -> tuple[int, ...]:
     """Of the states that are summed: one before each piece, or two-sided one for all."""
     return (call.N, H, call.segments * call.pieces, K, V) if call.causal else (call.N, H, K, V)
+
+
+def kept_shape(q: Tensor, V: int) -> tuple[int, ...]:
+    """Of the states of all windows, in the dtype of q."""
+    B, T, H, K = q.shape
+    return B, H, cdiv(T, WINDOW), K, V
 
 
 def _forward(
@@ -120,12 +135,14 @@ def _forward_outputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     del k, initial_state
     N = _sequences(q, cu_seqlens)
-    call = Walk(scale, causal, cu_seqlens, N, segments, pieces, precise, ())
+    call = Walk(scale, causal, cu_seqlens, N, segments, pieces, precise, tuple(options))
     H, K = q.shape[2:]
     V = v.shape[-1]
     has_states = segments > 1 or not causal
     final = q.new_empty((call.N, H, K, V) if output_final_state else (0,), dtype=torch.float32)
     states = q.new_empty(states_shape(call, H, K, V) if has_states else (0,), dtype=torch.float32)
+    if call.keeps:
+        states = q.new_empty(kept_shape(q, V))
     return q.new_empty(v.shape), final, states
 
 
@@ -159,7 +176,7 @@ def _backward(
     call = Walk(factor, causal, cu_seqlens, N, segments, pieces, precise, tuple(options))
     if zero:
         q, do = torch.zeros_like(q), torch.zeros_like(do)
-    ways = _by_sweep if _swept(q, V, call) else _by_walks
+    ways = _by_kept if call.keeps else _by_sweep if _swept(q, V, call) else _by_walks
     last = None if initial_state is None else d_initial
     with on_device_of(q):
         ways(
@@ -230,14 +247,45 @@ def _by_walks(
     (q, k, v, do), (dq, dk, dv) = tensors, gradients
     before = _states_before(k, v, call, initial, states)
     walk(do, v, k, dq, call, initial=before, transposed=True)
-    behind = None if d_final is None else d_final.contiguous() / call.scale
-    last = d_initial
-    if call.segments > 1 or not call.causal:
-        behind, last = _states(q, do, call, behind, final=d_initial, reverse=True), None
+    behind, last = _states_behind(q, do, call, d_final, d_initial)
     walk(v, do, q, dk, call, initial=behind, transposed=True, reverse=True)
     walk(k, q, do, dv, call, initial=behind, final=last, reverse=True)
     if d_initial is not None:
         d_initial *= call.scale
+
+
+def _by_kept(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+    gradients: tuple[Tensor, Tensor, Tensor],
+    call: Walk,
+    *,
+    initial: Tensor | None,
+    states: Tensor | None,
+    d_final: Tensor | None,
+    d_initial: Tensor | None,
+) -> None:
+    (q, k, v, do), (dq, dk, dv) = tensors, gradients
+    shape = kept_shape(q, v.shape[-1])
+    if states is None or states.shape != shape:
+        states = forward(q, k, v, initial, call, output_final_state=False, keep_states=True)[2]
+        assert states is not None
+    kept = q.new_empty(shape)
+    behind, last = _states_behind(q, do, call, d_final, d_initial)
+    walk(k, q, do, dv, call, initial=behind, final=last, kept=kept, reverse=True)
+    gradients_of_kept(q, k, v, do, dq, dk, call, states, kept)
+    if d_initial is not None:
+        d_initial *= call.scale
+
+
+def _states_behind(
+    q: Tensor, do: Tensor, call: Walk, d_final: Tensor | None, d_initial: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """R behind each segment, and what the walk over a single one still has to write R at the first
+    token into; of several it is written."""
+    behind = None if d_final is None else d_final.contiguous() / call.scale
+    if call.segments == 1 and call.causal:
+        return behind, d_initial
+    return _states(q, do, call, behind, final=d_initial, reverse=True), None
 
 
 def _states_before(

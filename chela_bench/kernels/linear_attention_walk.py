@@ -35,8 +35,10 @@ from chela_bench.kernels.linear_attention_config import (
     NEAR,
     RUNTIME,
     SEGMENT_ALIGN,
+    WINDOW,
     cdiv,
     has_wgmma,
+    keeps,
     processors,
     sum_config,
     tile,
@@ -69,6 +71,16 @@ class Walk(NamedTuple):
     def packed(self) -> torch.dtype | None:
         """Of cu_seqlens, if sequences are packed."""
         return None if self.cu_seqlens is None else self.cu_seqlens.dtype
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the walks that write o and dv keep the state of every window."""
+        return keeps(self.options)
+
+    @property
+    def align(self) -> int:
+        """Tokens that the length of a segment is a multiple of."""
+        return WINDOW if self.keeps else SEGMENT_ALIGN
 
 
 @triton.jit
@@ -116,7 +128,7 @@ def _state_offsets(offs_k, offs_v, K: tl.constexpr, V: tl.constexpr, IS_TRANSPOS
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _linear_attention_walk_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, initial_ptr, final_ptr, cu_seqlens_ptr,  # pointers
+    q_ptr, k_ptr, v_ptr, o_ptr, initial_ptr, final_ptr, kept_ptr, cu_seqlens_ptr,  # pointers
     stride_qb: tl.int64, stride_qt: tl.int64, stride_qh: tl.int64,  # in units of UNIT elements
     stride_kb: tl.int64, stride_kt: tl.int64, stride_kh: tl.int64,
     stride_vb: tl.int64, stride_vt: tl.int64, stride_vh: tl.int64,
@@ -126,7 +138,7 @@ def _linear_attention_walk_kernel(
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,  # tile
     IS_CAUSAL: tl.constexpr, IS_REVERSED: tl.constexpr, IS_PACKED: tl.constexpr,
     USE_INITIAL_STATE: tl.constexpr, STORE_FINAL_STATE: tl.constexpr,
-    STATE_IS_TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr,
+    STATE_IS_TRANSPOSED: tl.constexpr, KEEP: tl.constexpr, ALIGN: tl.constexpr,
     UPCAST: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     NV: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
@@ -160,6 +172,15 @@ def _linear_attention_walk_kernel(
     for i in range(0, chunks):
         t = start + (chunks - 1 - i if IS_REVERSED else i) * BLOCK_T
         mask_t = t + offs_t < end
+        if KEEP > 0:
+            if IS_REVERSED:
+                is_first = ((t + BLOCK_T) % KEEP == 0) | (i == 0)
+            else:
+                is_first = t % KEEP == 0
+            if is_first:
+                window = pid_nh * tl.cdiv(T, KEEP) + t // KEEP
+                kept = state.to(kept_ptr.dtype.element_ty)
+                tl.store(kept_ptr + window * K * V + state_offs, kept, mask=state_mask)
         q = _rows(q_ptr, stride_qt * UNIT, t, offs_t, offs_k, mask_t, mask_k)
         if UPCAST:
             q = q.to(tl.float32)
@@ -297,6 +318,7 @@ def walk(
     *,
     initial: Tensor | None = None,
     final: Tensor | None = None,
+    kept: Tensor | None = None,
     transposed: bool = False,
     reverse: bool = False,
     plan: WalkPlan | None = None,
@@ -306,14 +328,16 @@ def walk(
     q, k [B, T, H, K]; v, o [B, T, H, V]; rows contiguous. `initial` is a state for each piece of
     each segment, [N, H, segments * pieces, K, V], or two-sided one for all, [N, H, K, V]; with
     `transposed` states are [..., V, K]. There is a `final` [N, H, K, V] of a causal walk in one
-    segment only. `plan` is what `walk_plan` would find.
+    segment only. `kept` [N, H, windows, K, V] in the dtype of q, of a walk that is not transposed
+    nor packed, gets the state before each window of WINDOW tokens (with `reverse`, behind it).
+    `plan` is what `walk_plan` would find.
     """
     variant, programs, scalars = plan or walk_plan(
         q.shape, v.shape[-1], q.stride(), k.stride(), v.stride(), o.stride(), q.dtype, q.device,
         call.scale, call.N, call.segments, call.pieces, call.options, call.precise, call.causal,
-        reverse, call.packed, initial is not None, final is not None, transposed,
+        reverse, call.packed, initial is not None, final is not None, transposed, kept is not None,
     )  # fmt: skip
-    variant(programs, (q, k, v, o, initial, final, call.cu_seqlens), scalars)
+    variant(programs, (q, k, v, o, initial, final, kept, call.cu_seqlens), scalars)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -338,14 +362,16 @@ def walk_plan(
     has_initial: bool,
     has_final: bool,
     transposed: bool,
+    has_kept: bool,
 ) -> WalkPlan:
     """Every T has its own plan, not its own kernel."""
     _, T, H, K = shape
     unit, strides, near = _rows_of((q_strides, K), (k_strides, K), (v_strides, V), (o_strides, V))
     shared: dict[str, object] = {
         "K": K, "V": V, "IS_REVERSED": reverse, "IS_PACKED": packed is not None,
-        "ALIGN": SEGMENT_ALIGN, "USE_INITIAL_STATE": has_initial,
-        "STORE_FINAL_STATE": has_final, "STATE_IS_TRANSPOSED": transposed,
+        "ALIGN": WINDOW if keeps(options) else SEGMENT_ALIGN, "KEEP": WINDOW if has_kept else 0,
+        "USE_INITIAL_STATE": has_initial, "STORE_FINAL_STATE": has_final,
+        "STATE_IS_TRANSPOSED": transposed,
     }  # fmt: skip
     config = None
     if has_wgmma(device) and unit == 16 and near and causal and not precise:
@@ -403,7 +429,7 @@ def segment_states(
     constants = _sum.constants(
         K=K, V=V, UNIT=unit, BLOCK_T=config["BLOCK_T"], BLOCK_K=config["BLOCK_K"],
         BLOCK_V=config["BLOCK_V"], IS_BACKWARD=inclusive or not reverse,
-        IS_PACKED=call.cu_seqlens is not None, ALIGN=SEGMENT_ALIGN, **precisely,
+        IS_PACKED=call.cu_seqlens is not None, ALIGN=call.align, **precisely,
     )  # fmt: skip
     _sum(
         call.N * H * segments * cdiv(K, config["BLOCK_K"]) * cdiv(V, config["BLOCK_V"]),
