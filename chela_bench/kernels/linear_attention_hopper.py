@@ -47,17 +47,16 @@ def _copied(columns, groups):
 
 
 @gluon.constexpr_function
-def _stored(rows, columns, down, across):
-    """What a quad of lanes has of a product whose rows `down` warps share and whose columns
-    `across`: 16 bytes a lane instead of 4 four times. So no warp waits for another."""
-    own = columns // across
-    sideways = [[0, step] for step in (8, 16) if step < own]
-    below = [[step, 0] for step in (1, 2, 4, 8)]
-    lanes, rest = sideways + below[: 5 - len(sideways)], below[5 - len(sideways) :]
+def _stored(columns, groups):
+    """Of 64 rows: what a quad of lanes has of a product, 16 bytes a lane instead of 4 four times. So
+    no warp waits for another."""
+    own = columns // groups
+    across = [[0, step] for step in (8, 16) if step < own]
+    down = [[step, 0] for step in (1, 2, 4, 8)]
+    lanes, rest = across + down[: 5 - len(across)], down[5 - len(across) :]
     registers = [[0, 1], [0, 2], [0, 4], *[[0, x] for x in (32, 64, 128) if x < own], *rest]
-    registers += [[16 * down, 0]] * (rows // (16 * down) // 2)
-    warps = [[16 * x, 0] for x in (1, 2, 4) if x < down] + [[0, own]] * (across - 1)
-    return gl.DistributedLinearLayout(registers, lanes, warps, [], [rows, columns])
+    warps = [[16, 0], [32, 0], *[[0, own]] * (groups - 1)]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [64, columns])
 
 
 @gluon.constexpr_function
@@ -124,19 +123,20 @@ def _store(ptr, tile, offs, rows, columns, IS_WHOLE: gl.constexpr):
 
 
 @gluon.jit
-def _keep(ptr, state, K: gl.constexpr, V: gl.constexpr, left_v, IS_WHOLE: gl.constexpr):
-    """Writes it [K, V] in bfloat16."""
-    LAYOUT: gl.constexpr = _stored(
-        state.shape[0], state.shape[1], state.type.layout.warps_per_cta[0], 1
-    )
-    offs_k = gl.arange(0, state.shape[0], gl.SliceLayout(1, LAYOUT))
-    offs_v = gl.arange(0, state.shape[1], gl.SliceLayout(0, LAYOUT))
-    tile = gl.convert_layout(state.to(gl.bfloat16), LAYOUT)
+def _keep(
+    ptr, smem, K: gl.constexpr, V: gl.constexpr, left_v, GROUPS: gl.constexpr,
+    IS_WHOLE: gl.constexpr,
+):  # fmt: skip
+    """Writes a state [K, V] that lies in shared memory."""
+    LAYOUT: gl.constexpr = _copied(smem.shape[1], GROUPS)
+    offs_k = gl.arange(0, smem.shape[0], gl.SliceLayout(1, LAYOUT))
+    offs_v = gl.arange(0, smem.shape[1], gl.SliceLayout(0, LAYOUT))
+    offs = offs_k[:, None] * V + offs_v[None, :]
     if IS_WHOLE:
-        gl.store(ptr + (offs_k[:, None] * V + offs_v[None, :]), tile)
+        gl.store(ptr + offs, smem.load(LAYOUT))
     else:
         mask = (offs_k < K)[:, None] & (offs_v < left_v)[None, :]
-        gl.store(ptr + (offs_k[:, None] * V + offs_v[None, :]), tile, mask=mask)
+        gl.store(ptr + offs, smem.load(LAYOUT), mask=mask)
 
 
 @gluon.jit
@@ -170,13 +170,11 @@ def _linear_attention_wgmma_kernel(
     STATE_IS_TRANSPOSED: gl.constexpr, KEEP: gl.constexpr, ALIGN: gl.constexpr,
 ):  # fmt: skip
     """linear_attention_walk._linear_attention_walk_kernel, causal. With one stage of q, where two
-    do not fit, the next is copied only when this one's products are done. With three of all, two
-    groups find the scores of the next chunk while they take this one through."""
+    do not fit, the next is copied only when this one's products are done."""
     UNIT: gl.constexpr = 16
     NV: gl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     WHOLE_K: gl.constexpr = K == BLOCK_K
     WHOLE_V: gl.constexpr = V % BLOCK_V == 0
-    AHEAD: gl.constexpr = GROUPS > 1 and STAGES > 2 and Q_STAGES == STAGES
     O: gl.constexpr = _product(BLOCK_V, GROUPS)  # noqa: E741
     SCORES: gl.constexpr = _product(BLOCK_T, GROUPS)
     STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * GROUPS, 1], [16, BLOCK_V, 16])
@@ -195,7 +193,7 @@ def _linear_attention_wgmma_kernel(
     q_offs = _offsets(stride_qt, BLOCK_T, BLOCK_K, _copied(BLOCK_K, GROUPS))
     k_offs = _offsets(stride_kt, BLOCK_T, BLOCK_K, _copied(BLOCK_K, GROUPS))
     v_offs = _offsets(stride_vt, BLOCK_T, BLOCK_V, _copied(BLOCK_V, GROUPS))
-    o_offs = _offsets(stride_ot, BLOCK_T, BLOCK_V, _stored(BLOCK_T, BLOCK_V, 4, GROUPS))
+    o_offs = _offsets(stride_ot, BLOCK_T, BLOCK_V, _stored(BLOCK_V, GROUPS))
 
     keys: gl.constexpr = _shared(BLOCK_T, BLOCK_K)
     values: gl.constexpr = _shared(BLOCK_T, BLOCK_V)
@@ -204,8 +202,8 @@ def _linear_attention_wgmma_kernel(
     vs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_T, BLOCK_V], values)
     s_smem = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_K, BLOCK_V], _shared(BLOCK_K, BLOCK_V))
     if GROUPS > 1:
-        ps = gl.allocate_shared_memory(
-            gl.bfloat16, [1 + AHEAD, BLOCK_T, BLOCK_T], _shared(BLOCK_T, BLOCK_T)
+        p_smem = gl.allocate_shared_memory(
+            gl.bfloat16, [BLOCK_T, BLOCK_T], _shared(BLOCK_T, BLOCK_T)
         )
     for i in gl.static_range(STAGES - 1):
         c = chunks - 1 - i if IS_REVERSED else chunks * 0 + i
@@ -235,16 +233,13 @@ def _linear_attention_wgmma_kernel(
     no_scores = gl.zeros([BLOCK_T, BLOCK_T], gl.float32, SCORES)
     no_o = gl.zeros([BLOCK_T, BLOCK_V], gl.float32, O)
     next_state = warpgroup_mma_init(state)
-    if AHEAD:
-        async_copy.wait_group(STAGES - 2)
-        q, k = qs.index(0), ks.index(0)
-        scores = warpgroup_mma(q, k.permute((1, 0)), no_scores, use_acc=False)
-        ps.index(0).store(gl.where(seen, scores, 0.0).to(gl.bfloat16))
     for i in range(0, chunks):
-        async_copy.wait_group(0 if Q_STAGES == 1 else STAGES - 2 - AHEAD)
+        async_copy.wait_group(STAGES - 2 if Q_STAGES > 1 else 0)
         stage = i % STAGES
         q, k, v = qs.index(stage if Q_STAGES > 1 else 0), ks.index(stage), vs.index(stage)
         state = warpgroup_mma_wait(0, deps=[next_state])
+        s_smem.store(state.to(gl.bfloat16))
+        fence_async_shared()
         if KEEP > 0:  # no product is under way
             c = chunks - 1 - i if IS_REVERSED else i
             t = start + c * BLOCK_T
@@ -254,19 +249,10 @@ def _linear_attention_wgmma_kernel(
                 is_first = t % KEEP == 0
             if is_first:
                 window = pid_nh * ((T + KEEP - 1) // KEEP) + t // KEEP
-                _keep(kept_ptr + window * K * V + first_v, state, K, V, left_v, WHOLE_K & WHOLE_V)
-        s_smem.store(state.to(gl.bfloat16))
-        fence_async_shared()
-        if AHEAD:
-            next_q, next_k = qs.index((i + 1) % STAGES), ks.index((i + 1) % STAGES)
-        else:
-            next_q, next_k = q, k
-        next_k = next_k.permute((1, 0))
-        scores = warpgroup_mma(next_q, next_k, no_scores, use_acc=False, is_async=True)
+                kept = kept_ptr + window * K * V + first_v
+                _keep(kept, s_smem, K, V, left_v, GROUPS, WHOLE_K and WHOLE_V)
+        scores = warpgroup_mma(q, k.permute((1, 0)), no_scores, use_acc=False, is_async=True)
         o = warpgroup_mma(q, s_smem, no_o, use_acc=False, is_async=True)
-        if AHEAD:
-            o = warpgroup_mma(ps.index(i % 2), v, o, is_async=True)
-            next_state = warpgroup_mma(k.permute((1, 0)), v, state, is_async=True)
 
         _barrier()
         ahead = i + STAGES - 1
@@ -280,19 +266,16 @@ def _linear_attention_wgmma_kernel(
         _copy(vs.index(to), v_ptr + t * stride_vt * UNIT, v_offs, rows, left_v, WHOLE_V)
         async_copy.commit_group()
 
-        scores = warpgroup_mma_wait(2 if AHEAD else 1, deps=[scores])
+        scores = warpgroup_mma_wait(1, deps=[scores])
         p = gl.where(seen, scores, 0.0).to(gl.bfloat16)
-        if AHEAD:
-            ps.index((i + 1) % 2).store(p)
-        elif GROUPS == 1:
+        if GROUPS == 1:
             p = gl.convert_layout(p, gl.DotOperandLayout(0, O, 2))
             o = warpgroup_mma(p, v, o, is_async=True)
         else:
-            ps.index(0).store(p)
+            p_smem.store(p)
             fence_async_shared()
-            o = warpgroup_mma(ps.index(0), v, o, is_async=True)
-        if not AHEAD:
-            next_state = warpgroup_mma(k.permute((1, 0)), v, state, is_async=True)
+            o = warpgroup_mma(p_smem, v, o, is_async=True)
+        next_state = warpgroup_mma(k.permute((1, 0)), v, state, is_async=True)
         o = warpgroup_mma_wait(1, deps=[o])
         if Q_STAGES == 1:
             _barrier()
@@ -364,8 +347,8 @@ def _linear_attention_wgmma_sweep_kernel(
     k_offs = _offsets(stride_kt, BLOCK_T, BLOCK_K, _copied(BLOCK_K, GROUPS))
     v_offs = _offsets(stride_vt, BLOCK_T, BLOCK_V, _copied(BLOCK_V, GROUPS))
     do_offs = _offsets(stride_ot, BLOCK_T, BLOCK_V, _copied(BLOCK_V, GROUPS))
-    dk_offs = _offsets(H * (K // UNIT), BLOCK_T, BLOCK_K, _stored(BLOCK_T, BLOCK_K, 4, GROUPS))
-    dv_offs = _offsets(H * (V // UNIT), BLOCK_T, BLOCK_V, _stored(BLOCK_T, BLOCK_V, 4, GROUPS))
+    dk_offs = _offsets(H * (K // UNIT), BLOCK_T, BLOCK_K, _stored(BLOCK_K, GROUPS))
+    dv_offs = _offsets(H * (V // UNIT), BLOCK_T, BLOCK_V, _stored(BLOCK_V, GROUPS))
 
     keys: gl.constexpr = _shared(BLOCK_T, BLOCK_K)
     values: gl.constexpr = _shared(BLOCK_T, BLOCK_V)
