@@ -72,6 +72,7 @@ class Rates:
     sweep_tb: float  # as a sweep reads and writes HBM
     parts_tb: float  # as parts of gradients are written and added up
     back_us: float  # more for a kernel of the backward
+    share: float  # of the bandwidth that one SM can draw, in 1 / SMs
 
 
 @dataclass(frozen=True)
@@ -111,14 +112,15 @@ def tiles_of(K: int, V: int) -> list[Tile]:
 def chunk_time(
     tile: Tile, K: int, V: int, heads: int, processors: int, rates: Rates = SM90.rates
 ) -> float:
-    """Microseconds for a chunk of all heads, wave by wave: what its programs take, or their bytes.
-    `heads` counts each segment."""
+    """Microseconds for a chunk of all heads, wave by wave: what its programs take, or their bytes;
+    few programs cannot draw the whole bandwidth. `heads` counts each segment."""
     slices = cdiv(V, tile.BLOCK_V)
     program_us = 64 * 2 * (2 * K + 2 * V) / slices / rates.copy_tb / 1e6  # to move its bytes
     wave = tile.programs * processors
     full, rest = divmod(heads * slices, wave)
     rest_us = tile.alone_us if rest <= processors else tile.full_us
-    last = 0.0 if rest == 0 else max(rest_us, rest * program_us)
+    drawn = max(rest, processors / rates.share)
+    last = 0.0 if rest == 0 else max(rest_us, drawn * program_us)
     return full * max(tile.full_us, wave * program_us) + last
 
 
@@ -196,9 +198,10 @@ def best_segments(schedule: str, x: Shape) -> int:
 
 
 def best_training(schedule: str, x: Shape, *, segments: int | None = None) -> tuple[int, bool]:
-    """Segments, unless they are given, and whether a sweep gives the gradients."""
+    """Segments, unless they are given, and whether a sweep gives the gradients. A K of two blocks
+    makes parts of dv too: where walks can do it, they take half as long."""
     counts = _counts(schedule, x) if segments is None else [segments]
-    sweeps = (True,) if max(x.K, x.V) > MAX_K else (True, False)
+    sweeps = (True,) if x.V > MAX_K else (False,) if x.K > _block(x.K, x.V) else (True, False)
     ways = itertools.product(counts, sweeps)
     return min(ways, key=lambda way: training_time(x, way[0], way[1], SM90.rates, SM90.sweeps))
 
