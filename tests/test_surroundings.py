@@ -264,7 +264,8 @@ CARELESS = {  # implementations that are right and leave something behind -> a n
 def careless(tmp_path_factory):
     """Each one's point and whether its worker was replaced, by name; what they printed."""
     folder = tmp_path_factory.mktemp("careless")
-    targets = tuple(f"{FAULTS}:{name}" for name in (*CARELESS, "exits_at_once"))
+    names = ("raises", "wants_no_compiler", *CARELESS, "exits_at_once")
+    targets = tuple(f"{FAULTS}:{name}" for name in names)
     settings = plan.resolve(
         load_config(tiny_config(folder)),
         plan.Flags(ops=("linear_attention",), impls=targets, lens="16"),
@@ -291,6 +292,13 @@ def test_the_log_says_why_a_worker_was_replaced(careless):
     assert "starts_a_busy_thread/fwd" in log and "it left threads running: polls; a new" in log
     assert "default dtype: torch.float32 before, torch.float64 now; a new worker follows" in log
     assert re.search(r"leaks_memory/.*: 1\.\d GiB more are held; a new worker follows", log)
+
+
+def test_a_worker_imports_no_compiler_unless_an_implementation_does(careless):
+    """It takes seconds. Neither judging nor an exception needs it."""
+    assert careless[0]["raises"][0].outcome == "crash"
+    point, _ = careless[0]["wants_no_compiler"]
+    assert point.outcome == "ok", point.reason
 
 
 def test_os_exit_is_a_crash(careless):

@@ -141,6 +141,12 @@ def test_an_exception_has_an_outcome(error, outcome):
     assert outcome_of(error)[0] == outcome
 
 
+def test_an_exception_of_the_compiler_has_an_outcome():
+    from torch._dynamo.exc import TorchDynamoException
+
+    assert outcome_of(TorchDynamoException("a graph break"))[0] == "compile_error"
+
+
 def test_an_exception_that_is_its_own_cause_has_an_end():
     error, other = ValueError("a"), ValueError("b")
     error.__cause__, other.__context__ = other, error

@@ -131,14 +131,14 @@ def _poisoned_memory(job: Job) -> Iterator[None]:
             _fill_free_blocks(job.bench.device)
         yield
         return
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # the other function imports the compiler: seconds
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "does not have a deterministic implementation"
             yield
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.set_deterministic_debug_mode("default")
 
 
 def _fill_free_blocks(device: torch.device) -> None:

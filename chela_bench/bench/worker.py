@@ -158,7 +158,6 @@ class Worker:
 def outcome_of(error: BaseException) -> tuple[Outcome, str]:
     """A failed point's outcome and reason, from the exception that ended it."""
     import torch
-    from torch._dynamo.exc import TorchDynamoException
 
     text = f"{type(error).__name__}: {error}"
     chain: list[BaseException] = []
@@ -175,7 +174,8 @@ def outcome_of(error: BaseException) -> tuple[Outcome, str]:
     if isinstance(error, ArgumentError):  # a kernel of ours that says it does not take this
         return "skipped", text
     compiler = {"CompilationError", "PTXASError", "InductorError", "CompileTimeAssertionFailure"}
-    if isinstance(error, TorchDynamoException) or names & compiler:
+    dynamo = sys.modules.get("torch._dynamo.exc")  # seconds to import, and needed only if it raised
+    if (dynamo and isinstance(error, dynamo.TorchDynamoException)) or names & compiler:
         return "compile_error", text
     return "crash", text
 
