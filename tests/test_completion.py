@@ -12,13 +12,13 @@ import pytest
 
 from chela_bench.cli import complete
 from chela_bench.profiles import nvml
-from tests.running import chela_bench, environment, tiny_config
+from tests.running import environment, in_this_process, tiny_config
 
 
 def _completed(line, cwd=None):
     """(type, value) of each proposal for the last word of the line."""
     words = line.split(" ")
-    done = chela_bench(
+    done = in_this_process(
         cwd=cwd,
         _CHELA_BENCH_COMPLETE="bash_complete",
         COMP_WORDS=line,
@@ -112,7 +112,7 @@ def test_completing_imports_nothing_heavy(line, heavy):
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_the_script_is_for_the_shell(shell):
-    done = chela_bench("completion", shell)
+    done = in_this_process("completion", shell)
     assert done.returncode == 0
     assert f"_CHELA_BENCH_COMPLETE={shell}_complete" in done.stdout
     assert 'split ","' not in done.stdout

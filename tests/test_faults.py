@@ -13,10 +13,10 @@ import pytest
 
 from tests.running import (
     FAULTS,
-    chela_bench,
     command,
     environment,
     gone,
+    in_this_process,
     run_folder,
     swept,
     tiny_config,
@@ -161,7 +161,7 @@ def killed(tmp_path_factory):
     before = (folder / "points.jsonl").read_bytes()
     with (folder / "points.jsonl").open("ab") as handle:  # a torn last line, as a crash leaves
         handle.write(before.splitlines()[0][:40])
-    resumed = chela_bench("sweep", "--json", "--resume", folder, cwd=config.parent)
+    resumed = in_this_process("sweep", "--json", "--resume", folder, cwd=config.parent)
     return workers, orphans, before, folder, resumed
 
 
@@ -189,7 +189,7 @@ def test_resume_completes_and_measures_nothing_twice(killed):
 def test_another_configuration_is_refused_with_the_difference(killed):
     folder = killed[3]
     config = folder.parent.parent / "bench.toml"
-    done = chela_bench("sweep", "--resume", folder, "--config", config, *PLAN[:-1], "16,32")
+    done = in_this_process("sweep", "--resume", folder, "--config", config, *PLAN[:-1], "16,32")
     assert done.returncode == 2
     assert "lens was [16, 32, 64, 128] and is now [16, 32]" in done.stderr
 
@@ -201,7 +201,7 @@ def test_another_machine_is_refused_with_the_difference(killed):
     try:
         run["environment"]["cpu"] = "Other CPU"
         (folder / "run.json").write_text(json.dumps(run))
-        done = chela_bench("sweep", "--resume", folder)
+        done = in_this_process("sweep", "--resume", folder)
     finally:
         (folder / "run.json").write_text(original)
     assert done.returncode == 2
@@ -210,7 +210,7 @@ def test_another_machine_is_refused_with_the_difference(killed):
 
 def test_retry_measures_again_and_counts_once(killed):
     folder = killed[3]
-    done = chela_bench("sweep", "--json", "--resume", folder, "--retry", "ok")
+    done = in_this_process("sweep", "--json", "--resume", folder, "--retry", "ok")
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["points"]) == 8
     assert (folder / "points.jsonl").read_bytes().count(b"\n") == 16
@@ -236,7 +236,7 @@ def test_two_sweeps_into_one_folder_are_refused(tmp_path):
     config = tiny_config(tmp_path, sample_s=0.5)
     process = _sweep_in_background(config, *PLAN)
     folder = wait_for_points(config, 1)
-    done = chela_bench("sweep", "--resume", folder)
+    done = in_this_process("sweep", "--resume", folder)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert done.returncode == 6
@@ -269,7 +269,7 @@ def test_a_killed_worker_is_replaced(tmp_path):
 def test_a_file_that_does_not_import_leaves_nothing_behind(tmp_path, content, reason):
     file = tmp_path / "mine.py"
     file.write_text(content)
-    done = chela_bench(
+    done = in_this_process(
         "sweep", "--config", tiny_config(tmp_path), "--out", tmp_path / "runs",
         "--op", "linear_attention", "--impl", f"{file}:f",
     )  # fmt: skip

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from tests.running import ROOT, chela_bench, swept, tiny_config
+from chela_bench.bench import registry
+from tests.running import ROOT, chela_bench, in_this_process, swept, tiny_config
 
 
 def _site(folder):
@@ -35,7 +36,7 @@ def test_list_shows_what_a_plug_in_adds(installed):
     names = [impl["name"] for impl in ops["linear_attention"]["implementations"]]
     assert names[-1] == "example_loop"
     assert ops["running_mean"]["shapes"]["small"] == {"B": 1, "D": 64}
-    assert "running_mean" not in chela_bench("list").stdout
+    assert "running_mean" not in in_this_process("list").stdout
 
 
 def test_a_plug_in_is_measured_like_everything_else(installed, tmp_path, monkeypatch):
@@ -43,7 +44,7 @@ def test_a_plug_in_is_measured_like_everything_else(installed, tmp_path, monkeyp
     done, document = swept(
         "--op", "linear_attention,running_mean", "--impl", "example_loop,cumsum", "--shape",
         "tiny,small", "--lens", "300", "--direction", "fwd,fwdbwd", "--axis", "CHUNK=32,64",
-        config=tiny_config(tmp_path),
+        config=tiny_config(tmp_path), run=chela_bench,
     )  # fmt: skip
     outcomes = {(p["op"], p["direction"]): p["outcome"] for p in document["points"]}
     assert len(document["points"]) == 6
@@ -64,6 +65,16 @@ def _distribution(site, name, module, entry):
     (site / f"{name}.py").write_text(f"from chela_bench.bench.ops import OPS, Impl, Op\n{module}\n")
 
 
+@pytest.fixture
+def found_here(tmp_path, monkeypatch):
+    """A folder whose distributions this process finds installed."""
+    monkeypatch.syspath_prepend(tmp_path)
+    registry.all_ops.cache_clear()
+    yield tmp_path
+    registry.all_ops.cache_clear()
+    sys.modules.pop("broken", None)
+
+
 @pytest.mark.parametrize(
     ("module", "entry", "problem"),
     [
@@ -82,9 +93,9 @@ def _distribution(site, name, module, entry):
          "x = broken:X", "brings a shape 's' that is no size for each of"),
     ],
 )  # fmt: skip
-def test_a_broken_plug_in_is_one_sentence_with_the_way_out(tmp_path, module, entry, problem):
-    _distribution(tmp_path, "broken", module, entry)
-    done = chela_bench("list", PYTHONPATH=_site(tmp_path))
+def test_a_broken_plug_in_is_one_sentence_with_the_way_out(found_here, module, entry, problem):
+    _distribution(found_here, "broken", module, entry)
+    done = in_this_process("list")
     assert done.returncode == 2
     assert problem in done.stderr
     assert "pip uninstall broken" in done.stderr

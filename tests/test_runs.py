@@ -8,7 +8,7 @@ import pytest
 
 from chela_bench.bench.store import RunFolder, being_written
 from tests.factories import h100_sweep, make_failure, make_point, make_run
-from tests.running import ROOT, chela_bench
+from tests.running import ROOT, in_this_process
 
 
 def _write(folder, run, points):
@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 
 
 def test_runs_are_listed_newest_first_and_damaged_ones_last(folder):
-    done = chela_bench("runs", folder, "--json")
+    done = in_this_process("runs", folder, "--json")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["folder"] == str(folder)
@@ -69,9 +69,9 @@ def test_runs_are_listed_newest_first_and_damaged_ones_last(folder):
 
 
 def test_the_list_says_the_same_in_words(folder):
-    done = chela_bench("runs", cwd=folder.parent, COLUMNS="200")
+    done = in_this_process("runs", cwd=folder.parent, COLUMNS="200")
     assert done.returncode == 2  # ./runs
-    done = chela_bench("runs", folder.name, cwd=folder.parent, COLUMNS="200")
+    done = in_this_process("runs", folder.name, cwd=folder.parent, COLUMNS="200")
     lines = done.stdout.splitlines()
     assert lines[:3] == [
         f"{folder.name}/a-new  2026-03-01 00:00 UTC  interrupted",
@@ -89,7 +89,7 @@ def test_the_list_says_the_same_in_words(folder):
 
 @pytest.mark.parametrize("columns", ["40", "80"])
 def test_the_list_fits(folder, columns):
-    done = chela_bench("runs", folder.name, cwd=folder.parent, COLUMNS=columns)
+    done = in_this_process("runs", folder.name, cwd=folder.parent, COLUMNS=columns)
     assert "\x1b" not in done.stdout
     for line in done.stdout.splitlines():
         assert len(line) <= int(columns) or " " not in line.strip()
@@ -100,26 +100,26 @@ def test_a_run_that_is_being_written_is_running(folder):
     assert not being_written(folder / "notes")
     with RunFolder(folder / "a-new"):
         assert being_written(folder / "a-new")
-        document = json.loads(chela_bench("runs", folder, "--json").stdout)
+        document = json.loads(in_this_process("runs", folder, "--json").stdout)
     assert document["runs"][0]["state"] == "running"
 
 
 def test_no_runs(tmp_path):
-    done = chela_bench("runs", tmp_path)
+    done = in_this_process("runs", tmp_path)
     assert (done.returncode, done.stdout.split()[:2]) == (0, ["no", "runs"])
-    assert json.loads(chela_bench("runs", tmp_path, "--json").stdout)["runs"] == []
+    assert json.loads(in_this_process("runs", tmp_path, "--json").stdout)["runs"] == []
 
 
 def test_show_prints_a_run_and_writes_nothing(tmp_path):
     points = [*h100_sweep(), make_failure("wrong", "too far off", impl="fft")]
     _write(tmp_path / "run", make_run(planned_points=len(points)), points)
     before = sorted(tmp_path.rglob("*"))
-    done = chela_bench("show", tmp_path / "run")
+    done = in_this_process("show", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     first = done.stdout.splitlines()[0]
     assert "NVIDIA H100 80GB HBM3 | torch 2.11.0 | triton 3.6.0" in first
     assert "linear_attention fwd bf16" in done.stdout
-    done = chela_bench("show", tmp_path / "run", "--json")
+    done = in_this_process("show", tmp_path / "run", "--json")
     document = json.loads(done.stdout)
     assert [point["key"] for point in document["points"]] == [point.key for point in points]
     assert document["run"]["run_id"] == make_run().run_id
@@ -128,6 +128,6 @@ def test_show_prints_a_run_and_writes_nothing(tmp_path):
 
 @pytest.mark.parametrize("columns", ["40", "80", "200"])
 def test_show_fits_and_carries_no_colour(columns):
-    done = chela_bench("show", ROOT / "docs" / "results" / "h100", COLUMNS=columns)
+    done = in_this_process("show", ROOT / "docs" / "results" / "h100", COLUMNS=columns)
     assert "\x1b" not in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= int(columns)
