@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from itertools import combinations
 
@@ -50,6 +51,11 @@ def drawn_labels(figure: Figure, monkeypatch: pytest.MonkeyPatch) -> list[Label]
 
 def words(figure: Figure, monkeypatch: pytest.MonkeyPatch) -> str:
     return "\n".join(label.get_text() for label in drawn_labels(figure, monkeypatch))
+
+
+@functools.cache
+def h100_figures() -> dict[str, Figure]:
+    return figures(make_run(), h100_sweep())
 
 
 @sweeps
@@ -101,7 +107,7 @@ def test_figure_names_are_slugs() -> None:
 
 
 def test_time_figure_names_lines_slopes_floor_and_failures(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = words(figures(make_run(), h100_sweep())[f"{FWD}-time"], monkeypatch)
+    text = words(h100_figures()[f"{FWD}-time"], monkeypatch)
     assert re.search(r"^quadratic +T\^2\.00\s±0\.02$", text, flags=re.MULTILINE)
     assert "softmax_attention/sdpa_flash\n(another function)" in text
     assert "HBM floor at 3020 GB/s" in text
@@ -113,7 +119,7 @@ def test_time_figure_names_lines_slopes_floor_and_failures(monkeypatch: pytest.M
 
 
 def test_only_another_function_is_dashed() -> None:
-    axes = figures(make_run(), h100_sweep())[f"{FWD}-time"].axes[0]
+    axes = h100_figures()[f"{FWD}-time"].axes[0]
     dashed = {to_hex(line.get_color()) for line in axes.lines if line.get_linestyle() == "--"}
     assert dashed == {styles(["sdpa_flash"])["sdpa_flash"].colour}
 
@@ -186,7 +192,7 @@ def test_hbm_figure_shows_the_model_and_the_compulsory_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     points = h100_sweep()
-    figure = figure_of("-hbm", points)
+    figure = h100_figures()[f"{FWD}-hbm"]
     lines = drawn_values(figure)
     assert lines[styles(["chunked"])["chunked"].colour.lower()] == {
         p.shape["T"]: p.hbm.model_bytes for p in points if p.impl == "chunked"
@@ -240,11 +246,15 @@ def test_one_implementation_looks_the_same_in_every_figure() -> None:
     assert all((ours.colour + ours.marker).lower() in look for look in looks)
 
 
+@functools.cache
+def drawn_twice() -> tuple[Figure, Figure]:
+    once, again = (next(iter(figures(*SWEEPS["h100"]).values())) for _ in range(2))
+    return once, again
+
+
 @pytest.mark.parametrize("format", ["svg", "png", "pdf"])
 def test_rendering_is_stable(format: str) -> None:
-    once, again = (
-        next(iter(figures(*SWEEPS["h100"]).values())) for _ in range(2)
-    )  # fmt: skip
+    once, again = drawn_twice()
     content = render(once, format)  # type: ignore[arg-type]
     assert content == render(once, format) == render(again, format)  # type: ignore[arg-type]
     assert b"<dc:date>" not in content
