@@ -121,10 +121,10 @@ def test_a_long_call_is_skipped_before_it_is_tried(tmp_path):
 
 
 def test_three_samples_are_wanted(tmp_path):
-    """1.7 s a call, 0.5 s estimated: one sample in 1.5 s, which is a timeout, not a time."""
+    """0.4 s a call where 0.1 s is the limit: one sample in 0.3 s, a timeout and not a time."""
     _, document = swept(
         "--op", "linear_attention", "--impl", f"{FAULTS}:slow_alone_at_512", "--lens", "512",
-        config=tiny_config(tmp_path),
+        config=tiny_config(tmp_path, call_s=0.1),
     )  # fmt: skip
     [point] = document["points"]
     assert point["outcome"] == "timeout"
