@@ -28,6 +28,7 @@ from tests.factories import make_point, make_run
 from tests.running import (
     FAULTS,
     ROOT,
+    STUB_WORKER,
     Silent,
     command,
     environment,
@@ -193,6 +194,7 @@ def test_a_clock_that_is_set_back_changes_only_the_dates(tmp_path, monkeypatch):
     def utc_now():
         return f"2026-01-01T00:00:{59 - next(ticks) % 60:02d}.000Z"
 
+    monkeypatch.setattr(runner, "_WORKER", STUB_WORKER.read_text())  # it knows no dates
     monkeypatch.setattr(runner, "utc_now", utc_now)
     monkeypatch.setattr(sweep, "utc_now", utc_now)
     settings = plan.resolve(
