@@ -216,13 +216,20 @@ def test_retry_measures_again_and_counts_once(killed):
     assert (folder / "points.jsonl").read_bytes().count(b"\n") == 16
 
 
-def test_ctrl_c_saves_what_was_measured(tmp_path):
-    config = tiny_config(tmp_path, sample_s=0.3)
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """Ctrl-C in mid-run, after a second sweep into the same folder."""
+    config = tiny_config(tmp_path_factory.mktemp("interrupted"), sample_s=0.5)
     process = _sweep_in_background(config, *PLAN)
     folder = wait_for_points(config, 2)
     workers = workers_of(process.pid)
+    second = in_this_process("sweep", "--resume", folder)
     process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
+    return process, process.communicate(timeout=60), folder, workers, second
+
+
+def test_ctrl_c_saves_what_was_measured(interrupted):
+    process, (stdout, stderr), folder, workers, _ = interrupted
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
     assert f"--resume {folder}" in stderr
@@ -232,15 +239,10 @@ def test_ctrl_c_saves_what_was_measured(tmp_path):
     assert json.loads((folder / "run.json").read_text())["finished_utc"] is None
 
 
-def test_two_sweeps_into_one_folder_are_refused(tmp_path):
-    config = tiny_config(tmp_path, sample_s=0.5)
-    process = _sweep_in_background(config, *PLAN)
-    folder = wait_for_points(config, 1)
-    done = in_this_process("sweep", "--resume", folder)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert done.returncode == 6
-    assert f"is being written by another sweep (process {process.pid})" in done.stderr
+def test_two_sweeps_into_one_folder_are_refused(interrupted):
+    process, *_, second = interrupted
+    assert second.returncode == 6
+    assert f"is being written by another sweep (process {process.pid})" in second.stderr
 
 
 def test_a_killed_worker_is_replaced(tmp_path):
