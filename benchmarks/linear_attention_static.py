@@ -119,7 +119,9 @@ def by_hand() -> Iterator[tuple[str, Any, dict[str, Any], int, int]]:
         everything = what.endswith("everything")
         keys, slots = (torch.empty(1, 64, 16, size, device="meta") for size in (K, V))
         apart = torch.empty(1, 64, 16, 2 * V, device="meta")[..., :V]
-        rows = [x.stride() for x in (keys, keys, slots, apart if what.startswith("apart") else slots)]
+        rows = [
+            x.stride() for x in (keys, keys, slots, apart if what.startswith("apart") else slots)
+        ]
         packed = torch.int64 if everything else None
         plan = sweeps._sweep_plan(
             keys.shape, V, *rows, torch.bfloat16, device, 1.0, 1, 1, False, True, packed,

@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -234,19 +233,63 @@ print("done")
 """
 
 
-@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer")
-@pytest.mark.parametrize("plant", [[], ["plant"]])
-def test_memcheck(tmp_path, plant):
-    script = Path(tmp_path / "memcheck.py")
-    script.write_text(MEMCHECK)
+RACECHECK = """
+import sys, torch
+from chela_bench.kernels.linear_attention import linear_attention
+torch.manual_seed(0)
+ways = [({"sweep": 0}, 128, 128), ({"sweep": 0, "BLOCK_V": 128, "num_warps": 8}, 128, 128),
+        ({"sweep": 0}, 256, 256), ({"sweep": 1}, 128, 128), ({"sweep": 1}, 64, 64),
+        ({"keep": 1}, 128, 128), ({"keep": 1, "BLOCK_V": 128, "num_warps": 8}, 128, 128)]
+for way, K, V in ways:
+    q, k, v = (torch.randn(1, 600, 1, x, device="cuda", dtype=torch.bfloat16) for x in (K, K, V))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    for segments in (1, 2):
+        o, _ = linear_attention(q, k, v, config={**way, "segments": segments})
+        torch.autograd.grad(o, leaves, torch.randn_like(o))
+torch.cuda.synchronize()
+if sys.argv[1:] == ["plant"]:
+    from tests.planted import _races
+    _races[(1,)](torch.zeros(1024, device="cuda", dtype=torch.int32), num_warps=8)
+    torch.cuda.synchronize()
+print("done")
+"""
+
+
+def sanitized(tool, script, folder, plant):
+    """compute-sanitizer's exit code and what it says of a script."""
+    path = folder / f"{tool}.py"
+    path.write_text(script)
     done = subprocess.run(
-        ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9",
-         sys.executable, str(script), *plant],
+        ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9",
+         sys.executable, str(path), *plant],
         env=environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1", **GPU),
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip
-    report = done.stdout + done.stderr[-2000:]
+    return done.returncode, done.stdout + done.stderr[-2000:]
+
+
+planted = pytest.mark.parametrize("plant", [[], ["plant"]])
+has_sanitizer = pytest.mark.skipif(
+    shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer"
+)
+
+
+@has_sanitizer
+@planted
+def test_memcheck(tmp_path, plant):
+    code, report = sanitized("memcheck", MEMCHECK, tmp_path, plant)
     if plant:
-        assert done.returncode == 9 and "Invalid __global__ write" in report, report
+        assert code == 9 and "Invalid __global__ write" in report, report
     else:
-        assert done.returncode == 0 and "ERROR SUMMARY: 0 errors" in report, report
+        assert code == 0 and "ERROR SUMMARY: 0 errors" in report, report
+
+
+@has_sanitizer
+@planted
+def test_racecheck(tmp_path, plant):
+    """Of kernels whose barriers we place, on Hopper; elsewhere Triton's."""
+    code, report = sanitized("racecheck", RACECHECK, tmp_path, plant)
+    if plant:
+        assert code == 9 and "_races" in report, report
+    else:
+        assert code == 0 and "(0 errors, 0 warnings)" in report, report

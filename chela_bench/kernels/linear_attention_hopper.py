@@ -48,8 +48,8 @@ def _copied(columns, groups):
 
 @gluon.constexpr_function
 def _stored(columns, groups):
-    """Of 64 rows: what a quad of lanes has of a product, 16 bytes a lane instead of 4 four times. So
-    no warp waits for another."""
+    """Of 64 rows: what a quad of lanes has of a product, 16 bytes a lane instead of four times 4.
+    So no warp waits for another."""
     own = columns // groups
     across = [[0, step] for step in (8, 16) if step < own]
     down = [[step, 0] for step in (1, 2, 4, 8)]
@@ -243,11 +243,8 @@ def _linear_attention_wgmma_kernel(
         if KEEP > 0:  # no product is under way
             c = chunks - 1 - i if IS_REVERSED else i
             t = start + c * BLOCK_T
-            if IS_REVERSED:
-                is_first = ((t + BLOCK_T) % KEEP == 0) | (i == 0)
-            else:
-                is_first = t % KEEP == 0
-            if is_first:
+            border = t + BLOCK_T if IS_REVERSED else t
+            if (border % KEEP == 0) | ((i == 0) & IS_REVERSED):
                 window = pid_nh * ((T + KEEP - 1) // KEEP) + t // KEEP
                 kept = kept_ptr + window * K * V + first_v
                 _keep(kept, s_smem, K, V, left_v, GROUPS, WHOLE_K and WHOLE_V)
@@ -283,7 +280,14 @@ def _linear_attention_wgmma_kernel(
             async_copy.commit_group()
         c = chunks - 1 - i if IS_REVERSED else i
         rows = left - c * BLOCK_T
-        _store(o_ptr + c * BLOCK_T * (stride_ot * UNIT), _rounded(o, scale), o_offs, rows, left_v, WHOLE_V)
+        _store(
+            o_ptr + c * BLOCK_T * (stride_ot * UNIT),
+            _rounded(o, scale),
+            o_offs,
+            rows,
+            left_v,
+            WHOLE_V,
+        )
     async_copy.wait_group(0)
     state = warpgroup_mma_wait(0, deps=[next_state])
     if STORE_FINAL_STATE:

@@ -201,7 +201,8 @@ def best_training(schedule: str, x: Shape, *, segments: int | None = None) -> tu
     """Segments, unless they are given, and whether a sweep gives the gradients. A K of two blocks
     makes parts of dv too: where walks can do it, they take half as long."""
     counts = _counts(schedule, x) if segments is None else [segments]
-    sweeps = (True,) if x.V > MAX_K else (False,) if x.K > _block(x.K, x.V) else (True, False)
+    is_whole = _block(x.K, x.V) >= x.K
+    sweeps = (True,) if x.V > MAX_K else (True, False) if is_whole else (False,)
     ways = itertools.product(counts, sweeps)
     return min(ways, key=lambda way: training_time(x, way[0], way[1], SM90.rates, SM90.sweeps))
 

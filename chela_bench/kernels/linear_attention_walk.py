@@ -173,11 +173,8 @@ def _linear_attention_walk_kernel(
         t = start + (chunks - 1 - i if IS_REVERSED else i) * BLOCK_T
         mask_t = t + offs_t < end
         if KEEP > 0:
-            if IS_REVERSED:
-                is_first = ((t + BLOCK_T) % KEEP == 0) | (i == 0)
-            else:
-                is_first = t % KEEP == 0
-            if is_first:
+            border = t + BLOCK_T if IS_REVERSED else t
+            if (border % KEEP == 0) | ((i == 0) & IS_REVERSED):
                 window = pid_nh * tl.cdiv(T, KEEP) + t // KEEP
                 kept = state.to(kept_ptr.dtype.element_ty)
                 tl.store(kept_ptr + window * K * V + state_offs, kept, mask=state_mask)
