@@ -136,7 +136,7 @@ def by_hand() -> Iterator[tuple[str, Any, dict[str, Any], int, int]]:
         yield name, variant.launcher.kernel, constants, variant.num_warps, variant.num_stages
     keys, slots = (torch.empty(1, 64, 1, size, device="meta") for size in (128, 2048))
     rows = [x.stride() for x in (keys, keys, slots, slots)]
-    variant, _, _ = kept.kept_plan(keys.shape, 2048, *rows, torch.bfloat16, device, 1.0, 8)
+    variant, _, _ = kept.kept_plan(keys.shape, 2048, *rows, torch.bfloat16, device, 1.0)
     constants = named(variant.launcher.kernel, variant.constants)
     name = "kept  K 128 V 2048"
     yield name, variant.launcher.kernel, constants, variant.num_warps, variant.num_stages

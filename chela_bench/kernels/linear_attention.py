@@ -10,7 +10,8 @@ R_t = R_{t+1} + q_t do_t^T and R beyond the end = d(final state) / scale:
     d(initial state) = scale * R_1
 
 All are walks over chunks of tokens (linear_attention_walk.py); one sweep gives all three gradients
-at once (linear_attention_sweep.py). On Hopper, in bfloat16, both are kernels scheduled by hand
+at once (linear_attention_sweep.py), and for a wide V dq and dk come from states that the walks of o
+and dv keep (linear_attention_kept.py). On Hopper, in bfloat16, walks and sweep are scheduled by hand
 (linear_attention_hopper.py). Schedules: *fused*, one program walks a head and slice of V from end
 to end and HBM sees every tensor once; *split*, segments of the sequence run side by side, after a
 first pass over k and v (and q and do) for the states between them.
@@ -99,9 +100,11 @@ def linear_attention(
     where o or a gradient is larger it becomes infinite, and a smaller scale helps. schedule:
     "fused", "split" or "auto". config overrides, in part or whole, the block sizes of all walks
     (BLOCK_T, BLOCK_V, num_warps, num_stages), into how many "segments" the sequence is cut,
-    whether the gradients are one "sweep", which has block sizes of its own, or a walk each, and
-    whether kernels scheduled by hand may run ("wgmma": Hopper, bfloat16, causal, not precise, K, V
-    and strides multiples of 16; elsewhere it says nothing).
+    whether the gradients are one "sweep", which has block sizes of its own, or a walk each, whether
+    dq and dk come from states that the other walks "keep" (bfloat16 or float32, causal, not packed
+    nor precise, K <= 128, V a multiple of 64; elsewhere it says nothing), and whether kernels
+    scheduled by hand may run ("wgmma": Hopper, bfloat16, causal, not precise, K, V and strides
+    multiples of 16).
 
     Few kernels serve all sizes: a new T compiles nothing, a new B or H at most another tile of the
     same K and V.

@@ -45,21 +45,15 @@ def _linear_attention_kept_kernel(
     stride_kb: tl.int64, stride_kt: tl.int64, stride_kh: tl.int64,
     stride_vb: tl.int64, stride_vt: tl.int64, stride_vh: tl.int64,
     stride_ob: tl.int64, stride_ot: tl.int64, stride_oh: tl.int64,  # of do; the others contiguous
-    scale, T: tl.int64, H, segments,  # runtime scalars
+    scale, T: tl.int64, H,  # runtime scalars
     K: tl.constexpr, V: tl.constexpr, UNIT: tl.constexpr,  # dimensions
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,  # tile; half a window
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     windows = tl.cdiv(T, 2 * BLOCK_T)
-    length = tl.cdiv(windows, segments)  # of a segment
     pid = tl.program_id(0).to(tl.int64)
-    # The first windows of all segments first: the walk of dv has passed them last, and what it read
-    # and kept there is still in L2.
     at, part = pid // 4, pid % 4
-    nh, i = at // (segments * length), at % (segments * length)
-    window = i % segments * length + i // segments
-    if window >= windows:
-        return
+    nh, window = at // windows, at % windows
     n, h = nh // H, nh % H
     q_ptr += (n * stride_qb + h * stride_qh) * UNIT
     k_ptr += (n * stride_kb + h * stride_kh) * UNIT
@@ -67,8 +61,8 @@ def _linear_attention_kept_kernel(
     do_ptr += (n * stride_ob + h * stride_oh) * UNIT
     dq_ptr += (n * T * H + h) * K
     dk_ptr += (n * T * H + h) * K
-    before_ptr += (nh * windows + window) * K * V
-    behind_ptr += (nh * windows + window) * K * V
+    before_ptr += at * K * V
+    behind_ptr += at * K * V
     a = window * (2 * BLOCK_T)
     b = a + BLOCK_T
     if part == 0:
@@ -156,7 +150,7 @@ def gradients_of_kept(
     `before` and `behind` [B, H, windows, K, V] in their dtype are what walks have kept."""
     variant, programs, scalars = kept_plan(
         q.shape, v.shape[-1], q.stride(), k.stride(), v.stride(), do.stride(), q.dtype, q.device,
-        call.scale, call.segments,
+        call.scale,
     )  # fmt: skip
     if programs > 0:
         variant(programs, (q, k, v, do, dq, dk, before, behind), scalars)
@@ -173,7 +167,6 @@ def kept_plan(
     dtype: torch.dtype,
     device: torch.device,
     scale: float,
-    segments: int,
 ) -> WalkPlan:
     """Every T has its own plan, not its own kernel."""
     B, T, H, K = shape
@@ -185,6 +178,4 @@ def kept_plan(
     )  # fmt: skip
     stages = 3 if has_wgmma(device) and not wide else 2
     variant = _kept.variant(constants, 8, stages, device, (dtype,))
-    windows = cdiv(T, WINDOW)
-    programs = 4 * B * H * segments * cdiv(windows, segments)
-    return variant, programs, (*strides, scale, T, H, segments)
+    return variant, 4 * B * H * cdiv(T, WINDOW), (*strides, scale, T, H)
