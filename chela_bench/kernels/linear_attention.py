@@ -11,10 +11,10 @@ R_t = R_{t+1} + q_t do_t^T and R beyond the end = d(final state) / scale:
 
 All are walks over chunks of tokens (linear_attention_walk.py); one sweep gives all three gradients
 at once (linear_attention_sweep.py), and for a wide V dq and dk come from states that the walks of o
-and dv keep (linear_attention_kept.py). On Hopper, in bfloat16, walks and sweep are scheduled by hand
-(linear_attention_hopper.py). Schedules: *fused*, one program walks a head and slice of V from end
-to end and HBM sees every tensor once; *split*, segments of the sequence run side by side, after a
-first pass over k and v (and q and do) for the states between them.
+and dv keep (linear_attention_kept.py). On Hopper, in bfloat16, walks and the sweep are scheduled by
+hand (linear_attention_hopper.py). Schedules: *fused*, one program walks a head and slice of V from
+end to end and HBM sees every tensor once; *split*, segments of the sequence run side by side, after
+a first pass over k and v (and q and do) for the states between them.
 """
 
 from __future__ import annotations
