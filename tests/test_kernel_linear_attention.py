@@ -130,13 +130,12 @@ def test_values_wider_than_keys_may_be(dtype, causal):
     check(q[:, :20], k[:, :20], v[:, :20], causal=causal, schedule="split")
 
 
-KEPT = [(2, 257, 2, 16, 128), (1, 520, 1, 90, 64), (1, 1, 1, 3, 64)]
-at_kept = pytest.mark.parametrize(
+KEPT = [(2, 257, 2, 16, 128), (1, 520, 1, 90, 64), (1, 1, 1, 3, 64), (1, 0, 1, 16, 64)]
+
+
+@pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 )
-
-
-@at_kept
 @pytest.mark.parametrize("segments", [1, 3])
 @pytest.mark.parametrize("shape", KEPT, ids=label)
 def test_gradients_from_kept_states(shape, dtype, segments):

@@ -127,6 +127,17 @@ def test_one_sweep(d, segments):
 
 @pytest.mark.gpu
 @hopper
+@pytest.mark.parametrize("segments", [1, 3])
+@pytest.mark.parametrize("shape", [(1, 300, 1, 112, 320), (2, 600, 1, 128, 1280)], ids=label)
+def test_a_sweep_in_blocks_of_v(shape, segments):
+    """Parts of dq and dk, in one round and in two."""
+    q, k, v, state = inputs(*shape, torch.bfloat16)
+    config = {"segments": segments, "sweep": 1}
+    check(q, k, v, config=config, initial_state=state, output_final_state=True)
+
+
+@pytest.mark.gpu
+@hopper
 @on_tiles
 def test_every_tile_keeps_states(K, tile):
     """The walks that write o and dv; with windows that are whole, and one that is not."""
