@@ -127,6 +127,10 @@ def run_folder(config: Path) -> Path:
     return folder
 
 
+MANY_LENS = ",".join(str(16 * i) for i in range(1, 21))
+"""For a sweep that is to be ended: it must not end before, however busy the machine is."""
+
+
 def wait_for_points(config: Path, count: int) -> Path:
     """The run folder, once it holds `count` points."""
     deadline = time.monotonic() + 60

@@ -13,6 +13,7 @@ import pytest
 
 from tests.running import (
     FAULTS,
+    MANY_LENS,
     command,
     environment,
     gone,
@@ -220,7 +221,7 @@ def test_retry_measures_again_and_counts_once(killed):
 def interrupted(tmp_path_factory):
     """Ctrl-C in mid-run, after a second sweep into the same folder."""
     config = tiny_config(tmp_path_factory.mktemp("interrupted"), sample_s=0.5)
-    process = _sweep_in_background(config, *PLAN)
+    process = _sweep_in_background(config, *PLAN[:-1], MANY_LENS)
     folder = wait_for_points(config, 2)
     workers = workers_of(process.pid)
     second = in_this_process("sweep", "--resume", folder)

@@ -27,6 +27,7 @@ from chela_bench.errors import EnvironmentProblem
 from tests.factories import make_point, make_run
 from tests.running import (
     FAULTS,
+    MANY_LENS,
     ROOT,
     STUB_WORKER,
     Silent,
@@ -89,9 +90,10 @@ def test_a_read_only_folder_is_refused_before_anything_runs(mounts, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def _started(config, **kwargs):
+def _started(config, lens=MANY_LENS, **kwargs):
+    runs = config.parent / "runs"
     return subprocess.Popen(
-        command("sweep", "--config", config, "--out", config.parent / "runs", *PLAN),
+        command("sweep", "--config", config, "--out", runs, *PLAN[:-1], lens),
         env=environment(), cwd=config.parent, text=True, **kwargs,
     )  # fmt: skip
 
@@ -172,7 +174,7 @@ def test_progress_that_nobody_reads_does_not_end_a_sweep(tmp_path):
 def test_a_signal_that_is_ignored_stays_so(tmp_path):
     config = tiny_config(tmp_path, sample_s=0.2)
     process = _started(
-        config, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        config, PLAN[-1], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
     )  # fmt: skip
     folder = wait_for_points(config, 1)
