@@ -30,8 +30,9 @@ check: $(ENVIRONMENT)  ## Format, lint and strict types.
 docs: $(ENVIRONMENT)  ## The pages that the code itself knows: records, bench.toml, command line.
 	PYTHONPATH=. $(PYTHON) docs/generate.py
 
-test-gpu: $(ENVIRONMENT)  ## The tests that need a GPU.
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu $(ARGS)
+test-gpu: $(ENVIRONMENT)  ## The tests that need a GPU. ARGS="-n 8": kernels compile side by side.
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/test_gpu.py
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu --ignore tests/test_gpu.py $(ARGS)
 
 .venv: $(VENV)/.ready  ## The environment alone.
 

@@ -224,6 +224,33 @@ def test_strided_inputs(dtype):
     check(*(x[:1].expand(B, -1, -1, -1) for x in qkv.split(K, dim=-1)), gradients=False)
 
 
+def test_what_hopper_copies_by_16_bytes_starts_at_a_multiple_of_them(monkeypatch):
+    monkeypatch.setattr(ops, "has_wgmma", lambda _: True)
+    whole = torch.arange(64.0).bfloat16().expand(1, 3, 2, -1)
+    off = torch.cat([whole, whole], dim=-1)[..., 1:65]
+    full = off.float()[..., 1:]
+    moved, same, others = ops.rows_contiguous(off, whole, full)
+    assert same is whole and others is full
+    assert moved.data_ptr() % 16 == 0 and moved.is_contiguous() and torch.equal(moved, off)
+
+
+@dtypes
+@pytest.mark.parametrize("way", [{}, {"sweep": 1}, {"keep": 1}], ids=["auto", "sweep", "kept"])
+def test_tensors_may_start_anywhere(dtype, way):
+    """Not only at a multiple of 16 bytes: views, and what lies behind an odd number of them."""
+
+    def off(x):
+        room = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
+        return room[1:].view(x.shape).copy_(x)
+
+    q, k, v, state = inputs(1, 90, 2, 64, 64, dtype)
+    q, k, v, state = (off(x) for x in (q, k, v, state))
+    assert q.data_ptr() % 16 != 0
+    check(q, k, v, config=way, initial_state=state, output_final_state=True)
+    wide = torch.nn.functional.pad(torch.cat([q, k, v], dim=-1), (1, 15))
+    check(*wide[..., 1:193].split(64, dim=-1), config=way)
+
+
 def test_a_gradient_that_is_one_number_everywhere():
     """sum().backward() passes an expanded scalar."""
     q, k, v, _ = inputs(1, 20, 2, 16, 16, torch.float32)

@@ -55,6 +55,16 @@ def test_every_two_values_that_can_meet(case):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("schedule", ["fused", "split"])
+@pytest.mark.parametrize("K", [60, 64, 96, 128])
+def test_a_wide_v_by_kept_states(K, schedule):
+    for T in (15, 257, 1000, 4097):
+        q, k, v, state = inputs(1, T, 1, K, 2048, torch.bfloat16)
+        options = {"initial_state": state, "output_final_state": True}
+        check(q, k, v, schedule=schedule, config={"keep": 1}, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("schedule", ["fused", "split"])
 @dtypes
 @pytest.mark.parametrize("d", [64, 128])
 def test_every_length_and_batch_of_the_usual_sizes(d, dtype, schedule):

@@ -157,6 +157,7 @@ OPS: tuple[Op, ...] = (
                     "segments",
                     "sweep",
                     "wgmma",
+                    "keep",
                     "BLOCK_T",
                     "BLOCK_V",
                     "num_warps",

@@ -21,6 +21,7 @@ from chela_bench.kernels.linear_attention_config import (
     SWEPT,
     WINDOW,
     cdiv,
+    has_wgmma,
     processors,
     swept_segments,
 )
@@ -66,17 +67,18 @@ def forward(
     if keep_states and call.keeps:
         kept = q.new_empty(kept_shape(q, V))
     if call.N * H * V > 0:
-        if call.forward is None:
-            q, k, v = rows_contiguous(q, k, v)
+        plan = call.forward
+        if plan is None or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16 != 0:
+            (q, k, v), plan = rows_contiguous(q, k, v), None
         with on_device_of(q):
             if states is None:
-                walk(q, k, v, o, call, initial=initial, final=final, kept=kept, plan=call.forward)
+                walk(q, k, v, o, call, initial=initial, final=final, kept=kept, plan=plan)
             else:
                 every_piece = keep_states and kept is None
                 segment_states(
                     k, v, states, call, initial=initial, final=final, every_piece=every_piece
                 )
-                walk(q, k, v, o, call, initial=states, kept=kept, plan=call.forward)
+                walk(q, k, v, o, call, initial=states, kept=kept, plan=plan)
     if not keep_states:
         states = None
     return o, final, states if kept is None else kept
@@ -458,8 +460,16 @@ def _sequences(q: Tensor, cu_seqlens: Tensor | None) -> int:
 
 
 def rows_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Strided as they may be, but for the last axis."""
-    return tuple([x if x.is_contiguous() or x.stride(-1) == 1 else x.contiguous() for x in tensors])
+    """Strided as they may be, but for the last axis; and where kernels scheduled by hand copy 16
+    bytes at once, from an address that is a multiple of that."""
+    rows = [x if x.is_contiguous() or x.stride(-1) == 1 else x.contiguous() for x in tensors]
+    return tuple(
+        [x.clone(memory_format=torch.contiguous_format) if _is_off(x) else x for x in rows]
+    )
+
+
+def _is_off(x: Tensor) -> bool:
+    return x.data_ptr() % 16 != 0 and x.dtype == torch.bfloat16 and has_wgmma(x.device)
 
 
 _FORWARD, _BACKWARD = (f"chela_bench::linear_attention_{way}" for way in ("forward", "backward"))
