@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -127,8 +128,11 @@ def run_folder(config: Path) -> Path:
     return folder
 
 
-MANY_LENS = ",".join(str(16 * i) for i in range(1, 21))
-"""For a sweep that is to be ended: it must not end before, however busy the machine is."""
+def hear_signals() -> None:
+    """In a process before it starts: not to ignore what a shell ignores, in the background or under
+    nohup, since a sweep would keep to that."""
+    for one in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(one, signal.SIG_DFL)
 
 
 def wait_for_points(config: Path, count: int) -> Path:

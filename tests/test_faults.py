@@ -13,10 +13,10 @@ import pytest
 
 from tests.running import (
     FAULTS,
-    MANY_LENS,
     command,
     environment,
     gone,
+    hear_signals,
     in_this_process,
     run_folder,
     swept,
@@ -140,6 +140,7 @@ def _sweep_in_background(config: Path, *arguments: object) -> subprocess.Popen[s
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=hear_signals,
     )
 
 
@@ -221,7 +222,7 @@ def test_retry_measures_again_and_counts_once(killed):
 def interrupted(tmp_path_factory):
     """Ctrl-C in mid-run, after a second sweep into the same folder."""
     config = tiny_config(tmp_path_factory.mktemp("interrupted"), sample_s=0.5)
-    process = _sweep_in_background(config, *PLAN[:-1], MANY_LENS)
+    process = _sweep_in_background(config, *PLAN)
     folder = wait_for_points(config, 2)
     workers = workers_of(process.pid)
     second = in_this_process("sweep", "--resume", folder)

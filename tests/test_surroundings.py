@@ -27,13 +27,13 @@ from chela_bench.errors import EnvironmentProblem
 from tests.factories import make_point, make_run
 from tests.running import (
     FAULTS,
-    MANY_LENS,
     ROOT,
     STUB_WORKER,
     Silent,
     command,
     environment,
     gone,
+    hear_signals,
     tiny_config,
     wait_for_points,
     workers_of,
@@ -90,11 +90,12 @@ def test_a_read_only_folder_is_refused_before_anything_runs(mounts, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def _started(config, lens=MANY_LENS, **kwargs):
-    runs = config.parent / "runs"
+def _started(config, first=lambda: None, **kwargs):
+    """A sweep in a process that does `first` before."""
     return subprocess.Popen(
-        command("sweep", "--config", config, "--out", runs, *PLAN[:-1], lens),
-        env=environment(), cwd=config.parent, text=True, **kwargs,
+        command("sweep", "--config", config, "--out", config.parent / "runs", *PLAN),
+        env=environment(), cwd=config.parent, text=True,
+        preexec_fn=lambda: (hear_signals(), first()), **kwargs,
     )  # fmt: skip
 
 
@@ -139,7 +140,7 @@ def test_a_closed_terminal_saves_what_was_measured(tmp_path):
     ours, theirs = pty.openpty()
     process = _started(
         config, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        first=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )  # fmt: skip
     os.close(theirs)
     reader = threading.Thread(target=_read_until_closed, args=(ours,), daemon=True)
@@ -174,8 +175,8 @@ def test_progress_that_nobody_reads_does_not_end_a_sweep(tmp_path):
 def test_a_signal_that_is_ignored_stays_so(tmp_path):
     config = tiny_config(tmp_path, sample_s=0.2)
     process = _started(
-        config, PLAN[-1], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+        config, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        first=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
     )  # fmt: skip
     folder = wait_for_points(config, 1)
     process.send_signal(signal.SIGHUP)
