@@ -284,7 +284,9 @@ def main() -> None:
         command.add_argument("--jobs", type=int, default=os.cpu_count(), help="that compile")
     commands.choices["choices"].add_argument("--points", type=int, default=70, help="shapes")
     commands.choices["choices"].add_argument("--seed", type=int, default=0)
-    commands.choices["choices"].add_argument("--usual", action="store_true", help="shapes, too")
+    commands.choices["choices"].add_argument(
+        "--usual", action="store_true", help="the shapes of the tables, too"
+    )
     command = commands.add_parser("fit")
     command.add_argument("measured", type=Path, help="what `choices` wrote")
     command.add_argument("--table", type=Path, default=TABLE)
