@@ -8,7 +8,7 @@ the same without the dispatcher, which costs the host as much as the launch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -179,13 +179,27 @@ def _backward(
     if zero:
         q, do = torch.zeros_like(q), torch.zeros_like(do)
     ways = _by_kept if call.keeps else _by_sweep if _swept(q, V, call) else _by_walks
-    last = None if initial_state is None else d_initial
+    behind = None if d_final_state is None else d_final_state.contiguous() / factor
+    first = None if initial_state is None else d_initial
     with on_device_of(q):
-        ways(
-            (q, k, v, do), (dq, dk, dv), call,
-            initial=initial_state, states=states, d_final=d_final_state, d_initial=last,
-        )  # fmt: skip
+        ways((q, k, v, do), (dq, dk, dv), call, Ends(initial_state, states, behind, first))
+        if first is not None:
+            first *= factor
     return dq, dk, dv, d_initial
+
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # q, k, v, do
+Gradients = tuple[Tensor, Tensor, Tensor]  # dq, dk, dv, to be written
+
+
+class Ends(NamedTuple):
+    """Of a backward: S before the first token, states that the forward saved, R behind the last
+    token, and what R at the first one is to be written into."""
+
+    initial: Tensor | None
+    saved: Tensor | None
+    behind: Tensor | None
+    first: Tensor | None
 
 
 def _swept(q: Tensor, V: int, call: Walk) -> bool:
@@ -202,29 +216,17 @@ def _swept(q: Tensor, V: int, call: Walk) -> bool:
     return fits and short and call.causal
 
 
-def _by_sweep(
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
-    gradients: tuple[Tensor, Tensor, Tensor],
-    call: Walk,
-    *,
-    initial: Tensor | None,
-    states: Tensor | None,
-    d_final: Tensor | None,
-    d_initial: Tensor | None,
-) -> None:
+def _by_sweep(tensors: Inputs, gradients: Gradients, call: Walk, ends: Ends) -> None:
     q, k, v, do = tensors
     if call.causal:
         segments = _swept_segments(q, v.shape[-1], call)
         call = call._replace(segments=segments, pieces=1)
-    before = _states_before(k, v, call, initial, states)
-    behind = None if d_final is None else d_final.contiguous() / call.scale
-    first = d_initial
+    before = _states_before(k, v, call, ends)
+    behind, first = ends.behind, ends.first
     if call.segments > 1 or not call.causal:
-        behind = _states(q, do, call, behind, final=d_initial, reverse=True, inclusive=call.causal)
+        behind = _states(q, do, call, behind, final=first, reverse=True, inclusive=call.causal)
         first = None
     sweep(*tensors, *gradients, call, before=before, behind=behind, first=first)
-    if d_initial is not None:
-        d_initial *= call.scale
 
 
 def _swept_segments(q: Tensor, V: int, call: Walk) -> int:
@@ -236,69 +238,45 @@ def _swept_segments(q: Tensor, V: int, call: Walk) -> int:
     return swept_segments(segments, programs, T, processors(q.device))
 
 
-def _by_walks(
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
-    gradients: tuple[Tensor, Tensor, Tensor],
-    call: Walk,
-    *,
-    initial: Tensor | None,
-    states: Tensor | None,
-    d_final: Tensor | None,
-    d_initial: Tensor | None,
-) -> None:
+def _by_walks(tensors: Inputs, gradients: Gradients, call: Walk, ends: Ends) -> None:
     (q, k, v, do), (dq, dk, dv) = tensors, gradients
-    before = _states_before(k, v, call, initial, states)
+    before = _states_before(k, v, call, ends)
     walk(do, v, k, dq, call, initial=before, transposed=True)
-    behind, last = _states_behind(q, do, call, d_final, d_initial)
+    behind, last = _states_behind(q, do, call, ends)
     walk(v, do, q, dk, call, initial=behind, transposed=True, reverse=True)
     walk(k, q, do, dv, call, initial=behind, final=last, reverse=True)
-    if d_initial is not None:
-        d_initial *= call.scale
 
 
-def _by_kept(
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
-    gradients: tuple[Tensor, Tensor, Tensor],
-    call: Walk,
-    *,
-    initial: Tensor | None,
-    states: Tensor | None,
-    d_final: Tensor | None,
-    d_initial: Tensor | None,
-) -> None:
+def _by_kept(tensors: Inputs, gradients: Gradients, call: Walk, ends: Ends) -> None:
     (q, k, v, do), (dq, dk, dv) = tensors, gradients
-    shape = kept_shape(q, v.shape[-1])
+    shape, states = kept_shape(q, v.shape[-1]), ends.saved
     if states is None or states.shape != shape:
-        states = forward(q, k, v, initial, call, output_final_state=False, keep_states=True)[2]
+        states = forward(q, k, v, ends.initial, call, output_final_state=False, keep_states=True)[2]
         assert states is not None
     kept = q.new_empty(shape)
-    behind, last = _states_behind(q, do, call, d_final, d_initial)
+    behind, last = _states_behind(q, do, call, ends)
     walk(k, q, do, dv, call, initial=behind, final=last, kept=kept, reverse=True)
     gradients_of_kept(q, k, v, do, dq, dk, call, states, kept)
-    if d_initial is not None:
-        d_initial *= call.scale
 
 
 def _states_behind(
-    q: Tensor, do: Tensor, call: Walk, d_final: Tensor | None, d_initial: Tensor | None
+    q: Tensor, do: Tensor, call: Walk, ends: Ends
 ) -> tuple[Tensor | None, Tensor | None]:
     """R behind each segment, and what the walk over a single one still has to write R at the first
     token into; of several it is written."""
-    behind = None if d_final is None else d_final.contiguous() / call.scale
     if call.segments == 1 and call.causal:
-        return behind, d_initial
-    return _states(q, do, call, behind, final=d_initial, reverse=True), None
+        return ends.behind, ends.first
+    return _states(q, do, call, ends.behind, final=ends.first, reverse=True), None
 
 
-def _states_before(
-    k: Tensor, v: Tensor, call: Walk, initial: Tensor | None, saved: Tensor | None
-) -> Tensor | None:
+def _states_before(k: Tensor, v: Tensor, call: Walk, ends: Ends) -> Tensor | None:
     """S before each segment: the forward's, if it was cut into as many."""
     if call.segments == 1 and call.causal:
-        return initial
+        return ends.initial
     H, K = k.shape[2:]
-    wanted = states_shape(call, H, K, v.shape[-1])
-    return saved if saved is not None and saved.shape == wanted else _states(k, v, call, initial)
+    if ends.saved is not None and ends.saved.shape == states_shape(call, H, K, v.shape[-1]):
+        return ends.saved
+    return _states(k, v, call, ends.initial)
 
 
 def _states(a: Tensor, b: Tensor, call: Walk, initial: Tensor | None, **options: Any) -> Tensor:
