@@ -13,8 +13,9 @@ import torch
 
 from chela_bench.kernels import linear_attention as module
 from chela_bench.kernels import linear_attention_sweep, linear_attention_walk
+from chela_bench.kernels.launching import cdiv
 from chela_bench.kernels.linear_attention import linear_attention
-from chela_bench.kernels.linear_attention_config import OPTIONS, cdiv
+from chela_bench.kernels.linear_attention_config import OPTIONS
 from chela_bench.kernels.linear_attention_model import (
     SM90,
     Shape,

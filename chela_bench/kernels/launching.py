@@ -22,10 +22,13 @@ Form = Callable[[int, tuple[object, ...]], None]
 
 class Launcher:
     """Of one kernel whose arguments are pointers, then runtime scalars of one type each
-    (`do_not_specialize`, or annotated), then constexprs."""
+    (`do_not_specialize`), then constexprs."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
+        for parameter in () if self.interpreted else kernel.params:
+            fixed = parameter.is_constexpr or parameter.do_not_specialize
+            assert fixed or parameter.name.endswith("_ptr"), parameter.name
         self._variants: dict[tuple[Any, ...], Variant] = {}
 
     @property
@@ -138,6 +141,26 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     if not tensor.is_cuda or tensor.get_device() == torch._C._cuda_getDevice():
         return _ALREADY
     return torch.cuda.device(tensor.device)
+
+
+def processors(device: torch.device) -> int:
+    """SMs of a GPU; a few where kernels are interpreted."""
+    if device.type != "cuda":
+        return 4
+    count: Any = torch.cuda.get_device_properties(device).multi_processor_count
+    return int(count)
+
+
+def has_wgmma(device: torch.device) -> bool:
+    """Hopper alone: neither older GPUs nor newer ones have these tensor core instructions."""
+    if device.type != "cuda":
+        return False
+    properties: Any = torch.cuda.get_device_properties(device)
+    return bool(properties.major == 9)
+
+
+def cdiv(size: int, block: int) -> int:
+    return -(-size // block)
 
 
 _ALREADY: AbstractContextManager[object] = nullcontext()

@@ -27,18 +27,15 @@ import triton
 from torch import Tensor
 
 from chela_bench.errors import ArgumentError
-from chela_bench.kernels.launching import on_device_of
+from chela_bench.kernels.launching import cdiv, has_wgmma, on_device_of, processors
 from chela_bench.kernels.linear_attention_config import (
     MAX_K,
     MAX_V,
     Schedule,
-    cdiv,
     checked,
     choose_segments,
-    has_wgmma,
     keeps,
     options_of,
-    processors,
     suits_kept,
     suits_wgmma,
     walk_config,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 
 from chela_bench.errors import ArgumentError
+from chela_bench.kernels.launching import cdiv
 
 MAX_K = 256  # of a walk's keys: S [K, BLOCK_V] has to stay in registers
 MAX_V = 4096
@@ -143,22 +144,6 @@ def swept_segments(segments: int, programs: int, tokens: int, processors: int) -
     return segments
 
 
-def has_wgmma(device: torch.device) -> bool:
-    """Hopper alone: neither older GPUs nor newer ones have these tensor core instructions."""
-    if device.type != "cuda":
-        return False
-    properties: Any = torch.cuda.get_device_properties(device)
-    return bool(properties.major == 9)
-
-
-def processors(device: torch.device) -> int:
-    """SMs of a GPU; a few where kernels are interpreted."""
-    if device.type != "cuda":
-        return 4
-    count: Any = torch.cuda.get_device_properties(device).multi_processor_count
-    return int(count)
-
-
 def options_of(config: Mapping[str, int]) -> tuple[int, ...]:
     """What the caller asked for, by OPTIONS; -1 where the default holds."""
     return tuple([config.get(name, -1) for name in OPTIONS])
@@ -167,10 +152,6 @@ def options_of(config: Mapping[str, int]) -> tuple[int, ...]:
 def tile(size: int) -> int:
     """The power of two that holds it, at least 16: what a tensor core takes."""
     return max(16, 1 << (size - 1).bit_length())
-
-
-def cdiv(size: int, block: int) -> int:
-    return -(-size // block)
 
 
 def _range(values: tuple[int, ...]) -> str:

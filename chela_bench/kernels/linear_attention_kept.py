@@ -25,8 +25,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from chela_bench.kernels.launching import Launcher
-from chela_bench.kernels.linear_attention_config import RUNTIME, WINDOW, cdiv, has_wgmma, tile
+from chela_bench.kernels.launching import Launcher, cdiv, has_wgmma
+from chela_bench.kernels.linear_attention_config import (
+    RUNTIME,
+    WINDOW,
+    tile,
+)
 from chela_bench.kernels.linear_attention_walk import (
     Strides,
     Walk,

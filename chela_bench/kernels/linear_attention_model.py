@@ -18,13 +18,13 @@ from typing import NamedTuple
 
 import torch
 
+from chela_bench.kernels.launching import cdiv
 from chela_bench.kernels.linear_attention_config import (
     ADDED,
     MAX_K,
     OPTIONS,
     SHORTEST_SEGMENT,
     TILES,
-    cdiv,
     suits_wgmma,
     swept_segments,
     tile,

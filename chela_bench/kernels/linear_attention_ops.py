@@ -14,15 +14,12 @@ import torch
 from torch import Tensor
 
 from chela_bench.errors import ArgumentError
-from chela_bench.kernels.launching import on_device_of
+from chela_bench.kernels.launching import cdiv, has_wgmma, on_device_of, processors
 from chela_bench.kernels.linear_attention_config import (
     MAX_K,
     OPTIONS,
     SWEPT,
     WINDOW,
-    cdiv,
-    has_wgmma,
-    processors,
     swept_segments,
 )
 from chela_bench.kernels.linear_attention_kept import gradients_of_kept

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from chela_bench.kernels.launching import Launcher
-from chela_bench.kernels.linear_attention_config import RUNTIME, SEGMENT_ALIGN, cdiv, tile
+from chela_bench.kernels.launching import Launcher, cdiv
+from chela_bench.kernels.linear_attention_config import RUNTIME, SEGMENT_ALIGN, tile
 from chela_bench.kernels.linear_attention_walk import Walk, _bounds, rows_of
 
 BLOCK_V = 32

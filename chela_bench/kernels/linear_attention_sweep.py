@@ -33,15 +33,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from chela_bench.kernels.launching import Launcher, Variant
+from chela_bench.kernels.launching import Launcher, Variant, cdiv, has_wgmma
 from chela_bench.kernels.linear_attention_config import (
     ADDED,
     NEAR,
     OPTIONS,
     RUNTIME,
     SEGMENT_ALIGN,
-    cdiv,
-    has_wgmma,
     sweep_config,
 )
 from chela_bench.kernels.linear_attention_model import wgmma_sweep_config

@@ -30,16 +30,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from chela_bench.kernels.launching import Launcher, Variant
+from chela_bench.kernels.launching import Launcher, Variant, cdiv, has_wgmma, processors
 from chela_bench.kernels.linear_attention_config import (
     NEAR,
     RUNTIME,
     SEGMENT_ALIGN,
     WINDOW,
-    cdiv,
-    has_wgmma,
     keeps,
-    processors,
     sum_config,
     tile,
     walk_config,
