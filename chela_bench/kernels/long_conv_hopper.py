@@ -1,0 +1,719 @@
+"""Long convolution of 16-bit rows, scheduled by hand for Hopper's tensor cores (sm_90).
+
+The same functions as in long_conv_monarch.py and long_conv_parts.py, in Gluon, Triton's language
+below Triton. What one product gives the next one takes from registers; only the first product of
+each way takes what it multiplies from shared memory, since it sums over the tile's rows. F1, F2 and
+the twiddle stay in shared memory for all rows of a program. A row of 4096 is then about 1300
+instructions a warp and 48 products, two or three programs an SM.
+
+Spectra, twiddles and whatever else is only ever multiplied element by element lie in memory in the
+order of a product's registers (ORDERED): 8 numbers that one lane has, 16 bytes, then those of the
+next lane. long_conv_monarch._order is the same in Triton.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from chela_bench.kernels.linear_attention_hopper import _barrier, _product, _stored
+from chela_bench.kernels.long_conv_monarch import RUNTIME
+
+_FLAT = gl.constexpr(gl.BlockedLayout([8], [32], [4], [0]))
+_FLAT_2 = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+
+
+@gluon.constexpr_function
+def _operand(columns):
+    return gl.DotOperandLayout(0, _product(columns, 1), 2)
+
+
+@gluon.constexpr_function
+def _shared(rows, columns):
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], gl.float16)
+
+
+@gluon.jit
+def _tile(flat, N2: gl.constexpr):
+    """[64, N2] in a product's layout from numbers in its registers' order; moves nothing."""
+    flat = flat.reshape([N2 // 16, 4, 8, 4, 2, 2, 2])  # columns / 16; warp, row, pair; 8, 8 rows, 1
+    tile = flat.permute((1, 5, 2, 0, 4, 3, 6)).reshape([64, N2])
+    return gl.convert_layout(tile, _product(N2, 1), assert_trivial=True)
+
+
+@gluon.jit
+def _registers(tile, N2: gl.constexpr):
+    """The other way."""
+    tile = tile.reshape([4, 2, 8, N2 // 16, 2, 4, 2]).permute((3, 0, 2, 5, 4, 1, 6))
+    return gl.convert_layout(tile.reshape([64 * N2]), _FLAT, assert_trivial=True)
+
+
+@gluon.jit
+def _planes(ptr, N2: gl.constexpr):
+    """Re and Im, float32."""
+    offs = gl.arange(0, 64 * N2, _FLAT)
+    re, im = gl.load(ptr + offs), gl.load(ptr + 64 * N2 + offs)
+    return _tile(re, N2).to(gl.float32), _tile(im, N2).to(gl.float32)
+
+
+@gluon.jit
+def _table(ptr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """Into shared memory, for products."""
+    offs = gl.arange(0, ROWS * COLUMNS, _FLAT)
+    table = gl.load(ptr + offs).reshape([ROWS, COLUMNS])
+    smem = gl.allocate_shared_memory(gl.float16, [ROWS, COLUMNS], _shared(ROWS, COLUMNS))
+    smem.store(gl.convert_layout(table, _FLAT_2))
+    return smem
+
+
+@gluon.jit
+def _tables(table_ptr, N2: gl.constexpr):
+    """F1, F2 and the twiddle, each Re and Im."""
+    f1_re, f1_im = _table(table_ptr, 64, 64), _table(table_ptr + 64 * 64, 64, 64)
+    table_ptr += 2 * 64 * 64
+    f2_re, f2_im = _table(table_ptr, N2, N2), _table(table_ptr + N2 * N2, N2, N2)
+    table_ptr += 2 * N2 * N2
+    offs = gl.arange(0, 64 * N2, _FLAT)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    tw_re = gl.allocate_shared_memory(gl.float16, [64 * N2], plain)
+    tw_im = gl.allocate_shared_memory(gl.float16, [64 * N2], plain)
+    tw_re.store(gl.load(table_ptr + offs))
+    tw_im.store(gl.load(table_ptr + 64 * N2 + offs))
+    return f1_re, f1_im, f2_re, f2_im, tw_re, tw_im
+
+
+@gluon.jit
+def _numbers(smem, N2: gl.constexpr):
+    return _tile(smem.load(_FLAT), N2)
+
+
+@gluon.jit
+def _complex(a_re, a_im, b_re, b_im, CONJUGATE: gl.constexpr):
+    """a * b, or a * conj(b)."""
+    if CONJUGATE:
+        return a_re * b_re + a_im * b_im, a_im * b_re - a_re * b_im
+    return a_re * b_re - a_im * b_im, a_re * b_im + a_im * b_re
+
+
+# (a_re + i a_im)(b_re + i b_im) of two numbers at once: a in pairs of float32, b and the product in
+# pairs of float16. LLVM takes pairs of halves apart and puts them together again around each step.
+_TIMES = gl.constexpr("""{
+    .reg .b32 re, im, t, u;
+    cvt.rn.f16x2.f32 re, $3, $2;
+    cvt.rn.f16x2.f32 im, $5, $4;
+    mul.rn.f16x2 t, im, $7;
+    neg.f16x2 t, t;
+    mul.rn.f16x2 u, im, $6;
+    fma.rn.f16x2 $0, re, $6, t;
+    fma.rn.f16x2 $1, re, $7, u;
+}""")
+_TIMES_CONJUGATE = gl.constexpr("""{
+    .reg .b32 re, im, t, u;
+    cvt.rn.f16x2.f32 re, $3, $2;
+    cvt.rn.f16x2.f32 im, $5, $4;
+    mul.rn.f16x2 t, im, $7;
+    mul.rn.f16x2 u, re, $7;
+    neg.f16x2 u, u;
+    fma.rn.f16x2 $0, re, $6, t;
+    fma.rn.f16x2 $1, im, $6, u;
+}""")
+
+
+@gluon.jit
+def _times(a_re, a_im, b_re, b_im, CONJUGATE: gl.constexpr, PACKED: gl.constexpr):
+    """a * b, or a * conj(b), of float32 a and float16 b, in float16. PACKED: two at a time in
+    float16, by half of the instructions and with three roundings for one."""
+    if PACKED:
+        asm: gl.constexpr = _TIMES_CONJUGATE if CONJUGATE else _TIMES
+        return gl.inline_asm_elementwise(
+            asm, "=r,=r,r,r,r,r,r,r", [a_re, a_im, b_re, b_im],
+            dtype=(gl.float16, gl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+    b_re, b_im = b_re.to(gl.float32), b_im.to(gl.float32)
+    re, im = _complex(a_re, a_im, b_re, b_im, CONJUGATE)
+    return re.to(gl.float16), im.to(gl.float16)
+
+
+@gluon.jit
+def _there(x, tables, room, N2: gl.constexpr, PACKED: gl.constexpr):
+    """F x of a float16 row x, flat: Re, Im. `room` [2, 64, N2] is written, and free again after the
+    next barrier."""
+    room.index(0).store(x.reshape([64, N2]))
+    fence_async_shared()
+    return _there_of(room.index(0), tables, N2, PACKED)
+
+
+@gluon.jit
+def _there_of(x, tables, N2: gl.constexpr, PACKED: gl.constexpr):
+    """The same of a row in shared memory."""
+    f1_re, f1_im, f2_re, f2_im, tw_re, tw_im = tables
+    zero = gl.zeros([64, N2], gl.float32, _product(N2, 1))
+    re = warpgroup_mma(f1_re, x, zero, use_acc=False, is_async=True)
+    im = warpgroup_mma(f1_im, x, zero, use_acc=False, is_async=True)
+    re, im = warpgroup_mma_wait(0, deps=[re, im])
+    re, im = _times(re, im, _numbers(tw_re, N2), _numbers(tw_im, N2), False, PACKED)
+    a, b = gl.convert_layout(re, _operand(N2)), gl.convert_layout(im, _operand(N2))
+    re = warpgroup_mma(a, f2_re, zero, use_acc=False, is_async=True)
+    im = warpgroup_mma(a, f2_im, zero, use_acc=False, is_async=True)
+    im = warpgroup_mma(b, f2_re, im, is_async=True)
+    re = warpgroup_mma(-b, f2_im, re, is_async=True)
+    return warpgroup_mma_wait(0, deps=[re, im])
+
+
+@gluon.jit
+def _back(
+    re, im, tables, room_re, room_im, N2: gl.constexpr, PACKED: gl.constexpr
+):  # fmt: skip
+    """Re F^H (re + i im), both float16. Rooms [64, N2] as in _there."""
+    f1_re, f1_im, f2_re, f2_im, tw_re, tw_im = tables
+    zero = gl.zeros([64, N2], gl.float32, _product(N2, 1))
+    a, b = gl.convert_layout(re, _operand(N2)), gl.convert_layout(im, _operand(N2))
+    re = warpgroup_mma(a, f2_re, zero, use_acc=False, is_async=True)
+    im = warpgroup_mma(b, f2_re, zero, use_acc=False, is_async=True)
+    re = warpgroup_mma(b, f2_im, re, is_async=True)
+    im = warpgroup_mma(-a, f2_im, im, is_async=True)
+    re, im = warpgroup_mma_wait(0, deps=[re, im])
+    re, im = _times(re, im, _numbers(tw_re, N2), _numbers(tw_im, N2), True, PACKED)
+    room_re.store(re)
+    room_im.store(im)
+    fence_async_shared()
+    z = warpgroup_mma(f1_re.permute((1, 0)), room_re, zero, use_acc=False, is_async=True)
+    z = warpgroup_mma(f1_im.permute((1, 0)), room_im, z, is_async=True)
+    return warpgroup_mma_wait(0, deps=[z])
+
+
+@gluon.jit
+def _power_of_two(largest):
+    """long_conv_monarch._power_of_two"""
+    bits = largest.to(gl.int32, bitcast=True) & 0x7F800000
+    return bits.to(gl.float32, bitcast=True), (0x7F000000 - bits).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _row(x):
+    """x over the power of two under its largest magnitude, in float16; and that power."""
+    x = x.to(gl.float32)
+    scale, inverse = _power_of_two(gl.max(gl.abs(x), axis=0))
+    return (x * inverse).to(gl.float16), scale
+
+
+@gluon.jit
+def _load(ptr, left, N2: gl.constexpr, UNIT: gl.constexpr):
+    """A block of a row, of which `left` units of UNIT tokens are there; flat."""
+    offs = gl.arange(0, 64 * N2, _FLAT)
+    return gl.load(ptr + offs, mask=offs // UNIT < left, other=0.0)
+
+
+@gluon.jit
+def _store(ptr, z, left, N2: gl.constexpr, UNIT: gl.constexpr):
+    LAYOUT: gl.constexpr = _stored(N2, 1)
+    z = gl.convert_layout(z.to(ptr.dtype.element_ty), LAYOUT)
+    rows = gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+    columns = gl.arange(0, N2, gl.SliceLayout(0, LAYOUT))
+    offs = rows[:, None] * N2 + columns[None, :]
+    gl.store(ptr + offs, z, mask=offs // UNIT < left)
+
+
+@gluon.jit
+def _store_by(room, ptr, z, left, N2: gl.constexpr, UNIT: gl.constexpr):
+    """By way of shared memory [64, N2] that nothing else needs, where no more is left."""
+    room.store(z.to(ptr.dtype.element_ty).to(gl.float16, bitcast=True))
+    z = room.load(_FLAT_2).reshape([64 * N2]).to(ptr.dtype.element_ty, bitcast=True)
+    z = gl.convert_layout(z, _FLAT)
+    offs = gl.arange(0, 64 * N2, _FLAT)
+    gl.store(ptr + offs, z, mask=offs // UNIT < left)
+
+
+@gluon.jit
+def _gate_tile(ptr, left, N2: gl.constexpr, UNIT: gl.constexpr):
+    LAYOUT: gl.constexpr = _stored(N2, 1)
+    rows = gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+    columns = gl.arange(0, N2, gl.SliceLayout(0, LAYOUT))
+    offs = rows[:, None] * N2 + columns[None, :]
+    gate = gl.load(ptr + offs, mask=offs // UNIT < left, other=0.0)
+    return gl.convert_layout(gate, _product(N2, 1)).to(gl.float32)
+
+
+@gluon.jit
+def _room(N2: gl.constexpr):
+    return gl.allocate_shared_memory(gl.float16, [2, 64, N2], _shared(64, N2))
+
+
+@gluon.jit
+def _flat_planes(ptr, N: gl.constexpr):
+    """Re and Im as they lie in memory, loaded early and used late."""
+    offs = gl.arange(0, N, _FLAT)
+    return gl.load(ptr + offs), gl.load(ptr + N + offs)
+
+
+@gluon.jit
+def _next(b, d, B):
+    """The row after d * B + b."""
+    last = b + 1 == B
+    return gl.where(last, 0, b + 1), gl.where(last, d + 1, d)
+
+
+@gluon.jit(do_not_specialize=RUNTIME)
+def _long_conv_wgmma_kernel(
+    x_ptr, gate_ptr, spectrum_ptr, scale_ptr, table_ptr, z_ptr,  # pointers
+    stride_xb: gl.int64, stride_xd: gl.int64, stride_gb: gl.int64, stride_gd: gl.int64,
+    stride_zb: gl.int64, stride_zd: gl.int64, T: gl.int64, B: gl.int64, rows: gl.int64,
+    rows_each: gl.int64,  # runtime scalars; strides and T in units of UNIT
+    N1: gl.constexpr, N2: gl.constexpr, UNIT: gl.constexpr, SPLIT: gl.constexpr,
+    ORDERED: gl.constexpr, ADJOINT: gl.constexpr, HAS_GATE: gl.constexpr,
+):  # fmt: skip
+    """long_conv_monarch._long_conv_kernel"""
+    gl.static_assert(ORDERED and not SPLIT and N1 == 64)
+    N: gl.constexpr = N1 * N2
+    PACKED: gl.constexpr = x_ptr.dtype.element_ty == gl.bfloat16
+    tables = _tables(table_ptr, N2)
+    room = _room(N2)
+    left = T.to(gl.int32)
+    row = gl.program_id(0).to(gl.int64) * rows_each
+    end = gl.minimum(row + rows_each, rows)
+    b, d = row % B, row // B
+    x = _load(x_ptr + (b * stride_xb + d * stride_xd) * UNIT, left, N2, UNIT)
+    for i in range(0, (end - row).to(gl.int32)):
+        kernel_scale = gl.load(scale_ptr + d)
+        k_re, k_im = _flat_planes(spectrum_ptr + d * 2 * N, N)
+        if HAS_GATE and ADJOINT:
+            gate = _load(gate_ptr + (b * stride_gb + d * stride_gd) * UNIT, left, N2, UNIT)
+            x, scale = _row(x.to(gl.float32) * gate.to(gl.float32))
+        else:
+            x, scale = _row(x)
+        re, im = _there(x, tables, room, N2, PACKED)
+        next_b, next_d = _next(b, d, B)
+        there = gl.where(row + i + 1 < end, left, 0)
+        x = _load(x_ptr + (next_b * stride_xb + next_d * stride_xd) * UNIT, there, N2, UNIT)
+        re, im = _times(re, im, _tile(k_re, N2), _tile(k_im, N2), ADJOINT, PACKED)
+        _barrier()
+        z = _back(re, im, tables, room.index(0), room.index(1), N2, PACKED) * (scale * kernel_scale)
+        if HAS_GATE and not ADJOINT:
+            z *= _gate_tile(gate_ptr + (b * stride_gb + d * stride_gd) * UNIT, left, N2, UNIT)
+        _barrier()
+        _store(z_ptr + (b * stride_zb + d * stride_zd) * UNIT, z, left, N2, UNIT)
+        b, d = next_b, next_d
+
+
+@gluon.jit
+def _none():
+    return ()
+
+
+@gluon.jit
+def _chunks(room, plane, N2: gl.constexpr):
+    """Of a plane of `room`, numbers in the order of registers, 8 of each thread at a time."""
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    return room.index(plane)._reinterpret(gl.float16, [N2 // 16, 1024], plain)
+
+
+@gluon.jit
+def _loaded_tile(room, plane, N2: gl.constexpr):
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    return _tile(room.index(plane)._reinterpret(gl.float16, [64 * N2], plain).load(_FLAT), N2)
+
+
+@gluon.jit
+def _kernel_chunk(spectrum_ptr, chunk, N: gl.constexpr, BLOCKS: gl.constexpr):
+    """8 numbers of each thread, of every block of the kernel: Re, Im, Re, Im, .."""
+    offs = chunk * 1024 + gl.arange(0, 1024, _FLAT)
+    k = _none()
+    for block in gl.static_range(BLOCKS):
+        at = spectrum_ptr + block * 2 * N + offs
+        k += (gl.load(at), gl.load(at + N))
+    return k
+
+
+@gluon.jit
+def _term(x, k, a: gl.constexpr, block: gl.constexpr, CONJUGATE: gl.constexpr):
+    """x_a times k_block, or its conjugate, of tuples as from _kernel_chunk."""
+    k_re, k_im = k[2 * block].to(gl.float32), k[2 * block + 1].to(gl.float32)
+    return _complex(x[2 * a], x[2 * a + 1], k_re, k_im, CONJUGATE)
+
+
+@gluon.jit
+def _sum_chunk(
+    room, spectrum_ptr, c, N2: gl.constexpr, BLOCKS: gl.constexpr, ADJOINT: gl.constexpr
+):  # fmt: skip
+    """Z_j of all blocks in place of X_a, of 8 frequencies of each thread."""
+    k = _kernel_chunk(spectrum_ptr, c, 64 * N2, BLOCKS)
+    x = _none()
+    for plane in gl.static_range(2 * BLOCKS):
+        x += (_chunks(room, plane, N2).index(c).load(_FLAT).to(gl.float32),)
+    for j in gl.static_range(BLOCKS):
+        re = gl.zeros([1024], gl.float32, _FLAT)
+        im = gl.zeros([1024], gl.float32, _FLAT)
+        for block in gl.static_range(BLOCKS - j if ADJOINT else j + 1):
+            y_re, y_im = _term(x, k, j + block if ADJOINT else j - block, block, ADJOINT)
+            re += y_re
+            im += y_im
+        _chunks(room, 2 * j, N2).index(c).store(re.to(gl.float16))
+        _chunks(room, 2 * j + 1, N2).index(c).store(im.to(gl.float16))
+
+
+@gluon.jit(do_not_specialize=RUNTIME)
+def _long_conv_wgmma_blocks_kernel(
+    x_ptr, gate_ptr, spectrum_ptr, scale_ptr, table_ptr, z_ptr,  # pointers
+    stride_xb: gl.int64, stride_xd: gl.int64, stride_gb: gl.int64, stride_gd: gl.int64,
+    stride_zb: gl.int64, stride_zd: gl.int64, T: gl.int64, B: gl.int64, rows: gl.int64,
+    rows_each: gl.int64,  # runtime scalars; strides and T in units of UNIT
+    N1: gl.constexpr, N2: gl.constexpr, UNIT: gl.constexpr, SPLIT: gl.constexpr,
+    ORDERED: gl.constexpr, BLOCKS: gl.constexpr, SHRINK: gl.constexpr, ADJOINT: gl.constexpr,
+    HAS_GATE: gl.constexpr,
+):  # fmt: skip
+    """long_conv_parts.long_conv_blocks in one kernel: the spectra of a row's blocks, and their
+    sums, never leave shared memory."""
+    gl.static_assert(ORDERED and not SPLIT and N1 == 64)
+    N: gl.constexpr = N1 * N2
+    PACKED: gl.constexpr = x_ptr.dtype.element_ty == gl.bfloat16
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    tables = _tables(table_ptr, N2)
+    room = gl.allocate_shared_memory(gl.float16, [2 * BLOCKS, 64, N2], _shared(64, N2))
+    row = gl.program_id(0).to(gl.int64) * rows_each
+    end = gl.minimum(row + rows_each, rows)
+    b, d = row % B, row // B
+    for _ in range(0, (end - row).to(gl.int32)):
+        kernel_scale = gl.load(scale_ptr + d)
+        row_ptr = x_ptr + (b * stride_xb + d * stride_xd) * UNIT
+        gate_row_ptr = gate_ptr
+        if HAS_GATE:
+            gate_row_ptr += (b * stride_gb + d * stride_gd) * UNIT
+        xs = _none()
+        largest = gl.zeros([N], gl.float32, _FLAT)
+        for a in gl.static_range(BLOCKS):
+            left = (T - a * (N // UNIT)).to(gl.int32)
+            x = _load(row_ptr + a * N, left, N2, UNIT)
+            if HAS_GATE and ADJOINT:
+                gate = _load(gate_row_ptr + a * N, left, N2, UNIT)
+                x = x.to(gl.float32) * gate.to(gl.float32)
+            xs += (x,)
+        for a in gl.static_range(BLOCKS):
+            largest = gl.maximum(largest, gl.abs(xs[a].to(gl.float32)))
+        scale, inverse = _power_of_two(gl.max(largest, axis=0))
+        for a in gl.static_range(BLOCKS):
+            x = (xs[a].to(gl.float32) * inverse).to(gl.float16)
+            room.index(2 * a).store(x.reshape([64, N2]))
+        fence_async_shared()
+        for i in range(0, BLOCKS):
+            re, im = _there_of(room.index(2 * i), tables, N2, PACKED)
+            _barrier()
+            out_re = room.index(2 * i)._reinterpret(gl.float16, [N], plain)
+            out_im = room.index(2 * i + 1)._reinterpret(gl.float16, [N], plain)
+            out_re.store(_registers((re * SHRINK).to(gl.float16), N2))
+            out_im.store(_registers((im * SHRINK).to(gl.float16), N2))
+        for c in range(0, N2 // 16):
+            _sum_chunk(room, spectrum_ptr + d * (BLOCKS * 2 * N), c, N2, BLOCKS, ADJOINT)
+        for j in range(0, BLOCKS):
+            re, im = _loaded_tile(room, 2 * j, N2), _loaded_tile(room, 2 * j + 1, N2)
+            _barrier()
+            z = _back(re, im, tables, room.index(2 * j), room.index(2 * j + 1), N2, PACKED)
+            z *= scale * kernel_scale / SHRINK
+            left = (T - j * (N // UNIT)).to(gl.int32)
+            if HAS_GATE and not ADJOINT:
+                z *= _gate_tile(gate_row_ptr + j * N, left, N2, UNIT)
+            _barrier()
+            out = z_ptr + (b * stride_zb + d * stride_zd) * UNIT + j * N
+            _store_by(room.index(2 * j), out, z, left, N2, UNIT)
+        _barrier()
+        b, d = _next(b, d, B)
+
+
+@gluon.jit
+def _store_taps(
+    ptr, re, im, left, tables, room, N2: gl.constexpr, UNIT: gl.constexpr, ROOT_N: gl.constexpr,
+    PACKED: gl.constexpr,
+):  # fmt: skip
+    """sqrt(N) Re F^H (re + i im), float32, `left` of it."""
+    largest = gl.maximum(gl.abs(re), gl.abs(im))
+    scale, inverse = _power_of_two(gl.max(gl.max(largest, axis=1), axis=0))
+    re, im = (re * inverse).to(gl.float16), (im * inverse).to(gl.float16)
+    dk = _back(re, im, tables, room.index(0), room.index(1), N2, PACKED) * (scale * ROOT_N)
+    _barrier()
+    _store(ptr, dk, left.to(gl.int32), N2, UNIT)
+
+
+@gluon.jit(do_not_specialize=RUNTIME)
+def _long_conv_wgmma_gradients_kernel(
+    x_ptr, gate_ptr, dz_ptr, spectrum_ptr, scale_ptr, table_ptr, dx_ptr, dk_ptr,  # pointers
+    stride_xb: gl.int64, stride_xd: gl.int64, stride_gb: gl.int64, stride_gd: gl.int64,
+    stride_zb: gl.int64, stride_zd: gl.int64, stride_db: gl.int64, stride_dd: gl.int64,
+    T: gl.int64, B: gl.int64, D: gl.int64, taps: gl.int64, each: gl.int64,
+    # runtime scalars; strides and T in units of UNIT
+    N1: gl.constexpr, N2: gl.constexpr, UNIT: gl.constexpr, SPLIT: gl.constexpr,
+    ORDERED: gl.constexpr, ROOT_N: gl.constexpr, HAS_GATE: gl.constexpr, NEEDS_DX: gl.constexpr,
+):  # fmt: skip
+    """long_conv_monarch._long_conv_gradients_kernel"""
+    gl.static_assert(ORDERED and not SPLIT and N1 == 64)
+    N: gl.constexpr = N1 * N2
+    PACKED: gl.constexpr = x_ptr.dtype.element_ty == gl.bfloat16
+    tables = _tables(table_ptr, N2)
+    room = _room(N2)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    g_re_smem = gl.allocate_shared_memory(gl.float32, [N], plain)
+    g_im_smem = gl.allocate_shared_memory(gl.float32, [N], plain)
+    left = T.to(gl.int32)
+    first = gl.program_id(0).to(gl.int64) * each
+    last = gl.minimum(first + each, D)
+    b, d = first * 0, first
+    x = _load(x_ptr + d * stride_xd * UNIT, left, N2, UNIT)
+    g_re_smem.store(gl.zeros([N], gl.float32, _FLAT))
+    g_im_smem.store(gl.zeros([N], gl.float32, _FLAT))
+    for _ in range(0, ((last - first) * B).to(gl.int32)):
+        dz = _load(dz_ptr + (b * stride_zb + d * stride_zd) * UNIT, left, N2, UNIT)
+        x, x_scale = _row(x)
+        re, im = _there(x, tables, room, N2, PACKED)
+        x_re, x_im = re.to(gl.float16), im.to(gl.float16)
+        if HAS_GATE:
+            gate = _load(gate_ptr + (b * stride_gb + d * stride_gd) * UNIT, left, N2, UNIT)
+            dz, z_scale = _row(dz.to(gl.float32) * gate.to(gl.float32))
+        else:
+            dz, z_scale = _row(dz)
+        next_b, next_d = _next(b, d, B)
+        _barrier()
+        re, im = _there(dz, tables, room, N2, PACKED)
+        there = gl.where(next_d < last, left, 0)
+        x = _load(x_ptr + (next_b * stride_xb + next_d * stride_xd) * UNIT, there, N2, UNIT)
+        scale = x_scale * z_scale
+        y_re, y_im = _complex(re, im, x_re.to(gl.float32), x_im.to(gl.float32), True)
+        g_re_smem.store(g_re_smem.load(_FLAT) + _registers(scale * y_re, N2))
+        g_im_smem.store(g_im_smem.load(_FLAT) + _registers(scale * y_im, N2))
+        _barrier()
+        if NEEDS_DX:
+            k_re, k_im = _flat_planes(spectrum_ptr + d * 2 * N, N)
+            re, im = _times(re, im, _tile(k_re, N2), _tile(k_im, N2), True, PACKED)
+            dx = _back(re, im, tables, room.index(0), room.index(1), N2, PACKED)
+            dx *= z_scale * gl.load(scale_ptr + d)
+            _barrier()
+            _store(dx_ptr + (b * stride_db + d * stride_dd) * UNIT, dx, left, N2, UNIT)
+        if next_b == 0:
+            g_re, g_im = _numbers(g_re_smem, N2), _numbers(g_im_smem, N2)
+            _store_taps(
+                dk_ptr + d * taps * UNIT, g_re, g_im, taps, tables, room, N2, UNIT, ROOT_N, PACKED
+            )  # fmt: skip
+            g_re_smem.store(gl.zeros([N], gl.float32, _FLAT))
+            g_im_smem.store(gl.zeros([N], gl.float32, _FLAT))
+        b, d = next_b, next_d
+
+
+@gluon.jit(do_not_specialize=RUNTIME)
+def _block_spectra_wgmma_kernel(
+    x_ptr, gate_ptr, table_ptr, spectra_ptr, scale_ptr,  # pointers
+    stride_xb: gl.int64, stride_xd: gl.int64, stride_gb: gl.int64, stride_gd: gl.int64,
+    T: gl.int64, B: gl.int64, blocks: gl.int64, total: gl.int64, each: gl.int64,  # scalars
+    N1: gl.constexpr, N2: gl.constexpr, UNIT: gl.constexpr, SPLIT: gl.constexpr,
+    ORDERED: gl.constexpr, HAS_GATE: gl.constexpr,
+):  # fmt: skip
+    """long_conv_parts._block_spectra_kernel"""
+    gl.static_assert(ORDERED and not SPLIT and N1 == 64)
+    N: gl.constexpr = N1 * N2
+    PACKED: gl.constexpr = x_ptr.dtype.element_ty == gl.bfloat16
+    tables = _tables(table_ptr, N2)
+    room = _room(N2)
+    offs = gl.arange(0, N, _FLAT)
+    start = gl.program_id(0).to(gl.int64) * each
+    for i in range(0, (gl.minimum(start + each, total) - start).to(gl.int32)):
+        index = start + i
+        a, row = index % blocks, index // blocks
+        b, d = row % B, row // B
+        left = (T - a * (N // UNIT)).to(gl.int32)
+        x = _load(x_ptr + (b * stride_xb + d * stride_xd) * UNIT + a * N, left, N2, UNIT)
+        if HAS_GATE:
+            at = gate_ptr + (b * stride_gb + d * stride_gd) * UNIT + a * N
+            x = x.to(gl.float32) * _load(at, left, N2, UNIT).to(gl.float32)
+        x, scale = _row(x)
+        gl.store(scale_ptr + index, scale)
+        _barrier()
+        re, im = _there(x, tables, room, N2, PACKED)
+        out = spectra_ptr + index * 2 * N + offs
+        gl.store(out, _registers(re.to(gl.float16), N2))
+        gl.store(out + N, _registers(im.to(gl.float16), N2))
+
+
+@gluon.jit(do_not_specialize=RUNTIME)
+def _blocks_back_wgmma_kernel(
+    sums_ptr, sums_scale_ptr, kernel_scale_ptr, gate_ptr, table_ptr, z_ptr,  # pointers
+    stride_gb: gl.int64, stride_gd: gl.int64, stride_zb: gl.int64, stride_zd: gl.int64,
+    T: gl.int64, B: gl.int64, blocks: gl.int64, total: gl.int64, each: gl.int64,  # scalars
+    N1: gl.constexpr, N2: gl.constexpr, UNIT: gl.constexpr, SPLIT: gl.constexpr,
+    ORDERED: gl.constexpr, HAS_GATE: gl.constexpr,
+):  # fmt: skip
+    """long_conv_parts._blocks_back_kernel"""
+    gl.static_assert(ORDERED and not SPLIT and N1 == 64)
+    N: gl.constexpr = N1 * N2
+    PACKED: gl.constexpr = z_ptr.dtype.element_ty == gl.bfloat16
+    tables = _tables(table_ptr, N2)
+    room = _room(N2)
+    start = gl.program_id(0).to(gl.int64) * each
+    for i in range(0, (gl.minimum(start + each, total) - start).to(gl.int32)):
+        index = start + i
+        a, row = index % blocks, index // blocks
+        b, d = row % B, row // B
+        left = (T - a * (N // UNIT)).to(gl.int32)
+        re, im = _flat_planes(sums_ptr + index * 2 * N, N)
+        _barrier()
+        re, im = _tile(re, N2), _tile(im, N2)
+        z = _back(re, im, tables, room.index(0), room.index(1), N2, PACKED)
+        z *= gl.load(sums_scale_ptr + row) * gl.load(kernel_scale_ptr + d)
+        if HAS_GATE:
+            at = gate_ptr + (b * stride_gb + d * stride_gd) * UNIT + a * N
+            z *= _gate_tile(at, left, N2, UNIT)
+        _store(z_ptr + (b * stride_zb + d * stride_zd) * UNIT + a * N, z, left, N2, UNIT)
+
+
+@gluon.jit(do_not_specialize=RUNTIME)
+def _taps_back_wgmma_kernel(
+    sums_ptr, table_ptr, dk_ptr,  # pointers
+    taps: gl.int64, blocks: gl.int64, total: gl.int64, each: gl.int64,  # runtime scalars
+    N1: gl.constexpr, N2: gl.constexpr, UNIT: gl.constexpr, SPLIT: gl.constexpr,
+    ORDERED: gl.constexpr, ROOT_N: gl.constexpr,
+):  # fmt: skip
+    """long_conv_parts._taps_back_kernel"""
+    gl.static_assert(ORDERED and not SPLIT and N1 == 64)
+    N: gl.constexpr = N1 * N2
+    tables = _tables(table_ptr, N2)
+    room = _room(N2)
+    start = gl.program_id(0).to(gl.int64) * each
+    for i in range(0, (gl.minimum(start + each, total) - start).to(gl.int32)):
+        index = start + i
+        block, d = index % blocks, index // blocks
+        is_last = block + 1 == blocks
+        re, im = _planes(sums_ptr + index * 2 * N, N2)
+        next_re, next_im = _planes(sums_ptr + gl.where(is_last, index, index + 1) * 2 * N, N2)
+        re -= gl.where(is_last, 0.0, next_im)
+        im += gl.where(is_last, 0.0, next_re)
+        _barrier()
+        left = taps - block * (N // UNIT)
+        at = dk_ptr + d * taps * UNIT + block * N
+        _store_taps(at, re, im, left, tables, room, N2, UNIT, ROOT_N, False)
+
+
+@gluon.jit
+def _rest(x):
+    """What rounding leaves of x, in float16; and x rounded."""
+    rounded = x.to(gl.float16)
+    return (x - rounded.to(gl.float32)).to(gl.float16), rounded
+
+
+@gluon.jit
+def _there_split(x, tables, rests, room, N2: gl.constexpr):
+    """_there of a float32 row, in pairs of float16 numbers."""
+    f1_re, f1_im, f2_re, f2_im, tw_re, tw_im = tables
+    r1_re, r1_im, r2_re, r2_im, rw_re, rw_im = rests
+    zero = gl.zeros([64, N2], gl.float32, _product(N2, 1))
+    rest, x = _rest(x)
+    room.index(0).store(x.reshape([64, N2]))
+    room.index(1).store(rest.reshape([64, N2]))
+    fence_async_shared()
+    x, rest = room.index(0), room.index(1)
+    re = warpgroup_mma(f1_re, x, zero, use_acc=False, is_async=True)
+    im = warpgroup_mma(f1_im, x, zero, use_acc=False, is_async=True)
+    re = warpgroup_mma(r1_re, x, re, is_async=True)
+    im = warpgroup_mma(r1_im, x, im, is_async=True)
+    re = warpgroup_mma(f1_re, rest, re, is_async=True)
+    im = warpgroup_mma(f1_im, rest, im, is_async=True)
+    re, im = warpgroup_mma_wait(0, deps=[re, im])
+    t_re = _numbers(tw_re, N2).to(gl.float32) + _numbers(rw_re, N2)
+    t_im = _numbers(tw_im, N2).to(gl.float32) + _numbers(rw_im, N2)
+    re, im = _complex(re, im, t_re, t_im, False)
+    a_rest, a = _rest(re)
+    b_rest, b = _rest(im)
+    a, b = gl.convert_layout(a, _operand(N2)), gl.convert_layout(b, _operand(N2))
+    a_rest = gl.convert_layout(a_rest, _operand(N2))
+    b_rest = gl.convert_layout(b_rest, _operand(N2))
+    re = warpgroup_mma(a, f2_re, zero, use_acc=False, is_async=True)
+    im = warpgroup_mma(a, f2_im, zero, use_acc=False, is_async=True)
+    re = warpgroup_mma(a, r2_re, re, is_async=True)
+    im = warpgroup_mma(a, r2_im, im, is_async=True)
+    re = warpgroup_mma(a_rest, f2_re, re, is_async=True)
+    im = warpgroup_mma(a_rest, f2_im, im, is_async=True)
+    im = warpgroup_mma(b, f2_re, im, is_async=True)
+    im = warpgroup_mma(b, r2_re, im, is_async=True)
+    im = warpgroup_mma(b_rest, f2_re, im, is_async=True)
+    b, b_rest = -b, -b_rest
+    re = warpgroup_mma(b, f2_im, re, is_async=True)
+    re = warpgroup_mma(b, r2_im, re, is_async=True)
+    re = warpgroup_mma(b_rest, f2_im, re, is_async=True)
+    return warpgroup_mma_wait(0, deps=[re, im])
+
+
+@gluon.jit
+def _spectrum_of(
+    k, tables, rests, room, N2: gl.constexpr, SPLIT: gl.constexpr, ROOT_N: gl.constexpr
+):
+    if SPLIT:
+        re, im = _there_split(k, tables, rests, room, N2)
+    else:
+        re, im = _there(k.to(gl.float16), tables, room, N2, False)
+    return re * ROOT_N, im * ROOT_N
+
+
+@gluon.jit
+def _norm(squares):
+    """The power of two under the root of their sum, and one over that, or 1 if all are zero."""
+    norm, under = _power_of_two(gl.sqrt(gl.sum(squares, axis=0)))
+    return norm, gl.where(norm == 0, 1.0, under)
+
+
+@gluon.jit(do_not_specialize=RUNTIME)
+def _kernel_spectrum_wgmma_kernel(
+    k_ptr, table_ptr, spectrum_ptr, scale_ptr,  # pointers
+    stride_kd: gl.int64, taps: gl.int64, blocks: gl.int64, total: gl.int64, each: gl.int64,
+    # runtime scalars; stride_kd and taps in units of UNIT
+    N1: gl.constexpr, N2: gl.constexpr, UNIT: gl.constexpr, SPLIT: gl.constexpr,
+    ORDERED: gl.constexpr, IS_ONE_BLOCK: gl.constexpr, ROOT_N: gl.constexpr,
+):  # fmt: skip
+    """long_conv_monarch._kernel_spectrum_kernel, in pairs of float16 numbers if SPLIT: what single
+    ones lose is less than bfloat16 rows do, but not than float16 rows."""
+    gl.static_assert(ORDERED and N1 == 64)
+    N: gl.constexpr = N1 * N2
+    PRODUCT: gl.constexpr = _product(N2, 1)
+    tables = _tables(table_ptr, N2)
+    rests = tables
+    if SPLIT:
+        rests = _tables(table_ptr + 2 * (64 * 64 + N2 * N2 + 64 * N2), N2)
+    room = _room(N2)
+    offs = gl.arange(0, N, _FLAT)
+    first = gl.program_id(0).to(gl.int64) * each
+    for i in range(0, (gl.minimum(first + each, total) - first).to(gl.int32)):
+        d = first + i
+        row_ptr = k_ptr + d * stride_kd * UNIT
+        out = spectrum_ptr + d * blocks * 2 * N + offs
+        if IS_ONE_BLOCK:
+            k = _load(row_ptr, taps.to(gl.int32), N2, UNIT).to(gl.float32)
+            scale, inverse = _power_of_two(gl.max(gl.abs(k), axis=0))
+            k *= inverse
+            norm, under = _norm(k * k)
+            gl.store(scale_ptr + d, scale * norm)
+            re, im = _spectrum_of(k * under, tables, rests, room, N2, SPLIT, ROOT_N)
+            gl.store(out, _registers(re.to(gl.float16), N2))
+            gl.store(out + N, _registers(im.to(gl.float16), N2))
+        else:
+            largest = gl.zeros([N], gl.float32, _FLAT)
+            for block in range(0, blocks.to(gl.int32)):
+                left = (taps - block * (N // UNIT)).to(gl.int32)
+                k = _load(row_ptr + block * N, left, N2, UNIT).to(gl.float32)
+                largest = gl.maximum(largest, gl.abs(k))
+            scale, inverse = _power_of_two(gl.max(largest, axis=0))
+            squares = gl.zeros([N], gl.float32, _FLAT)
+            for block in range(0, blocks.to(gl.int32)):
+                left = (taps - block * (N // UNIT)).to(gl.int32)
+                k = _load(row_ptr + block * N, left, N2, UNIT).to(gl.float32) * inverse
+                squares += k * k
+            norm, under = _norm(squares)
+            gl.store(scale_ptr + d, scale * norm)
+            before_re = gl.zeros([64, N2], gl.float32, PRODUCT)
+            before_im = gl.zeros([64, N2], gl.float32, PRODUCT)
+            for block in range(0, blocks.to(gl.int32)):
+                left = (taps - block * (N // UNIT)).to(gl.int32)
+                k = _load(row_ptr + block * N, left, N2, UNIT).to(gl.float32) * (inverse * under)
+                _barrier()
+                re, im = _spectrum_of(k, tables, rests, room, N2, SPLIT, ROOT_N)
+                gl.store(out, _registers((re + before_im).to(gl.float16), N2))
+                gl.store(out + N, _registers((im - before_re).to(gl.float16), N2))
+                before_re, before_im = re, im
+                out += 2 * N
