@@ -1,0 +1,518 @@
+"""Short-long convolution, forward and backward, in Triton.
+
+    (k * u)_t = sum_{n=0}^{min(t, W-1)} k_n u_{t-n}                  for each channel
+
+    order="serial"     z = gate * (k_long * act(u + sum_i k_i * u))           act = SiLU or None
+    order="parallel"   z = gate * (u + sum_i k_i * u + k_long * u)
+
+x, gate, z [B, T, D] (or [B, D, T], layout="bdt"); short kernels, each [D, W]; long ones [D, taps].
+Two-sided, short kernels are centred, and a second long kernel meets the tokens to come: its sum is
+the first one's adjoint, so both are the same operator.
+
+Short branches and the unit tap are summed into one kernel, in parallel into the first taps of the
+long kernel. What convolves T tokens is in a table (long_conv_plan.py). Direct sums take tensors as
+they lie; transforms want time contiguous, and for token-major x the transpose is part of what runs
+anyway. Passes over memory, in bytes an element of 16-bit:
+
+                        token-major, transforms     channel-major      direct
+    short, SiLU              4, transposes               4                4
+    parallel                 4, transposes               -                -
+    long                     4 (parts 20)            4 (parts 20)         4
+    back to tokens           4, transposes               -                -
+    gate, fixed              2                           2                2
+    gate, trained            2                       6, a pass           6, a pass
+
+Two-sided, the long row comes twice, and 6 for the sum. A kernel's spectrum takes 4 bytes a tap to
+write and 4 to read, once for all rows of a batch. Saved for the backward, besides short kernels and
+spectra: in series x and u [B, D, T], in parallel x alone, as the long convolution takes it; a gate;
+and of a trained gate what it multiplies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from chela_bench.errors import ArgumentError
+from chela_bench.kernels.long_conv_direct import BLOCK
+from chela_bench.kernels.long_conv_monarch import N1, _long_conv_kernel
+from chela_bench.kernels.long_conv_plan import Method, Plan, plan_for
+from chela_bench.kernels.short_long_conv_ops import (
+    long,
+    products,
+    short,
+    spectrum_of,
+    spectrum_shape,
+)
+
+Order = Literal["serial", "parallel"]
+Activation = Literal["silu"] | None
+Layout = Literal["btd", "bdt"]
+Config = Mapping[str, int | str]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """A long kernel as one plan wants it, for exactly T tokens of one dtype."""
+
+    values: Tensor  # [D, blocks, 2, 64, N2]; the taps [D, taps] where method is "direct"
+    scale: Tensor | None  # [D] float32, what values are to be multiplied by
+    T: int
+    dtype: torch.dtype  # of the rows that it will meet
+    method: Method
+    N2: int
+
+
+def short_long_conv(
+    x: Tensor,
+    short_kernels: Sequence[Tensor],
+    long_kernel: Tensor,
+    *,
+    order: Order = "serial",
+    activation: Activation = "silu",
+    identity: bool = True,
+    causal: bool = True,
+    long_kernel_future: Tensor | None = None,
+    gate: Tensor | None = None,
+    layout: Layout = "btd",
+    spectrum: Spectrum | None = None,
+    exact_head: int = 0,
+    config: Config | None = None,
+) -> Tensor:
+    """Short kernels and one long kernel, in series or in parallel, times `gate`.
+
+    x, gate, z [B, T, D] (or [B, D, T] if layout="bdt"), any strides; short_kernels, each [D, W];
+    long_kernel [D, T_long], whose taps beyond T - 1 are unused; long_kernel_future [D, T_f], given
+    exactly if causal=False. Each in float32, bfloat16 or float16 (under autocast, x and gate are
+    converted to its dtype); z is in x's dtype, a gradient in its tensor's. Differentiable once in
+    all of them. `activation` belongs to order="serial", "parallel" does not read it. Without short
+    kernels and identity, "parallel" is the long convolution alone.
+
+    `spectrum` is kernel_spectrum(long_kernel, T, dtype=x.dtype), if known; in parallel, short
+    kernels then run on their own. After training, `reparameterize` merges kernels once for all.
+
+    A transform's error is relative to rms(z) over the sequence, 6e-4 in 16-bit and 2e-6 in float32
+    besides rounding z, however small z_t is; and the first tokens' z often is small. The first
+    `exact_head` outputs are therefore summed anew, from the first tokens, each with an error
+    relative to itself; causal only, and gradients stay as they are. What rounds between: the short
+    convolution's output, a trained or token-major gate's factor, and two-sided each half.
+
+    config says what convolves T tokens, in part or whole: {"method": "direct" | "monarch" |
+    "parts", "N2": 16 | 32 | 64}; else the table of long_conv_plan.py.
+
+    Source: arXiv 2406.08128, section 3; the transforms are ours. Raises ArgumentError.
+    """
+    x, gate = _autocast(x), None if gate is None else _autocast(gate)
+    _, D, T = _check_inputs(x, layout, short_kernels)
+    _check_options(order, activation, exact_head, causal)
+    _check_two_sided(short_kernels, long_kernel_future, causal)
+    _check_long(long_kernel, D, "long_kernel")
+    if long_kernel_future is not None:
+        _check_long(long_kernel_future, D, "long_kernel_future")
+    if order == "serial":
+        _check_serial(short_kernels, identity)
+    _check_gate(gate, x)
+    _check_tensors(
+        x=x,
+        gate=gate,
+        long_kernel=long_kernel,
+        long_kernel_future=long_kernel_future,
+        **{f"short_kernels[{i}]": kernel for i, kernel in enumerate(short_kernels)},
+    )
+    plan = _plan(x, D, T, spectrum, config)
+
+    tokens = layout == "btd"
+    inner = tokens and plan.method == "direct"  # whether the long convolution is token-major
+    u = x.mT if tokens else x
+    g = gate.mT if tokens and gate is not None else gate
+    future = None if long_kernel_future is None else long_kernel_future[:, : max(T - 1, 0)]
+    beside: Tensor | None = None
+    has_short = identity or len(short_kernels) > 0
+    if order == "serial":
+        weight, ahead = _merged(short_kernels, identity, causal, D, x)
+        u = short(u, weight, None, activation == "silu", ahead, tokens, inner)
+    elif has_short:
+        weight, ahead = _merged(short_kernels, identity, causal, D, x)
+        if spectrum is not None:
+            beside = short(u, weight, None, False, ahead, tokens, inner)
+        else:
+            long_kernel = _added(long_kernel, weight[:, ahead:], T)
+            if future is not None and ahead > 0:
+                future = _added(future, weight[:, :ahead].flip(1), max(T - 1, 0))
+    if order == "parallel" and tokens != inner:
+        u = products(u, None, tokens, inner)
+
+    N2 = plan.N2
+    values, scale = (
+        spectrum_of(long_kernel, T, N2, x.dtype)
+        if spectrum is None
+        else (spectrum.values, spectrum.scale)
+    )
+    fused = g
+    if future is not None or beside is not None or tokens != inner or _is_trained(g):
+        fused = None
+    z = long(u, long_kernel, values, scale, fused, plan.method, False, inner, exact_head)
+    if future is not None:
+        shifted = F.pad(future, (1, 0))  # its tap 0 meets the current token
+        values, scale = spectrum_of(shifted, T, N2, x.dtype)
+        z = z + long(u, shifted, values, scale, None, plan.method, True, inner, 0)
+    if beside is not None:
+        z = z + beside
+    if tokens != inner or (g is not None and fused is None):
+        z = products(z, g, inner, tokens)
+    found: Tensor = z.mT if tokens else z
+    return found
+
+
+def short_conv(
+    x: Tensor,
+    kernels: Sequence[Tensor],
+    *,
+    activation: Activation = "silu",
+    identity: bool = True,
+    layout: Layout = "btd",
+    state: Tensor | None = None,
+) -> Tensor:
+    """act(x + sum_i k_i * x), causal.
+
+    x, y [B, T, D] (or [B, D, T] if layout="bdt"), any strides; kernels, each [D, W]; float32,
+    bfloat16 or float16, y in x's. `state` [B, D, W_max - 1] holds the inputs before x, oldest
+    first, and is updated in place, without gradient, to those before the next call: zeros at a
+    sequence's start. 4 bytes an element in 16-bit. Raises ArgumentError.
+    """
+    x = _autocast(x)
+    B, D, T = _check_inputs(x, layout, kernels)
+    _check_option("activation", activation, ("silu", None))
+    _check_serial(kernels, identity)
+    _check_tensors(
+        x=x, state=state, **{f"kernels[{i}]": kernel for i, kernel in enumerate(kernels)}
+    )
+    if state is not None:
+        _check_state(state, (B, D, _widest(kernels) - 1))
+    tokens = layout == "btd"
+    u = x.mT if tokens else x
+    weight, _ = _merged(kernels, identity, True, D, x)
+    past = None
+    if state is not None:  # a backward reads it after it was updated
+        past = state.detach()
+        past = past.clone() if _is_trained(x, *kernels) else past
+    y = short(u, weight, past, activation == "silu", 0, tokens, tokens)
+    if state is not None:
+        with torch.no_grad():
+            known = torch.cat([state[..., T:], u[..., max(T - state.shape[2], 0) :]], dim=2)
+            state.copy_(known)
+    found: Tensor = y.mT if tokens else y
+    return found
+
+
+def long_conv(
+    x: Tensor,
+    kernel: Tensor,
+    *,
+    spectrum: Spectrum | None = None,
+    layout: Layout = "btd",
+    gate: Tensor | None = None,
+    exact_head: int = 0,
+    config: Config | None = None,
+) -> Tensor:
+    """gate * (kernel * x), causal: order="parallel" of `short_long_conv` with nothing short.
+
+    x, gate, z [B, T, D] (or [B, D, T] if layout="bdt"); kernel [D, T_long]. The error is relative
+    to rms(z), but for the first `exact_head` outputs: see there. Raises ArgumentError.
+    """
+    return short_long_conv(
+        x,
+        [],
+        kernel,
+        order="parallel",
+        identity=False,
+        gate=gate,
+        layout=layout,
+        spectrum=spectrum,
+        exact_head=exact_head,
+        config=config,
+    )
+
+
+def kernel_spectrum(
+    kernel: Tensor,
+    T: int,
+    *,
+    dtype: torch.dtype | None = None,
+    config: Config | None = None,
+) -> Spectrum:
+    """The transform of kernel [D, T_long] as `long_conv` over T tokens wants it.
+
+    dtype: of the rows that it will meet, the kernel's unless given. Pass it as `spectrum` to every
+    call with this kernel, this T and this dtype; gradients go to the kernel. 4 bytes a tap, in
+    float32 8. Raises ArgumentError.
+    """
+    if kernel.ndim != 2 or kernel.shape[1] < 1 or T < 0:
+        raise ArgumentError(
+            "wanted kernel [D, T_long] with at least one tap and T >= 0, got "
+            f"{list(kernel.shape)} and T = {T}; pass the sequence's own T"
+        )
+    _check_tensors(kernel=kernel)
+    dtype = kernel.dtype if dtype is None else dtype
+    if dtype not in DTYPES:
+        raise ArgumentError(
+            f"wanted dtype float32, bfloat16 or float16, got {dtype}; pass that of the rows x"
+        )
+    plan = plan_for(T, config)
+    values, scale = spectrum_of(kernel, T, plan.N2, dtype)
+    return Spectrum(values, scale, T, dtype, plan.method, plan.N2)
+
+
+def reparameterize(
+    short_kernels: Sequence[Tensor],
+    long_kernel: Tensor,
+    *,
+    order: Order,
+    identity: bool = True,
+) -> tuple[Tensor | None, Tensor]:
+    """Fold the trained branches of a causal short_long_conv: the same function, fewer kernels.
+
+    order="serial": one short kernel [D, W_max], the sum of the branches, narrow ones padded with
+    zeros at their end, and of the unit tap at tap 0; long_kernel as it is.
+    order="parallel": no short kernel; their taps and the unit tap are added to the first taps of
+    long_kernel, which grows to W_max if it is shorter.
+
+    short_kernels, each [D, W]; long_kernel [D, T_long]; results in float32. To be used with
+    identity=False:
+
+        short, long = reparameterize(short_kernels, long_kernel, order=order)
+        z = short_long_conv(x, [] if short is None else [short], long, order=order, identity=False)
+    """
+    _check_option("order", order, ("serial", "parallel"))
+    if long_kernel.ndim != 2:
+        raise ArgumentError(f"wanted long_kernel [D, T_long], got {list(long_kernel.shape)}")
+    D = long_kernel.shape[0]
+    _check_kernels(short_kernels, D)
+    merged = long_kernel.to(torch.float32)
+    if order == "serial":
+        _check_serial(short_kernels, identity)
+        return _merged(short_kernels, identity, True, D, long_kernel)[0], merged
+    if not short_kernels and not identity:
+        return None, merged
+    weight, _ = _merged(short_kernels, identity, True, D, long_kernel)
+    return None, _added(merged, weight, max(merged.shape[1], weight.shape[1]))
+
+
+def hbm_bytes(
+    shape: Mapping[str, int], config: Mapping[str, int | str] | None = None, *, itemsize: int = 2
+) -> int:
+    """Bytes that a forward at shape {B, T, D} moves, modelled: order="serial" of token-major x, all
+    that each kernel reads and writes.
+
+    Left out: the short kernels, and taps of the long one that are read twice.
+    """
+    B, T, D = (shape[dim] for dim in "BTD")
+    chosen = {name: x for name, x in (config or {}).items() if name in ("method", "N2")}
+    plan = plan_for(T, chosen or None)
+    element = B * D * T * itemsize
+    taps = D * T * itemsize  # read
+    passes = element * (
+        2  # short: read x, write u
+        + 2  # long: read u, write z
+    )
+    if plan.method == "direct":
+        copies = 2 * D * (T + 2 * BLOCK) * 16  # taps for every alignment, written and read
+        return passes + taps + copies
+    passes += element * 2  # transpose: read z, write it token-major
+    complex_size = 2 * min(itemsize, 4)
+    padded = D * plan.blocks * N1 * plan.N2
+    spectra = padded * complex_size * 2  # the kernel's: written, read
+    if plan.method == "parts":
+        spectra += B * padded * complex_size * 4  # x's and their sums: written, read
+    return passes + taps + spectra
+
+
+def _merged(
+    kernels: Sequence[Tensor], identity: bool, causal: bool, D: int, like: Tensor
+) -> tuple[Tensor, int]:
+    """The sum of short kernels and the unit tap [D, W], float32, and how many taps are ahead of the
+    one that meets the current token."""
+    W = _widest(kernels)
+    ahead = 0 if causal else W // 2
+    total: Tensor | None = None
+    for kernel in kernels:
+        branch = kernel.to(torch.float32)
+        rest = W - kernel.shape[1]
+        if rest > 0:
+            before = 0 if causal else rest // 2
+            branch = F.pad(branch, (before, rest - before))
+        total = branch if total is None else total + branch
+    if identity:
+        if total is None:
+            return like.new_ones(D, 1, dtype=torch.float32), 0
+        total = total + torch.eye(W, device=like.device, dtype=torch.float32)[ahead]
+    assert total is not None
+    return total, ahead
+
+
+def _added(kernel: Tensor, first: Tensor, taps: int) -> Tensor:
+    """At most `taps` taps of the sum of kernel and `first`, in float32."""
+    kernel, first = kernel[:, :taps].to(torch.float32), first[:, :taps]
+    missing = kernel.shape[1] - first.shape[1]
+    if missing < 0:
+        return F.pad(kernel, (0, -missing)) + first
+    return kernel + F.pad(first, (0, missing))
+
+
+def _widest(kernels: Sequence[Tensor]) -> int:
+    return max([1, *[kernel.shape[1] for kernel in kernels]])
+
+
+def _plan(x: Tensor, D: int, T: int, spectrum: Spectrum | None, config: Config | None) -> Plan:
+    plan = plan_for(T, config)
+    if spectrum is None:
+        return plan
+    made = spectrum.T, spectrum.dtype, spectrum.values.shape[0], spectrum.values.device
+    same = (spectrum.method, spectrum.N2) == plan[:2] or config is None
+    if made != (T, x.dtype, D, x.device) or not same:
+        raise ArgumentError(
+            f"wanted a spectrum for T = {T} and D = {D} in {x.dtype} on {x.device}, "
+            f"{plan.method} with N2 = {plan.N2}, got T = {spectrum.T} and D = "
+            f"{spectrum.values.shape[0]} in {spectrum.dtype} on {spectrum.values.device}, "
+            f"{spectrum.method} with N2 = {spectrum.N2}; make it with kernel_spectrum(kernel, T, "
+            "dtype=x.dtype) of this kernel, T, dtype and config"
+        )
+    asked = {"method": spectrum.method, **({"N2": spectrum.N2} if spectrum.N2 else {})}
+    plan = plan_for(T, asked)
+    shape = spectrum_shape(D, T, plan.N2) if plan.N2 else None
+    direct = spectrum.values.ndim == 2 and spectrum.scale is None
+    if not (direct if shape is None else tuple(spectrum.values.shape) == shape):
+        raise ArgumentError(
+            f"wanted a spectrum with values {'[D, taps]' if shape is None else list(shape)}, got "
+            f"{list(spectrum.values.shape)}; make it with kernel_spectrum(kernel, T)"
+        )
+    return plan
+
+
+def _is_trained(*tensors: Tensor | None) -> bool:
+    """Whether a gradient may be asked for."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or not x.is_floating_point():
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
+
+
+def _check_option(name: str, value: object, known: tuple[object, ...]) -> None:
+    if value not in known:
+        raise ArgumentError(f"no {name} {value!r}; it is one of {', '.join(map(repr, known))}")
+
+
+def _check_options(order: str, activation: str | None, exact_head: int, causal: bool) -> None:
+    _check_option("order", order, ("serial", "parallel"))
+    _check_option("activation", activation, ("silu", None))
+    if exact_head < 0:
+        raise ArgumentError(
+            f"exact_head is a number of tokens, got {exact_head}; pass 0 for none of them"
+        )
+    if exact_head > 0 and not causal:
+        raise ArgumentError(
+            f"wanted causal=True for exact_head = {exact_head}: two-sided, the first outputs read "
+            "the whole sequence; leave it out"
+        )
+
+
+def _check_inputs(x: Tensor, layout: str, kernels: Sequence[Tensor]) -> tuple[int, int, int]:
+    """B, D, T."""
+    _check_option("layout", layout, ("btd", "bdt"))
+    if x.ndim != 3:
+        raise ArgumentError(f'wanted x [B, T, D], or [B, D, T] as "bdt", got {list(x.shape)}')
+    B, T, D = x.shape
+    if layout == "bdt":
+        T, D = D, T
+    _check_kernels(kernels, D)
+    return B, D, T
+
+
+def _check_kernels(kernels: Sequence[Tensor], D: int) -> None:
+    for i, kernel in enumerate(kernels):
+        if kernel.ndim != 2 or kernel.shape[0] != D or kernel.shape[1] < 1:
+            raise ArgumentError(
+                f"wanted short kernels [D, W] with D = {D} and W >= 1, got {list(kernel.shape)} "
+                f"at {i}; a kernel has one row per channel of x"
+            )
+
+
+def _check_two_sided(kernels: Sequence[Tensor], future: Tensor | None, causal: bool) -> None:
+    even = [kernel.shape[1] for kernel in kernels if kernel.shape[1] % 2 == 0]
+    if even and not causal:
+        raise ArgumentError(
+            f"causal=False centres short kernels, so widths are odd, got {even}; pad with a zero"
+        )
+    if causal == (future is not None):
+        raise ArgumentError(
+            "long_kernel_future [D, T_f] is the half that causal=False needs and causal=True has "
+            f"no place for; got causal={causal} and "
+            f"{'none' if future is None else list(future.shape)}"
+        )
+
+
+def _check_long(kernel: Tensor, D: int, name: str) -> None:
+    if kernel.ndim != 2 or kernel.shape[0] != D or kernel.shape[1] < 1:
+        raise ArgumentError(
+            f"wanted {name} [D, taps] with D = {D} and at least one tap, got {list(kernel.shape)}; "
+            "a kernel has one row per channel of x"
+        )
+
+
+def _check_serial(kernels: Sequence[Tensor], identity: bool) -> None:
+    if not kernels and not identity:
+        raise ArgumentError(
+            "no short kernel and identity=False: nothing reaches the long kernel; pass a kernel, "
+            'identity=True, or call long_conv (order="parallel" may be empty)'
+        )
+
+
+def _check_gate(gate: Tensor | None, x: Tensor) -> None:
+    if gate is not None and gate.shape != x.shape:
+        raise ArgumentError(
+            f"wanted gate {list(x.shape)}, as x, got {list(gate.shape)}; expand it first"
+        )
+
+
+def _check_state(state: Tensor, wanted: tuple[int, int, int]) -> None:
+    if state.shape != wanted:
+        raise ArgumentError(
+            f"wanted state [B, D, W_max - 1] = {list(wanted)}, got {list(state.shape)}; "
+            "start with zeros of that shape"
+        )
+
+
+def _check_tensors(**tensors: Tensor | None) -> None:
+    """Dtypes and devices."""
+    given = {name: x for name, x in tensors.items() if x is not None}
+    for name, x in given.items():
+        if x.dtype not in DTYPES:
+            raise ArgumentError(
+                f"wanted {name} in float32, bfloat16 or float16, got {x.dtype}; convert it, or use "
+                "chela_bench.reference.short_long_conv"
+            )
+    devices = {name: x.device for name, x in given.items()}
+    first = next(iter(devices.values()))
+    if any(device != first for device in devices.values()):
+        raise ArgumentError(
+            "wanted tensors on one device, got "
+            f"{', '.join(f'{name} on {device}' for name, device in devices.items())}; move them"
+        )
+    interpreted = not isinstance(_long_conv_kernel, triton.JITFunction)
+    if first.type != "cuda" and not interpreted:
+        raise ArgumentError(
+            f"wanted tensors on a GPU, got {first}; move them, use "
+            "chela_bench.reference.short_long_conv, or start Python with TRITON_INTERPRET=1"
+        )
