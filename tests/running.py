@@ -48,6 +48,12 @@ tiny = { B = 1, H = 2, K = 16, V = 16 }
 [shapes.short_long_conv]
 tiny = { B = 2, D = 8 }
 
+[shapes.long_conv]
+tiny = { B = 2, D = 8 }
+
+[shapes.reparameterization]
+tiny = { B = 2, D = 8 }
+
 [shapes.softmax_attention]
 tiny = { B = 1, H = 2, K = 16, V = 16 }
 

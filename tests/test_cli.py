@@ -121,7 +121,7 @@ def _everything(folder, *arguments):
     """Every op and implementation on the CPU, at an odd length."""
     config = tiny_config(folder, build_s=120.0)
     done, document = swept(
-        "--op", "linear_attention,softmax_attention,short_long_conv,chela_layer",
+        "--op", ",".join(op.name for op in OPS),
         "--lens", "100", "--axis", "order=serial,parallel", "--impl", ",".join(IMPLS), *arguments,
         config=config,
     )  # fmt: skip

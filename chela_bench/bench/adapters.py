@@ -8,15 +8,17 @@ their caller, which is here.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from chela_bench.reference import linear_attention as attention
 from chela_bench.reference.chela import ChelaLayer
-from chela_bench.reference.short_long_conv import Order, short_long_conv
+from chela_bench.reference.short_long_conv import Order, long_conv, short_long_conv
 
 if TYPE_CHECKING:
     from chela_bench.kernels.linear_attention_config import Schedule
@@ -64,6 +66,93 @@ def fft_conv(
 ) -> Tensor:
     z = short_long_conv(x, list(short_kernels), long_kernel, order=order, method="fft")
     return z.to(x.dtype)
+
+
+def triton_conv(
+    x: Tensor,
+    short_kernels: Sequence[Tensor],
+    long_kernel: Tensor,
+    *,
+    order: Order,
+    **config: int | str,
+) -> Tensor:
+    from chela_bench.kernels.short_long_conv import short_long_conv
+
+    return short_long_conv(x, list(short_kernels), long_kernel, order=order, config=config or None)
+
+
+def oracle_long_conv(x: Tensor, kernel: Tensor) -> Tensor:
+    return long_conv(x, kernel, layout="bdt")
+
+
+def fft_long_conv(x: Tensor, kernel: Tensor) -> Tensor:
+    return long_conv(x, kernel, layout="bdt").to(x.dtype)
+
+
+def triton_long_conv(
+    x: Tensor,
+    kernel: Tensor,
+    *,
+    spectrum: Literal["kept", "made"] = "kept",
+    **config: int | str,
+) -> Tensor:
+    """Without gradients the kernel's spectrum is made once, as a model that only infers would."""
+    from chela_bench.kernels.short_long_conv import kernel_spectrum, long_conv
+
+    options = config or None
+    if torch.is_grad_enabled() or spectrum == "made":
+        return long_conv(x, kernel, layout="bdt", config=options)
+    made = kept(
+        kernel,
+        ("spectrum", x.shape[-1], x.dtype, *config.items()),
+        lambda: kernel_spectrum(kernel, x.shape[-1], dtype=x.dtype, config=options),
+    )
+    return long_conv(x, kernel, layout="bdt", spectrum=made, config=options)
+
+
+def triton_unmerged(
+    x: Tensor, short_kernels: Sequence[Tensor], long_kernel: Tensor, *, order: Order
+) -> Tensor:
+    """Every branch by a kernel of its own, and their sum: before structural reparameterisation."""
+    from chela_bench.kernels.short_long_conv import long_conv, short_conv
+
+    branches = [
+        short_conv(x, [kernel], activation=None, identity=False) for kernel in short_kernels
+    ]
+    u = x
+    for branch in branches:
+        u = u + branch
+    if order == "serial":
+        return long_conv(F.silu(u), long_kernel)
+    return u + long_conv(x, long_kernel)
+
+
+def triton_merged(
+    x: Tensor, short_kernels: Sequence[Tensor], long_kernel: Tensor, *, order: Order
+) -> Tensor:
+    """The branches merged, and the kernel's spectrum made, before the first call."""
+    from chela_bench.kernels.short_long_conv import kernel_spectrum, reparameterize
+    from chela_bench.kernels.short_long_conv import short_long_conv as convolve
+
+    def merge() -> Any:
+        short, long = reparameterize(list(short_kernels), long_kernel, order=order)
+        return short, long, kernel_spectrum(long, x.shape[1], dtype=x.dtype)
+
+    short, long, spectrum = kept(long_kernel, ("merged", order, x.shape[1], x.dtype), merge)
+    shorts = [] if short is None else [short]
+    return convolve(x, shorts, long, order=order, identity=False, spectrum=spectrum)
+
+
+_KEPT: Any = WeakTensorKeyDictionary()
+
+
+def kept(tensor: Tensor, what: object, make: Callable[[], Any]) -> Any:
+    """make(), of the last call with this tensor, unless the tensor was changed since."""
+    versions = _KEPT.setdefault(tensor, {})
+    if what not in versions or versions[what][0] != tensor._version:
+        with torch.no_grad():
+            versions[what] = tensor._version, make()
+    return versions[what][1]
 
 
 def reference_layer(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:

@@ -18,9 +18,10 @@ from chela_bench.errors import ArgumentError
 # How a tensor is judged:
 #   tokens    [B, T, ..., F]  per block of tokens, each (b, ...), relative to that block
 #   channels  [B, T, D]       per block of tokens, each (b, d), relative to the row's rms
+#   rows      [B, D, T]       as channels, channel-major
 #   taps      [D, T]          as channels, of one batch row: a long kernel's gradient
 #   whole     any             one norm: tensors without a token axis (weights, short kernels)
-ErrorKind = Literal["tokens", "channels", "taps", "whole"]
+ErrorKind = Literal["tokens", "channels", "rows", "taps", "whole"]
 
 # Relative spacing of a dtype's numbers; a rounding costs at most half of it.
 EPS = {"bf16": 2.0**-7, "fp16": 2.0**-10, "tf32": 2.0**-10, "fp32": 2.0**-23}
@@ -78,6 +79,8 @@ def error_of(actual: Tensor, exact: Tensor, kind: ErrorKind) -> float:
         return worst_block_error(actual, exact)
     if kind == "channels":
         return worst_block_error(actual, exact, row_rms=True)
+    if kind == "rows":
+        return worst_block_error(actual.mT, exact.mT, row_rms=True)
     if kind == "taps":
         return worst_block_error(actual.mT.unsqueeze(0), exact.mT.unsqueeze(0), row_rms=True)
     return relative_error(actual, exact)

@@ -104,6 +104,16 @@ def short_long_conv(draw: Draw) -> Inputs:
     return Inputs(tensors, kinds, lambda t: (t["x"], [t[name] for name in names], t["long"]))
 
 
+def long_conv(draw: Draw) -> Inputs:
+    """x [B, D, T]; long kernel [D, T]."""
+    batch, tokens, width = (draw.shape[name] for name in "BTD")
+    tensors = {
+        "x": draw.normal("x", batch, width, tokens, mean=draw.mean),
+        "long": draw.normal("long", width, tokens, scale=max(tokens, 1) ** -0.5),
+    }
+    return Inputs(tensors, {"x": "rows", "long": "taps"}, lambda t: (t["x"], t["long"]))
+
+
 def chela_layer(draw: Draw) -> Inputs:
     """x [B, T, D]; the reference layer's parameters, initialised from the seed.
 

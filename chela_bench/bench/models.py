@@ -61,6 +61,18 @@ def short_long_conv_flops(shape: Shape, direction: str) -> int:
     return _by_direction(direction, forward, backward)
 
 
+def long_conv_bytes(shape: Shape, itemsize: int, direction: str) -> Bytes:
+    x = shape["B"] * shape["T"] * shape["D"] * itemsize
+    taps = shape["D"] * shape["T"] * itemsize
+    return _bytes(direction, (x + taps, x), (2 * x + taps, x + taps))
+
+
+def long_conv_flops(shape: Shape, direction: str) -> int:
+    """As of short_long_conv, without the short kernels."""
+    short = 2 * shape["T"] * max(short_sizes(shape["T"])) * shape["B"] * shape["D"]
+    return short_long_conv_flops(shape, direction) - _by_direction(direction, short, 2 * short)
+
+
 def chela_layer_bytes(shape: Shape, itemsize: int, direction: str) -> Bytes:
     x = shape["B"] * shape["T"] * shape["D"] * itemsize
     parameters = chela_layer_parameters(shape) * itemsize

@@ -74,7 +74,7 @@ class Op:
     dims: tuple[str, ...]
     inputs: str  # "module:function" that draws the inputs
     oracle: str  # "module:function", given float64 inputs
-    output_kind: Literal["tokens", "channels"]
+    output_kind: Literal["tokens", "channels", "rows"]
     roundings: Mapping[str, int]  # operand and output roundings in a row, per direction
     compulsory_bytes: Callable[[models.Shape, int, str], models.Bytes]
     flops: Callable[[models.Shape, str], int]
@@ -242,6 +242,81 @@ OPS: tuple[Op, ...] = (
                 "torch_rfft",
                 f"{_PEERS}:torch_rfft",
                 "what a user writes today: conv1d, SiLU, rfft of length 2T, channel-major",
+            ),
+            Impl(
+                "triton",
+                f"{_ADAPTERS}:triton_conv",
+                "Triton: short kernels and transpose in one pass, the long one by matrix products",
+                devices=("cuda",),
+                axes=("method", "N2"),
+                hbm_bytes="chela_bench.kernels.short_long_conv:hbm_bytes",
+            ),
+        ),
+    ),
+    Op(
+        name="long_conv",
+        summary="Z = K_long * X, channel-major: the long convolution alone",
+        dims=("B", "T", "D"),
+        inputs=f"{_INPUTS}:long_conv",
+        oracle=f"{_ADAPTERS}:oracle_long_conv",
+        output_kind="rows",
+        # The operands of four products and the output.
+        roundings={"fwd": 2, "bwd": 2, "fwdbwd": 2},
+        compulsory_bytes=models.long_conv_bytes,
+        flops=models.long_conv_flops,
+        impls=(
+            Impl("fft", f"{_ADAPTERS}:fft_long_conv", "reference: zero-padded FFT in float32"),
+            Impl(
+                "torch_rfft",
+                f"{_PEERS}:rfft_long_conv",
+                "what a user writes today: rfft of length 2T",
+            ),
+            Impl(
+                "triton",
+                f"{_ADAPTERS}:triton_long_conv",
+                "Triton: transforms as matrix products; without gradients the spectrum is kept",
+                devices=("cuda",),
+                axes=("spectrum", "method", "N2"),
+            ),
+        ),
+    ),
+    Op(
+        name="reparameterization",
+        summary="short_long_conv with its short branches apart, and merged before the first call",
+        dims=("B", "T", "D"),
+        inputs=f"{_INPUTS}:short_long_conv",
+        oracle=f"{_REFERENCE}.short_long_conv:short_long_conv",
+        output_kind="channels",
+        roundings={"fwd": 8, "bwd": 8, "fwdbwd": 8},  # every branch and every sum of two
+        compulsory_bytes=models.short_long_conv_bytes,
+        flops=models.short_long_conv_flops,
+        options={"order": ("serial", "parallel")},
+        impls=(
+            Impl(
+                "torch_unmerged",
+                f"{_PEERS}:torch_rfft",
+                "conv1d for each branch, then rfft",
+                directions=("fwd",),
+            ),
+            Impl(
+                "torch_merged",
+                f"{_PEERS}:torch_merged",
+                "one conv1d, or none, then rfft",
+                directions=("fwd",),
+            ),
+            Impl(
+                "triton_unmerged",
+                f"{_ADAPTERS}:triton_unmerged",
+                "Triton: a kernel for each branch, and sums",
+                directions=("fwd",),
+                devices=("cuda",),
+            ),
+            Impl(
+                "triton_merged",
+                f"{_ADAPTERS}:triton_merged",
+                "Triton: one short kernel, or none; the spectrum kept",
+                directions=("fwd",),
+                devices=("cuda",),
             ),
         ),
     ),

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from chela_bench.bench.adapters import kept
 from chela_bench.reference.linear_attention import chunked
+from chela_bench.reference.short_long_conv import Order, reparameterize
 
 
 def fla_chunk(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -78,6 +80,28 @@ def torch_rfft(
     else:
         z = short + _rfft_conv(u, long_kernel, tokens)
     return z.to(x.dtype).mT.contiguous()
+
+
+def torch_merged(
+    x: Tensor, short_kernels: Sequence[Tensor], long_kernel: Tensor, *, order: Order
+) -> Tensor:
+    """torch_rfft with its branches merged before the first call."""
+
+    def merge() -> tuple[Tensor | None, Tensor]:
+        return reparameterize(list(short_kernels), long_kernel.float(), order=order)
+
+    short, long = kept(long_kernel, ("torch", order), merge)
+    tokens = x.shape[1]
+    u = x.mT.contiguous()
+    if short is not None:
+        taps = short.to(x.dtype).flip(-1).unsqueeze(1)
+        u = F.silu(F.conv1d(F.pad(u, (short.shape[-1] - 1, 0)), taps, groups=x.shape[-1]))
+    return _rfft_conv(u, long, tokens).to(x.dtype).mT.contiguous()
+
+
+def rfft_long_conv(x: Tensor, kernel: Tensor) -> Tensor:
+    """rfft of length 2T in float32, channel-major."""
+    return _rfft_conv(x, kernel, x.shape[-1]).to(x.dtype)
 
 
 def _rfft_conv(u: Tensor, kernel: Tensor, tokens: int) -> Tensor:
