@@ -9,6 +9,8 @@ endif
 # On a machine with a GPU the peers are measured too.
 EXTRAS := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo dev,peers || echo dev)
 ARGS ?=
+# Interpreted kernels, two tests at a time; the others measure time, one at a time.
+KERNELS := $(wildcard tests/test_kernel_*.py tests/test_long_conv_stream.py)
 
 .PHONY: .venv sweep test check docs test-gpu clean
 .DEFAULT_GOAL := help
@@ -20,7 +22,8 @@ sweep: $(ENVIRONMENT)  ## The main job: measure everything that can run here. AR
 	PYTHONPATH=. $(PYTHON) -m chela_bench sweep $(ARGS)
 
 test: $(ENVIRONMENT)  ## The tests that need no GPU.
-	PYTHONPATH=. $(PYTHON) -m pytest -m "not gpu" $(ARGS)
+	PYTHONPATH=. $(PYTHON) -m pytest -m "not gpu" -n 2 $(KERNELS) $(ARGS)
+	PYTHONPATH=. $(PYTHON) -m pytest -m "not gpu" $(KERNELS:%=--ignore %) $(ARGS)
 
 check: $(ENVIRONMENT)  ## Format, lint and strict types.
 	$(PYTHON) -m ruff format --check .

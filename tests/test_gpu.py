@@ -203,6 +203,7 @@ import sys, torch
 from chela_bench.kernels.linear_attention import (
     linear_attention, linear_attention_recurrent, linear_attention_step,
 )
+from chela_bench.kernels.short_long_conv import short_long_conv
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for B, T, H, K, V in [(1, 1, 1, 16, 16), (2, 65, 3, 60, 130), (1, 100, 2, 128, 64)]:
@@ -224,6 +225,13 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     v.requires_grad_()
     o, _ = linear_attention(q, k, v, cu_seqlens=bounds, output_final_state=True)
     torch.autograd.grad(o, v, torch.ones_like(o))
+for dtype, T in ((torch.bfloat16, 100), (torch.bfloat16, 3001), (torch.float16, 9001),
+                 (torch.bfloat16, 40000), (torch.float32, 700)):
+    x = torch.randn(2, T, 5, device="cuda", dtype=dtype).requires_grad_()
+    short = [torch.randn(5, W, device="cuda").requires_grad_() for W in (3, 11)]
+    long = torch.randn(5, T, device="cuda").requires_grad_()
+    z = short_long_conv(x, short, long)
+    torch.autograd.grad(z, (x, *short, long), torch.randn_like(z))
 torch.cuda.synchronize()
 if sys.argv[1:] == ["plant"]:  # the checker must be able to see an overrun
     import triton, triton.language as tl
@@ -237,6 +245,7 @@ print("done")
 RACECHECK = """
 import sys, torch
 from chela_bench.kernels.linear_attention import linear_attention
+from chela_bench.kernels.short_long_conv import long_conv
 torch.manual_seed(0)
 ways = [({"sweep": 0}, 128, 128), ({"sweep": 0, "BLOCK_V": 128, "num_warps": 8}, 128, 128),
         ({"sweep": 0}, 256, 256), ({"sweep": 1}, 128, 128), ({"sweep": 1}, 64, 64),
@@ -247,6 +256,12 @@ for way, K, V in ways:
     for segments in (1, 2):
         o, _ = linear_attention(q, k, v, config={**way, "segments": segments})
         torch.autograd.grad(o, leaves, torch.randn_like(o))
+for dtype, T in ((torch.bfloat16, 1000), (torch.float16, 4096), (torch.bfloat16, 4096),
+                 (torch.bfloat16, 12000), (torch.bfloat16, 20000)):
+    x = torch.randn(2, 2, T, device="cuda", dtype=dtype).requires_grad_()
+    long = torch.randn(2, T, device="cuda").requires_grad_()
+    z = long_conv(x, long, layout="bdt")
+    torch.autograd.grad(z, (x, long), torch.randn_like(z))
 torch.cuda.synchronize()
 if sys.argv[1:] == ["plant"]:
     from tests.planted import _races
