@@ -24,6 +24,11 @@ class Kernel:
 
     def __init__(self):
         self.arg_names = ["x_ptr", "y_ptr", "T", "BLOCK", "IS_CAUSAL"]
+        self.params = [
+            SimpleNamespace(name=name, is_constexpr=name.isupper() and name != "T",
+                            do_not_specialize=name == "T")
+            for name in self.arg_names
+        ]  # fmt: skip
         self.compiled, self.launched = [], []
 
     def __getitem__(self, grid):
@@ -156,3 +161,12 @@ def test_no_runtime_scalar_makes_another_kernel(launcher):
         if not parameter.name.endswith("_ptr") and "constexpr" not in str(parameter.annotation)
     ]
     assert scalars and set(scalars) <= {*RUNTIME, "size"}
+
+
+def test_a_scalar_that_triton_would_specialise_is_no_runtime_scalar(monkeypatch):
+    """A kernel compiled for T = 4096 would be launched for T = 3001."""
+    monkeypatch.setattr(Launcher, "interpreted", False)
+    kernel = Kernel()
+    kernel.params[2].do_not_specialize = False
+    with pytest.raises(AssertionError, match="T"):
+        Launcher(kernel)

@@ -99,10 +99,10 @@ def short_long_conv(
     `spectrum` is kernel_spectrum(long_kernel, T, dtype=x.dtype), if known; in parallel, short
     kernels then run on their own. After training, `reparameterize` merges kernels once for all.
 
-    A transform's error is relative to rms(z) over the sequence, 6e-4 in 16-bit and 2e-6 in float32
-    besides rounding z, however small z_t is; and the first tokens' z often is small. The first
-    `exact_head` outputs are therefore summed anew, from the first tokens, each with an error
-    relative to itself; causal only, and gradients stay as they are. What rounds between: the short
+    A transform's error is relative to rms(z) over the sequence, 8e-4 in bfloat16, 6e-4 in float16
+    and 4e-6 in float32 besides rounding z, however small z_t is; and the first tokens' z often is
+    small. The first `exact_head` outputs are therefore summed anew, from the first tokens, each with
+    an error relative to itself; causal only, and gradients stay as they are. What rounds: the short
     convolution's output, a trained or token-major gate's factor, and two-sided each half.
 
     config says what convolves T tokens, in part or whole: {"method": "direct" | "monarch" |
