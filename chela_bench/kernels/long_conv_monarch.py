@@ -34,6 +34,7 @@ is not finite makes its own row (b, d) NaN. Spectra are planes [2, 64, N2] of Re
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from typing import Any
 
@@ -351,11 +352,9 @@ def ordered(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 @functools.cache
-def by_hand(name: str) -> Launcher:
+def by_hand(name: str, module: str = "long_conv_hopper") -> Launcher:
     """Imported where it is to run: Gluon may change, and nothing else is to depend on it."""
-    from chela_bench.kernels import long_conv_hopper
-
-    return Launcher(getattr(long_conv_hopper, name))
+    return Launcher(getattr(importlib.import_module(f"chela_bench.kernels.{module}"), name))
 
 
 def spectrum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -378,8 +377,8 @@ class Rows:
         self.T, *self.strides = [n // self.unit for n in numbers]
         self.B, self.D, self.N2 = B, D, N2
 
-    def kernel(self, launcher: Launcher, name: str) -> Launcher:
-        return by_hand(name) if self.ordered else launcher
+    def kernel(self, launcher: Launcher, *name: str) -> Launcher:
+        return by_hand(*name) if self.ordered else launcher
 
     def constants(self, launcher: Launcher, **flags: float) -> tuple[Any, ...]:
         return constants(launcher, self.N2, self.dtype, self.ordered, self.unit, **flags)

@@ -47,7 +47,8 @@ from chela_bench.kernels.long_conv_monarch import (
 
 FREQUENCIES = 256  # of a block that a program sums
 ONE_WAY = 3  # programs an SM holds of kernels that go one way
-TOGETHER = 4  # blocks at most that long_conv_hopper.py sums in shared memory
+BY_HAND = "long_conv_hopper_blocks"
+TOGETHER = 4  # blocks at most that it sums in shared memory
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -279,7 +280,7 @@ def block_spectra(x: Tensor, gate: Tensor | None, N2: int) -> Spectra:
     values = x.new_empty(B * D, blocks, 2, N1, N2, dtype=spectrum_dtype(x.dtype))
     scale = x.new_empty(B * D, blocks, dtype=torch.float32)
     rows = Rows(N2, x, gate)
-    kernel = rows.kernel(_spectra, "_block_spectra_wgmma_kernel")
+    kernel = rows.kernel(_spectra, "_block_spectra_wgmma_kernel", BY_HAND)
     programs, each = rows_each(B * D * blocks, x.device, ONE_WAY)
     kernel(
         programs, (x, gate, rows.table, values, scale),
@@ -302,7 +303,7 @@ def long_conv_blocks(
     blocks, N2 = spectrum.shape[1], spectrum.shape[-1]
     if _together(x, spectrum):
         rows = Rows(N2, x, gate, z)
-        kernel = by_hand("_long_conv_wgmma_blocks_kernel")
+        kernel = by_hand("_long_conv_wgmma_blocks_kernel", BY_HAND)
         programs, each = rows_each(rows.B * rows.D, x.device, PROGRAMS[N2])
         flags = rows.constants(
             kernel, BLOCKS=blocks, SHRINK=1 / triton.next_power_of_2(blocks), ADJOINT=adjoint,
@@ -343,7 +344,7 @@ def gradients_blocks(
         _sum_constants(N2, blocks, mirrored=True, over_batch=True), WARPS, 1,
     )  # fmt: skip
     by_order = ordered(x.dtype, x.device)
-    kernel = by_hand("_taps_back_wgmma_kernel") if by_order else _taps_back
+    kernel = by_hand("_taps_back_wgmma_kernel", BY_HAND) if by_order else _taps_back
     unit = 8 if dk.shape[1] % 8 == 0 else 1
     programs, each = rows_each(D * blocks, x.device, PROGRAMS[N2])
     kernel(
@@ -372,7 +373,7 @@ def _back_from(
         _sum_constants(N2, blocks, mirrored=adjoint, over_batch=False), WARPS, 1,
     )  # fmt: skip
     out = Rows(N2, gate, z)
-    kernel = out.kernel(_rows_back, "_blocks_back_wgmma_kernel")
+    kernel = out.kernel(_rows_back, "_blocks_back_wgmma_kernel", BY_HAND)
     programs, each = rows_each(rows * blocks, z.device, ONE_WAY)
     kernel(
         programs, (sums, sums_scale, kernel_scale, gate, out.table, z),

@@ -101,9 +101,9 @@ def short_long_conv(
 
     A transform's error is relative to rms(z) over the sequence, 8e-4 in bfloat16, 6e-4 in float16
     and 4e-6 in float32 besides rounding z, however small z_t is; and the first tokens' z often is
-    small. The first `exact_head` outputs are therefore summed anew, from the first tokens, each with
-    an error relative to itself; causal only, and gradients stay as they are. What rounds: the short
-    convolution's output, a trained or token-major gate's factor, and two-sided each half.
+    small. The first `exact_head` outputs are therefore summed anew, from the first tokens, each
+    with an error relative to itself; causal only, and gradients stay as they are. What rounds: the
+    short convolution's output, a trained or token-major gate's factor, and two-sided each half.
 
     config says what convolves T tokens, in part or whole: {"method": "direct" | "monarch" |
     "parts", "N2": 16 | 32 | 64}; else the table of long_conv_plan.py.

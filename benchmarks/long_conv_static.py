@@ -1,0 +1,90 @@
+"""What the compiler says of the long convolution's kernels for Hopper, which need not be there.
+
+    python benchmarks/long_conv_static.py
+
+A row a kernel, N2 and dtype of the rows, in the launcher's constants: registers a thread, stack
+(spills lie there) in bytes, shared memory in KB, and counts of a few instructions. Gluon has no
+interpreter, so this is the only test of them without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from linear_attention_static import facts
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from chela_bench.kernels.launching import Launcher
+from chela_bench.kernels.long_conv_monarch import WARPS, by_hand, constants
+from chela_bench.kernels.long_conv_parts import BY_HAND, TOGETHER
+
+ROWS = ("x_ptr", "z_ptr", "dz_ptr", "dx_ptr", "gate_ptr")
+FLOAT32 = ("scale_ptr", "sums_scale_ptr", "kernel_scale_ptr", "dk_ptr", "k_ptr")
+
+
+def compiled(launcher: Launcher, values: dict[str, Any], types: dict[str, str]) -> Any:
+    """As the launcher would have it: 16-byte aligned pointers, scalars not specialised."""
+    kernel = launcher.kernel
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in values:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = "*" + types.get(name, "fp32" if name in FLOAT32 else "fp16")
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i64"
+    at = {(kernel.arg_names.index(name),): value for name, value in values.items()}
+    return triton.compile(
+        GluonASTSource(kernel, signature, at, attributes),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": WARPS, "num_stages": 1},
+    )
+
+
+def every() -> Iterator[tuple[str, Launcher, int, torch.dtype, dict[str, Any]]]:
+    """Name, kernel, N2, dtype of the rows, flags."""
+    half, bf16 = torch.float16, torch.bfloat16
+    for N2 in (16, 64):
+        for dtype in (bf16, half):
+            one_row = by_hand("_long_conv_wgmma_kernel")
+            yield "row", one_row, N2, dtype, {"ADJOINT": False, "HAS_GATE": False}
+            gradients = by_hand("_long_conv_wgmma_gradients_kernel")
+            yield "gradients", gradients, N2, dtype, {"HAS_GATE": False, "NEEDS_DX": True}
+    one_row = by_hand("_long_conv_wgmma_kernel")
+    yield "row, gate", one_row, 64, bf16, {"ADJOINT": True, "HAS_GATE": True}
+    for dtype in (bf16, torch.float32):  # float32: in pairs, for float16 rows
+        spectrum = by_hand("_kernel_spectrum_wgmma_kernel")
+        for is_one in (True, False):
+            yield "spectrum", spectrum, 64, dtype, {"IS_ONE_BLOCK": is_one}
+    for blocks in range(2, TOGETHER + 1):
+        flags = {"BLOCKS": blocks, "SHRINK": 0.25, "ADJOINT": False, "HAS_GATE": False}
+        together = by_hand("_long_conv_wgmma_blocks_kernel", BY_HAND)
+        yield f"{blocks} blocks", together, 64, half, flags
+    yield "spectra", by_hand("_block_spectra_wgmma_kernel", BY_HAND), 64, half, {"HAS_GATE": False}
+    yield "way back", by_hand("_blocks_back_wgmma_kernel", BY_HAND), 64, half, {"HAS_GATE": False}
+    yield "taps back", by_hand("_taps_back_wgmma_kernel", BY_HAND), 64, half, {}
+
+
+def main() -> None:
+    print(f"Triton {triton.__version__}, sm_90, unit 8")
+    for name, launcher, N2, dtype, flags in every():
+        values = constants(launcher, N2, dtype, True, 8, **flags)
+        names = launcher.kernel.arg_names
+        given = dict(zip(names[-len(values) :], values, strict=True))
+        if flags.get("HAS_GATE") is False:
+            given["gate_ptr"] = None
+        rows = "bf16" if dtype == torch.bfloat16 else "fp16"
+        types = dict.fromkeys(ROWS, rows)
+        if name == "taps back":
+            types["sums_ptr"] = "fp32"
+        shown = facts(compiled(launcher, given, types))
+        print(f"{name:10} N2 {N2:<2} {str(dtype).removeprefix('torch.'):8} {shown}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
