@@ -1,0 +1,106 @@
+"""Figures of the long convolution that a sweep does not give: errors, and the time of each kernel.
+
+    python benchmarks/long_conv_facts.py errors [--dtype float16]
+    python benchmarks/long_conv_facts.py times [--shape 8,1024,65536] [--method parts --n2 64]
+
+Errors, against float64 FFTs: of z, dx and dk, ||error|| / ||exact|| over all, and the worst rms of
+64 tokens over the rms of its row. Times, in microseconds, need a GPU: kernel spans by the profiler,
+ten calls, warm L2, of the kernel's spectrum, of the forward pass with it and of the backward pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from chela_bench.bench.check import relative_error, worst_block_error
+from chela_bench.kernels.short_long_conv import kernel_spectrum, long_conv
+
+LENGTHS = (100, 1000, 3001, 4096, 9001, 16384, 20000, 70000)
+SHAPES = ("8,1024,1024", "8,1024,4096", "1,1024,4096", "8,1024,8192", "1,1024,16384")
+
+
+def exact(x: Tensor, kernel: Tensor, dz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    T = x.shape[-1]
+    u, k, d = (torch.fft.rfft(y.double(), n=2 * T) for y in (x, kernel, dz))
+    products = u * k, d * k.conj(), (d * u.conj()).sum(0)
+    z, dx, dk = (torch.fft.irfft(y, n=2 * T)[..., :T] for y in products)
+    return z, dx, dk
+
+
+def errors(dtype: torch.dtype, device: str) -> None:
+    for T in LENGTHS:
+        x, dz = torch.randn(2, 2, 16, T, device=device).to(dtype)
+        kernel = torch.randn(16, T, device=device) / T**0.5
+        leaves = x.clone().requires_grad_(), kernel.clone().requires_grad_()
+        z = long_conv(*leaves, layout="bdt")
+        found = (z, *torch.autograd.grad(z, leaves, dz))
+        shown = []
+        for name, actual, right in zip(("z", "dx", "dk"), found, exact(x, kernel, dz), strict=True):
+            rows = (y.reshape(-1, 16, T).mT for y in (actual.detach(), right))
+            block = worst_block_error(*rows, row_rms=True)
+            shown.append(f"{name} {relative_error(actual.detach(), right):.2e} {block:.2e}")
+        print(f"{str(dtype).removeprefix('torch.')} T {T:<6} {'   '.join(shown)}", flush=True)
+
+
+def spans(call: Callable[[], object], calls: int = 10) -> dict[str, float]:
+    """Microseconds of each kernel, a call."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+    found: dict[str, float] = {}
+    for event in profiled.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            found[event.name] = found.get(event.name, 0.0) + event.device_time / calls
+    return found
+
+
+def times(shape: str, config: dict[str, int | str] | None, dtype: torch.dtype) -> None:
+    B, D, T = map(int, shape.split(","))
+    x, dz = (torch.randn(B, D, T, device="cuda", dtype=dtype) for _ in range(2))
+    kernel = torch.randn(D, T, device="cuda") / T**0.5
+    spectrum = kernel_spectrum(kernel, T, dtype=dtype, config=config)
+    leaves = x.clone().requires_grad_(), kernel.clone().requires_grad_()
+    z = long_conv(*leaves, layout="bdt", spectrum=spectrum, config=config)
+    given = {"layout": "bdt", "spectrum": spectrum, "config": config}
+    with torch.no_grad():
+        forward = spans(lambda: long_conv(x, kernel, **given))
+    for name, found in (
+        ("spectrum", spans(lambda: kernel_spectrum(kernel, T, dtype=dtype, config=config))),
+        ("forward", forward),
+        ("backward", spans(lambda: torch.autograd.grad(z, leaves, dz, retain_graph=True))),
+    ):
+        longest = sorted(found.items(), key=lambda item: -item[1])[:5]
+        kernels = ", ".join(f"{of.strip('_')[:36]} {time:.1f}" for of, time in longest)
+        print(f"{shape} {name:8} {sum(found.values()):9.1f} us   {kernels}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("what", choices=["errors", "times"])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
+    parser.add_argument("--shape", action="append", metavar="B,D,T")
+    parser.add_argument("--method", choices=["direct", "monarch", "parts"])
+    parser.add_argument("--n2", type=int, choices=[16, 32, 64])
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    dtype = getattr(torch, arguments.dtype)
+    if arguments.what == "errors":
+        errors(dtype, "cuda" if torch.cuda.is_available() else "cpu")
+        return
+    asked = {"method": arguments.method, "N2": arguments.n2}
+    config = {name: value for name, value in asked.items() if value is not None}
+    for shape in arguments.shape or SHAPES:
+        times(shape, config or None, dtype)
+
+
+if __name__ == "__main__":
+    main()
