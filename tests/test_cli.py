@@ -138,12 +138,14 @@ def everything(tmp_path_factory):
     return _everything(tmp_path_factory.mktemp("all"), "--direction", "fwd,bwd,fwdbwd")
 
 
-def _assert_all_right(done, document, *, groups):
+def _assert_all_right(done, document, *, groups, direction=None):
     assert done.returncode == 0, [
         (p["key"], p["reason"]) for p in document["points"] if p["outcome"] not in ("ok", "skipped")
     ]
     outcomes = {p["key"]: (p["outcome"], p["reason"]) for p in document["points"]}
-    assert len(outcomes) == groups * (9 + 1 + 4 * 2 + 3 + 4 * 2 + 1)
+    once = sum(p["op"] == "reparameterization" for p in document["points"])
+    assert once == (4 * 2 * groups if direction == "fwdbwd" else 4 * 2)
+    assert len(outcomes) == groups * (9 + 1 + 4 * 2 + 3 + 1) + once
     for key, (outcome, reason) in outcomes.items():
         if "/triton" in key or "/fla_" in key:
             assert (outcome, reason) == ("skipped", "needs a GPU")
@@ -162,7 +164,7 @@ def test_every_implementation_is_right_on_the_cpu_in_16_bits(tmp_path, monkeypat
     """fwdbwd judges the output and every gradient."""
     _draw_nothing(monkeypatch)
     done, document, _ = _everything(tmp_path, "--dtype", "bf16,fp16", "--direction", "fwdbwd")
-    _assert_all_right(done, document, groups=2)
+    _assert_all_right(done, document, groups=2, direction="fwdbwd")
 
 
 def test_the_compiled_peer_is_right_on_the_cpu(tmp_path):

@@ -53,7 +53,7 @@ def test_bad_lengths_say_what_came_and_the_way_out(text):
 
 def test_the_default_plan_has_every_implementation_at_every_length(config):
     cases = _cases(config)
-    assert len({case.key for case in cases}) == len(cases) == 7 * 2 * (10 + 1 + 4 + 3 + 4 + 1)
+    assert len({case.key for case in cases}) == len(cases) == 7 * (2 * (10 + 1 + 4 + 3 + 1) + 4)
     assert {case.shape["T"] for case in cases} == {1 << n for n in range(10, 17)}
 
 
@@ -92,6 +92,15 @@ def test_axes_multiply_only_where_they_are_taken(config):
         {"BLOCK_T": 32, "num_warps": 4},
         {"BLOCK_T": 64, "num_warps": 4},
     ]
+
+
+def test_an_op_without_gradients_is_not_planned_backward_unless_that_is_all(config):
+    def directions(*asked):
+        cases = _cases(config, ops=["reparameterization"], lens="1k", directions=asked)
+        return {case.direction for case in cases}
+
+    assert directions("fwd", "fwdbwd") == {"fwd"}
+    assert directions("fwdbwd") == {"fwdbwd"}  # and every row says why not
 
 
 def test_options_have_a_default_and_can_be_swept(config):

@@ -146,12 +146,13 @@ def cases(settings: Settings) -> list[Case]:
     found: dict[str, Case] = {}
     for op_name, shapes in settings.shapes.items():
         op = get_op(op_name)
+        directions = _directions(op, settings)
         for name, sizes in shapes.items():
             del name
             for tokens in _lengths_of(sizes, settings):
                 shape = {dim: tokens if dim == "T" else sizes[dim] for dim in op.dims}
                 for impl_name, dtype, direction in itertools.product(
-                    settings.impls[op_name], settings.dtypes, settings.directions
+                    settings.impls[op_name], settings.dtypes, directions
                 ):
                     impl = find_impl(settings, op, impl_name)
                     for config in _configs(op, impl, settings.axes):
@@ -165,6 +166,16 @@ def cases(settings: Settings) -> list[Case]:
                         )
                         found[case.key] = case
     return list(found.values())
+
+
+def _directions(op: Op, settings: Settings) -> list[Direction]:
+    """Those asked for that an implementation of the op has, or all asked for: an op that is only
+    ever run forward has no empty figure of its gradients."""
+    impls = [*op.impls, *(find_impl(settings, op, name) for name in settings.impls[op.name])]
+    known = {direction for impl in impls for direction in impl.directions}
+    return [direction for direction in settings.directions if direction in known] or list(
+        settings.directions
+    )
 
 
 def find_impl(settings: Settings, op: Op, name: str) -> Impl:
