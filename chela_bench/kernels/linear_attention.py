@@ -27,6 +27,7 @@ import triton
 from torch import Tensor
 
 from chela_bench.errors import ArgumentError
+from chela_bench.kernels.dispatch import autocast, is_plain
 from chela_bench.kernels.launching import cdiv, has_wgmma, on_device_of, processors
 from chela_bench.kernels.linear_attention_config import (
     MAX_K,
@@ -50,7 +51,6 @@ from chela_bench.kernels.linear_attention_model import (
 )
 from chela_bench.kernels.linear_attention_ops import (
     eager,
-    is_plain,
     is_trained,
     rows_contiguous,
 )
@@ -109,7 +109,7 @@ def linear_attention(
     Source: arXiv 2406.08128, section 3; the schedules and the backward are ours. Raises
     ArgumentError.
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     trained = is_trained(q, k, v, initial_state)
     plain = is_plain(q, k, v) and (initial_state is None or is_plain(initial_state))
     resolve = _resolved if plain or not torch.compiler.is_compiling() else _resolved.__wrapped__
@@ -336,7 +336,7 @@ def _prepared(
     q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, int]:
     """The arguments, checked and in the dtype of autocast, and the number of sequences."""
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     _check(q, k, v)
     if cu_seqlens is not None:
         cu_seqlens = _check_cu_seqlens(cu_seqlens, q)
@@ -344,14 +344,6 @@ def _prepared(
     if initial_state is not None:
         initial_state = _check_state(initial_state, (N, *q.shape[2:], v.shape[-1]), q)
     return q, k, v, initial_state, cu_seqlens, N
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    kind = "cuda" if tensors[0].is_cuda else tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(x.to(dtype) if x.is_floating_point() else x for x in tensors)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:

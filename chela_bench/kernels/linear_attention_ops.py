@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from chela_bench.errors import ArgumentError
+from chela_bench.kernels.dispatch import is_plain
 from chela_bench.kernels.launching import cdiv, has_wgmma, on_device_of, processors
 from chela_bench.kernels.linear_attention_config import (
     MAX_K,
@@ -335,21 +336,6 @@ def is_trained(q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None) -> bool:
         or v.requires_grad
         or (initial is not None and initial.requires_grad)
     )
-
-
-def is_plain(*tensors: Tensor) -> bool:
-    """Nobody is watching that `eager` would bypass: no tracing, no mode, no tensor subclass."""
-    for x in tensors:
-        if type(x) not in _PLAIN:
-            return False
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-    )
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class _Eager(torch.autograd.Function):

@@ -40,6 +40,7 @@ import triton
 from torch import Tensor
 
 from chela_bench.errors import ArgumentError
+from chela_bench.kernels.dispatch import autocast
 from chela_bench.kernels.long_conv_direct import BLOCK
 from chela_bench.kernels.long_conv_monarch import N1, _long_conv_kernel
 from chela_bench.kernels.long_conv_plan import Method, Plan, plan_for
@@ -110,7 +111,7 @@ def short_long_conv(
 
     Source: arXiv 2406.08128, section 3; the transforms are ours. Raises ArgumentError.
     """
-    x, gate = _autocast(x), None if gate is None else _autocast(gate)
+    (x,), (gate,) = autocast(x), (None,) if gate is None else autocast(gate)
     _, D, T = _check_inputs(x, layout, short_kernels)
     _check_options(order, activation, exact_head, causal)
     _check_two_sided(short_kernels, long_kernel_future, causal)
@@ -188,7 +189,7 @@ def short_conv(
     first, and is updated in place, without gradient, to those before the next call: zeros at a
     sequence's start. 4 bytes an element in 16-bit. Raises ArgumentError.
     """
-    x = _autocast(x)
+    (x,) = autocast(x)
     B, D, T = _check_inputs(x, layout, kernels)
     _check_option("activation", activation, ("silu", None))
     _check_serial(kernels, identity)
@@ -400,13 +401,6 @@ def _plan(x: Tensor, D: int, T: int, spectrum: Spectrum | None, config: Config |
 def _is_trained(*tensors: Tensor | None) -> bool:
     """Whether a gradient may be asked for."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
-def _autocast(x: Tensor) -> Tensor:
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or not x.is_floating_point():
-        return x
-    return x.to(torch.get_autocast_dtype(kind))
 
 
 def _check_option(name: str, value: object, known: tuple[object, ...]) -> None:

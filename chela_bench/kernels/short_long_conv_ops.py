@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chela_bench.errors import ArgumentError
+from chela_bench.kernels.dispatch import is_plain
 from chela_bench.kernels.launching import cdiv, on_device_of
-from chela_bench.kernels.linear_attention_ops import is_plain
 from chela_bench.kernels.long_conv_direct import direct_forward, direct_taps_gradient
 from chela_bench.kernels.long_conv_monarch import (
     N1,
