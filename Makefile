@@ -9,8 +9,9 @@ endif
 # On a machine with a GPU the peers are measured too.
 EXTRAS := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo dev,peers || echo dev)
 ARGS ?=
-# Interpreted kernels, two tests at a time; the others measure time, one at a time.
-KERNELS := $(wildcard tests/test_kernel_*.py tests/test_long_conv_stream.py)
+# Tests that measure time, or start and kill processes, run one at a time.
+ALONE := $(addprefix tests/test_,$(addsuffix .py,cli completion crew faults plugins runner surroundings \
+	sweep timing tuning worker))
 
 .PHONY: .venv sweep test check docs test-gpu clean
 .DEFAULT_GOAL := help
@@ -22,8 +23,8 @@ sweep: $(ENVIRONMENT)  ## The main job: measure everything that can run here. AR
 	PYTHONPATH=. $(PYTHON) -m chela_bench sweep $(ARGS)
 
 test: $(ENVIRONMENT)  ## The tests that need no GPU.
-	PYTHONPATH=. $(PYTHON) -m pytest -m "not gpu" -n 2 $(KERNELS) $(ARGS)
-	PYTHONPATH=. $(PYTHON) -m pytest -m "not gpu" $(KERNELS:%=--ignore %) $(ARGS)
+	PYTHONPATH=. $(PYTHON) -m pytest -m "not gpu" -n 2 $(ALONE:%=--ignore %) $(ARGS)
+	PYTHONPATH=. $(PYTHON) -m pytest -m "not gpu" $(ALONE) $(ARGS)
 
 check: $(ENVIRONMENT)  ## Format, lint and strict types.
 	$(PYTHON) -m ruff format --check .
@@ -36,6 +37,7 @@ docs: $(ENVIRONMENT)  ## The pages that the code itself knows: records, bench.to
 test-gpu: $(ENVIRONMENT)  ## The tests that need a GPU. ARGS="-n 8": kernels compile side by side.
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/test_gpu.py
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu --ignore tests/test_gpu.py $(ARGS)
+	PYTHONPATH=. $(PYTHON) -m pytest -m "not gpu" $(wildcard tests/test_*conv*.py) $(ARGS)
 
 .venv: $(VENV)/.ready  ## The environment alone.
 
