@@ -2,10 +2,12 @@
 
     python benchmarks/long_conv_facts.py errors [--dtype float16]
     python benchmarks/long_conv_facts.py times [--shape 8,1024,65536] [--method parts --n2 64]
+    python benchmarks/long_conv_facts.py whole [--shape 8,1024,4096]
 
 Errors, against float64 FFTs: of z, dx and dk, ||error|| / ||exact|| over all, and the worst rms of
 64 tokens over the rms of its row. Times, in microseconds, need a GPU: kernel spans by the profiler,
-ten calls, warm L2, of the kernel's spectrum, of the forward pass with it and of the backward pass.
+ten calls, warm L2, of the kernel's spectrum, of the forward pass with it and of the backward pass;
+`whole`: of short_long_conv from and to [B, T, D], forward, with the two default widths.
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from chela_bench.bench.check import relative_error, worst_block_error
-from chela_bench.kernels.short_long_conv import kernel_spectrum, long_conv
+from chela_bench.bench.models import short_sizes
+from chela_bench.kernels.short_long_conv import kernel_spectrum, long_conv, short_long_conv
 
-LENGTHS = (100, 1000, 3001, 4096, 9001, 16384, 20000, 70000)
+LENGTHS = (100, 1000, 3001, 4096, 9001, 12000, 16384, 20000, 70000)
 SHAPES = ("8,1024,1024", "8,1024,4096", "1,1024,4096", "8,1024,8192", "1,1024,16384")
 
 
@@ -73,11 +76,27 @@ def times(shape: str, config: dict[str, int | str] | None, dtype: torch.dtype) -
     given = {"layout": "bdt", "spectrum": spectrum, "config": config}
     with torch.no_grad():
         forward = spans(lambda: long_conv(x, kernel, **given))
-    for name, found in (
+    report(
+        shape,
         ("spectrum", spans(lambda: kernel_spectrum(kernel, T, dtype=dtype, config=config))),
         ("forward", forward),
         ("backward", spans(lambda: torch.autograd.grad(z, leaves, dz, retain_graph=True))),
-    ):
+    )
+
+
+def whole(shape: str, config: dict[str, int | str] | None, dtype: torch.dtype) -> None:
+    B, D, T = map(int, shape.split(","))
+    x = torch.randn(B, T, D, device="cuda", dtype=dtype)
+    short = [torch.randn(D, width, device="cuda") / width**0.5 for width in short_sizes(T)]
+    kernel = torch.randn(D, T, device="cuda") / T**0.5
+    spectrum = kernel_spectrum(kernel, T, dtype=dtype, config=config)
+    given = {"spectrum": spectrum, "config": config}
+    with torch.no_grad():
+        report(shape, ("whole", spans(lambda: short_long_conv(x, short, kernel, **given))))
+
+
+def report(shape: str, *rows: tuple[str, dict[str, float]]) -> None:
+    for name, found in rows:
         longest = sorted(found.items(), key=lambda item: -item[1])[:5]
         kernels = ", ".join(f"{of.strip('_')[:36]} {time:.1f}" for of, time in longest)
         print(f"{shape} {name:8} {sum(found.values()):9.1f} us   {kernels}", flush=True)
@@ -85,7 +104,7 @@ def times(shape: str, config: dict[str, int | str] | None, dtype: torch.dtype) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=["errors", "times"])
+    parser.add_argument("what", choices=["errors", "times", "whole"])
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--shape", action="append", metavar="B,D,T")
     parser.add_argument("--method", choices=["direct", "monarch", "parts"])
@@ -99,7 +118,8 @@ def main() -> None:
     asked = {"method": arguments.method, "N2": arguments.n2}
     config = {name: value for name, value in asked.items() if value is not None}
     for shape in arguments.shape or SHAPES:
-        times(shape, config or None, dtype)
+        measure = times if arguments.what == "times" else whole
+        measure(shape, config or None, dtype)
 
 
 if __name__ == "__main__":
