@@ -9,12 +9,9 @@ import torch
 import torch.nn.functional as F
 
 import chela_bench.kernels.short_conv as kernels
-from chela_bench.kernels.short_conv import (
-    short_backward,
-    short_forward,
-    transpose_gate,
-    transpose_gate_backward,
-)
+from chela_bench.kernels import transposed_product
+from chela_bench.kernels.short_conv import short_backward, short_forward
+from chela_bench.kernels.transposed_product import transpose_gate, transpose_gate_backward
 from chela_bench.reference.short_long_conv import _direct, short_conv
 from tests.attention import DEVICE, EPS, new_memory_is_nan
 
@@ -285,7 +282,7 @@ def test_new_sizes_compile_nothing():
             transpose_gate(v, v, dx)
 
     run(2, 16)
-    launchers = kernels._forward, kernels._backward, kernels._products
+    launchers = kernels._forward, kernels._backward, transposed_product._products
     before = [len(launcher._variants) for launcher in launchers]
     run(2, 24)
     assert [len(launcher._variants) for launcher in launchers] == before

@@ -248,10 +248,22 @@ def test_a_cuda_graph_replays_it(T):
 
 @pytest.mark.gpu
 def test_a_new_length_or_batch_compiles_nothing():
-    from chela_bench.kernels import long_conv_direct, long_conv_monarch, long_conv_parts, short_conv
+    from chela_bench.kernels import (
+        long_conv_direct,
+        long_conv_monarch,
+        long_conv_parts,
+        short_conv,
+        transposed_product,
+    )
     from chela_bench.kernels.launching import Launcher
 
-    modules = long_conv_direct, long_conv_monarch, long_conv_parts, short_conv
+    modules = (
+        long_conv_direct,
+        long_conv_monarch,
+        long_conv_parts,
+        short_conv,
+        transposed_product,
+    )
     launchers = [x for m in modules for x in vars(m).values() if isinstance(x, Launcher)]
 
     def compiled():

@@ -1,4 +1,4 @@
-"""Short depthwise convolution, and products on the way from one layout to another.
+"""Short depthwise convolution, on the way from one layout to another.
 
     h_t = sum_{n<W} k_n x_{t-n+ahead}          y = act(h), SiLU or identity, for each b and d
     dh = dy * act'(h)    dx_t = sum_n k_n dh_{t+n-ahead}    dk_n = sum_{b,t} dh_t x_{t-n+ahead}
@@ -22,13 +22,9 @@ torch. With neither activation nor dk, dx is the forward kernel on dy, its taps 
 
 Backward, W > 16: dh is written once, in float32 (2 + 2 + 4), dx is the forward kernel on it
 (4 + 2), and dk walks 16 taps at a time (4 + 2 each). Without activation dh is dy, and all is less.
-
-Products: 2 bytes for each 16-bit tensor read or written, 4 for float32.
 """
 
 from __future__ import annotations
-
-from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -36,9 +32,8 @@ import triton.language as tl
 from torch import Tensor
 
 from chela_bench.kernels.launching import Launcher, cdiv, on_device_of
+from chela_bench.kernels.views import BLOCK_D, STEP, _axis, _layouts, _mask, _pointers, _view
 
-STEP = tl.constexpr(8)  # tokens that a thread owns in a row: 16 bytes in 16 bits
-BLOCK_D = 64
 GROUPS = 8  # of STEP tokens in a tile of the forward kernel
 FORWARD_WARPS = 8  # two neighbouring channels a thread; four with 4 warps, which is 111 registers
 WALKED = 16  # taps; a walk keeps its sums and its window in registers
@@ -46,52 +41,13 @@ PROGRAMS = 2112  # of two warps, to fill 132 processors
 SEGMENTS = (512, 256, 128, 64)  # tokens that a walk may own, multiples of STEP
 RUNTIME = [  # never specialised: a new B, T or layout of rows compiles nothing
     "T", "segment", "segments", "lag",
-    *(f"stride_{x}{axis}" for x in ("x", "y", "past", "dy", "dx", *"abcpq") for axis in "bdt"),
+    *(f"stride_{x}{axis}" for x in ("x", "y", "past", "dy", "dx") for axis in "bdt"),
 ]  # fmt: skip
-
-
-class View(NamedTuple):
-    """Some channels of one batch row, and all its tokens."""
-
-    rows: Any  # [channels, 1], pointers to t = 0
-    mask: Any  # [channels, 1], which of them there are
-    stride_t: Any
-
-
-@triton.jit
-def _view(
-    ptr, b, d, stride_b, stride_d, stride_t, D: tl.constexpr, AXIS: tl.constexpr,
-    UNIT: tl.constexpr,
-):  # fmt: skip
-    """Strides are in units of UNIT elements, but that of AXIS (1: D, 2: T, 0: none) is 1."""
-    ptr += b * stride_b * UNIT
-    rows = ptr + (d if AXIS == 1 else d * stride_d * UNIT)[:, None]
-    return View(rows, _mask_d(d, D), 1 if AXIS == 2 else stride_t * UNIT)
-
-
-@triton.jit
-def _mask_d(d, D: tl.constexpr):
-    if D // d.shape[0] * d.shape[0] == D:
-        mask = tl.full([d.shape[0], 1], True, dtype=tl.int1)
-    else:
-        mask = (d < D)[:, None]
-    return mask
 
 
 @triton.jit
 def _none():
     return ()
-
-
-@triton.jit
-def _pointers(view, t, i):
-    """To tokens t + i, of which t moves every row alike."""
-    return view.rows + (i * view.stride_t)[None, :] + t * view.stride_t
-
-
-@triton.jit
-def _mask(view, t, first, T):
-    return view.mask & ((t >= first) & (t < T))[None, :]
 
 
 @triton.jit
@@ -354,50 +310,8 @@ def _short_conv_bwd_kernel(
             tl.store(parts_ptr + n * D + d[:, None], sums[n], mask=x.mask)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
-def _products_kernel(
-    a_ptr, b_ptr, c_ptr, p_ptr, q_ptr,  # p = a * b, q = a * c; b, c and q may be missing
-    stride_ab: tl.int64, stride_ad: tl.int64, stride_at: tl.int64,  # in units of A_UNIT
-    stride_bb: tl.int64, stride_bd: tl.int64, stride_bt: tl.int64,
-    stride_cb: tl.int64, stride_cd: tl.int64, stride_ct: tl.int64,
-    stride_pb: tl.int64, stride_pd: tl.int64, stride_pt: tl.int64,
-    stride_qb: tl.int64, stride_qd: tl.int64, stride_qt: tl.int64,
-    T: tl.int64,  # in units of T_UNIT tokens
-    D: tl.constexpr, A_AXIS: tl.constexpr, A_UNIT: tl.constexpr,
-    B_AXIS: tl.constexpr, B_UNIT: tl.constexpr, C_AXIS: tl.constexpr, C_UNIT: tl.constexpr,
-    P_AXIS: tl.constexpr, P_UNIT: tl.constexpr, Q_AXIS: tl.constexpr, Q_UNIT: tl.constexpr,
-    T_UNIT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
-    USE_B: tl.constexpr, USE_C: tl.constexpr,
-):  # fmt: skip
-    ND: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    T = T * T_UNIT
-    NT = (T + BLOCK_T - 1) // BLOCK_T
-    pid = tl.program_id(0).to(tl.int64)
-    if A_AXIS == 2:
-        pid_t, pid_d, b = pid % NT, pid // NT % ND, pid // NT // ND
-    else:
-        pid_d, pid_t, b = pid % ND, pid // ND % NT, pid // ND // NT
-    d = pid_d.to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
-    t, i = pid_t * BLOCK_T, tl.arange(0, BLOCK_T)
-    view = _view(a_ptr, b, d, stride_ab, stride_ad, stride_at, D, A_AXIS, A_UNIT)
-    mask = _mask(view, t + i, 0, T)
-    a = tl.load(_pointers(view, t, i), mask=mask).to(tl.float32)
-    p = a
-    if USE_B:
-        view = _view(b_ptr, b, d, stride_bb, stride_bd, stride_bt, D, B_AXIS, B_UNIT)
-        p *= tl.load(_pointers(view, t, i), mask=mask).to(tl.float32)
-    view = _view(p_ptr, b, d, stride_pb, stride_pd, stride_pt, D, P_AXIS, P_UNIT)
-    tl.store(_pointers(view, t, i), p.to(p_ptr.dtype.element_ty), mask=mask)
-    if USE_C:
-        view = _view(c_ptr, b, d, stride_cb, stride_cd, stride_ct, D, C_AXIS, C_UNIT)
-        a *= tl.load(_pointers(view, t, i), mask=mask).to(tl.float32)
-        view = _view(q_ptr, b, d, stride_qb, stride_qd, stride_qt, D, Q_AXIS, Q_UNIT)
-        tl.store(_pointers(view, t, i), a.to(q_ptr.dtype.element_ty), mask=mask)
-
-
 _forward = Launcher(_short_conv_fwd_kernel)
 _backward = Launcher(_short_conv_bwd_kernel)
-_products = Launcher(_products_kernel)
 
 
 def short_forward(
@@ -452,22 +366,6 @@ def short_backward(
         for first in range(0, W, WALKED)
     ]
     return torch.cat([part.mT for part in sums if part is not None]).mT
-
-
-def transpose_gate(z: Tensor, gate: Tensor | None, y: Tensor) -> None:
-    """y = z * gate, or z. All [B, D, T], any strides and float dtypes."""
-    _multiply(z, gate, None, y, None)
-
-
-def transpose_gate_backward(
-    z: Tensor | None,
-    gate: Tensor | None,
-    dy: Tensor,
-    dz: Tensor,
-    dgate: Tensor | None,
-) -> None:
-    """dz = dy * gate, or dy; dgate = dy * z, if given. All [B, D, T], any strides and dtypes."""
-    _multiply(dy, gate, None if dgate is None else z, dz, dgate)
 
 
 def _convolve(
@@ -538,52 +436,6 @@ def _walk(
     return None if parts is None else parts.sum(dim=0).mT
 
 
-def _multiply(a: Tensor, b: Tensor | None, c: Tensor | None, p: Tensor, q: Tensor | None) -> None:
-    """p = a * b, q = a * c."""
-    B, D, T = a.shape
-    if a.numel() == 0:
-        return
-    unit, axes, strides = _layouts(T, a, b, c, p, q)
-    constants = _products.constants(
-        D=D, A_AXIS=axes[0], A_UNIT=axes[1], B_AXIS=axes[2], B_UNIT=axes[3],
-        C_AXIS=axes[4], C_UNIT=axes[5], P_AXIS=axes[6], P_UNIT=axes[7],
-        Q_AXIS=axes[8], Q_UNIT=axes[9], T_UNIT=unit, BLOCK_D=BLOCK_D, BLOCK_T=64,
-        USE_B=b is not None, USE_C=c is not None,
-    )  # fmt: skip
-    programs = B * cdiv(D, BLOCK_D) * cdiv(T, 64)
-    with on_device_of(a):
-        _products(programs, (a, b, c, p, q), (*strides, T // unit), constants, 4, 1)
-
-
 def _taps(weight: Tensor) -> Tensor:
     """[W, D]: one tap of neighbouring channels is one load."""
     return weight.mT.contiguous()
-
-
-def _axis(x: Tensor) -> int:
-    """Which axis of [B, D, T] is contiguous, 0 if none."""
-    _, D, T = x.shape
-    _, stride_d, stride_t = x.stride()
-    if stride_d == 1 and (D > 1 or T == 1):
-        return 1
-    return 2 if stride_t == 1 else 0
-
-
-def _layouts(T: int, *tensors: Tensor | None) -> tuple[int, list[int], list[int]]:
-    """A unit of T, then of each tensor the contiguous axis and the unit of its other strides, and
-    its strides in that unit. A unit of 8 lets loads be whole vectors, 1 promises nothing."""
-    step = STEP.value
-    axes: list[int] = []
-    strides: list[int] = []
-    for x in tensors:
-        if x is None:
-            axes += 0, 1
-            strides += 0, 0, 0
-            continue
-        axis = _axis(x)
-        jumps = [0 if n == 1 else jump for n, jump in zip(x.shape, x.stride(), strict=True)]
-        whole = all(jump % step == 0 for i, jump in enumerate(jumps) if i == 0 or i != axis)
-        unit = step if whole else 1
-        axes += axis, unit
-        strides += [jump // unit for jump in jumps]
-    return (step if 2 in axes[::2] and T % step == 0 else 1), axes, strides

@@ -34,12 +34,8 @@ from chela_bench.kernels.long_conv_monarch import (
 )
 from chela_bench.kernels.long_conv_monarch import kernel_spectrum as monarch_spectrum
 from chela_bench.kernels.long_conv_parts import gradients_blocks, long_conv_blocks
-from chela_bench.kernels.short_conv import (
-    short_backward,
-    short_forward,
-    transpose_gate,
-    transpose_gate_backward,
-)
+from chela_bench.kernels.short_conv import short_backward, short_forward
+from chela_bench.kernels.transposed_product import transpose_gate, transpose_gate_backward
 
 _library = torch.library.Library("chela_bench", "FRAGMENT")
 
