@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import triton
 
 from chela_bench.bench.check import worst_block_error
 from chela_bench.errors import ArgumentError
@@ -358,8 +357,7 @@ def test_rejects_tensors_on_two_devices():
 
 def test_rejects_tensors_that_triton_cannot_reach(monkeypatch):
     q, k, v, _ = (x.cpu() for x in inputs(1, 4, 1, 16, 16, torch.float32))
-    compiled = triton.JITFunction.__new__(triton.JITFunction)
-    monkeypatch.setattr(module, "_linear_attention_walk_kernel", compiled)
+    monkeypatch.setattr(module._walk, "interpreted", False)
     module._resolved.cache_clear()
     with pytest.raises(ArgumentError, match=r"on a GPU, got cpu; .*TRITON_INTERPRET=1"):
         linear_attention(q, k, v)

@@ -26,14 +26,11 @@ class Launcher:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
+        self.interpreted = not isinstance(kernel, triton.JITFunction)
         for parameter in () if self.interpreted else kernel.params:
             fixed = parameter.is_constexpr or parameter.do_not_specialize
             assert fixed or parameter.name.endswith("_ptr"), parameter.name
         self._variants: dict[tuple[Any, ...], Variant] = {}
-
-    @property
-    def interpreted(self) -> bool:
-        return not isinstance(self.kernel, triton.JITFunction)
 
     def constants(self, **values: object) -> tuple[object, ...]:
         """Values of the constexprs, in the kernel's order."""

@@ -23,7 +23,6 @@ import functools
 from collections.abc import Mapping
 
 import torch
-import triton
 from torch import Tensor
 
 from chela_bench.errors import ArgumentError
@@ -58,7 +57,7 @@ from chela_bench.kernels.linear_attention_recurrent import recurrent_walk, step
 from chela_bench.kernels.linear_attention_walk import (
     Strides,
     Walk,
-    _linear_attention_walk_kernel,
+    _walk,
     walk_plan,
 )
 
@@ -372,8 +371,7 @@ def _check_facts(*facts: Facts) -> None:
         raise ArgumentError(
             f"wanted q, k and v on one device, got {', '.join(map(str, devices))}; move them"
         )
-    interpreted = not isinstance(_linear_attention_walk_kernel, triton.JITFunction)
-    if devices[0].type != "cuda" and not interpreted:
+    if devices[0].type != "cuda" and not _walk.interpreted:
         raise ArgumentError(
             f"wanted tensors on a GPU, got {devices[0]}; move them, use "
             "chela_bench.reference.linear_attention, or start Python with TRITON_INTERPRET=1"

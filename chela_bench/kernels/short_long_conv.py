@@ -36,13 +36,12 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from chela_bench.errors import ArgumentError
 from chela_bench.kernels.dispatch import autocast
 from chela_bench.kernels.long_conv_direct import BLOCK
-from chela_bench.kernels.long_conv_monarch import N1, _long_conv_kernel
+from chela_bench.kernels.long_conv_monarch import N1, _long_conv
 from chela_bench.kernels.long_conv_plan import Method, Plan, plan_for
 from chela_bench.kernels.short_long_conv_ops import (
     long,
@@ -504,8 +503,7 @@ def _check_tensors(**tensors: Tensor | None) -> None:
             "wanted tensors on one device, got "
             f"{', '.join(f'{name} on {device}' for name, device in devices.items())}; move them"
         )
-    interpreted = not isinstance(_long_conv_kernel, triton.JITFunction)
-    if first.type != "cuda" and not interpreted:
+    if first.type != "cuda" and not _long_conv.interpreted:
         raise ArgumentError(
             f"wanted tensors on a GPU, got {first}; move them, use "
             "chela_bench.reference.short_long_conv, or start Python with TRITON_INTERPRET=1"
