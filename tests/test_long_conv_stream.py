@@ -8,7 +8,6 @@ import torch
 from chela_bench.bench.check import worst_block_error
 from chela_bench.errors import ArgumentError
 from chela_bench.kernels import long_conv_stream
-from chela_bench.kernels.launching import Launcher
 from chela_bench.kernels.long_conv_stream import LongConvDecoder, span, square_at, tiles
 from chela_bench.reference.short_long_conv import long_conv
 from tests.attention import DEVICE, EPS
@@ -358,6 +357,6 @@ def test_rejects_decoders_that_cannot_be(match, kernel, batch, options):
 
 
 def test_without_a_gpu_or_the_interpreter_it_says_so(monkeypatch):
-    monkeypatch.setattr(Launcher, "interpreted", False)
+    monkeypatch.setattr(long_conv_stream._strip, "interpreted", False)
     with pytest.raises(ArgumentError, match="decoding needs a GPU: wanted kernel on one, got cpu"):
         LongConvDecoder(torch.ones(2, 2), 1, max_length=4)
