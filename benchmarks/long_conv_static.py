@@ -54,9 +54,13 @@ def every() -> Iterator[tuple[str, Launcher, int, torch.dtype, dict[str, Any]]]:
             one_row = by_hand("_long_conv_wgmma_kernel")
             yield "row", one_row, N2, dtype, {"ADJOINT": False, "HAS_GATE": False}
             gradients = by_hand("_long_conv_wgmma_gradients_kernel")
-            yield "gradients", gradients, N2, dtype, {"HAS_GATE": False, "NEEDS_DX": True}
+            for is_one in (True, False):
+                flags = {"HAS_GATE": False, "NEEDS_DX": True, "IS_ONE": is_one}
+                yield f"gradients{', B 1' * is_one}", gradients, N2, dtype, flags
     one_row = by_hand("_long_conv_wgmma_kernel")
     yield "row, gate", one_row, 64, bf16, {"ADJOINT": True, "HAS_GATE": True}
+    flags = {"HAS_GATE": True, "NEEDS_DX": True, "IS_ONE": False}
+    yield "gradients, gate", gradients, 64, bf16, flags
     for dtype in (bf16, torch.float32):  # float32: in pairs, for float16 rows
         spectrum = by_hand("_kernel_spectrum_wgmma_kernel")
         for is_one in (True, False):

@@ -141,11 +141,11 @@ def _times(a_re, a_im, b_re, b_im, CONJUGATE: gl.constexpr, PACKED: gl.constexpr
 
 @gluon.jit
 def _there(x, tables, room, N2: gl.constexpr, PACKED: gl.constexpr):
-    """F x of a float16 row x, flat: Re, Im. `room` [2, 64, N2] is written, and free again after the
+    """F x of a float16 row x, flat: Re, Im. `room` [64, N2] is written, and free again after the
     next barrier."""
-    room.index(0).store(x.reshape([64, N2]))
+    room.store(x.reshape([64, N2]))
     fence_async_shared()
-    return _there_of(room.index(0), tables, N2, PACKED)
+    return _there_of(room, tables, N2, PACKED)
 
 
 @gluon.jit
@@ -170,7 +170,14 @@ def _back(
     re, im, tables, room_re, room_im, N2: gl.constexpr, PACKED: gl.constexpr
 ):  # fmt: skip
     """Re F^H (re + i im), both float16. Rooms [64, N2] as in _there."""
-    f1_re, f1_im, f2_re, f2_im, tw_re, tw_im = tables
+    re, im = _half_back(re, im, tables, N2, PACKED)
+    return _products_back(re, im, tables, room_re, room_im, N2)
+
+
+@gluon.jit
+def _half_back(re, im, tables, N2: gl.constexpr, PACKED: gl.constexpr):
+    """What F1^H is yet to be multiplied by."""
+    _, _, f2_re, f2_im, tw_re, tw_im = tables
     zero = gl.zeros([64, N2], gl.float32, _product(N2, 1))
     a, b = gl.convert_layout(re, _operand(N2)), gl.convert_layout(im, _operand(N2))
     re = warpgroup_mma(a, f2_re, zero, use_acc=False, is_async=True)
@@ -178,13 +185,26 @@ def _back(
     re = warpgroup_mma(b, f2_im, re, is_async=True)
     im = warpgroup_mma(-a, f2_im, im, is_async=True)
     re, im = warpgroup_mma_wait(0, deps=[re, im])
-    re, im = _times(re, im, _numbers(tw_re, N2), _numbers(tw_im, N2), True, PACKED)
+    return _times(re, im, _numbers(tw_re, N2), _numbers(tw_im, N2), True, PACKED)
+
+
+@gluon.jit
+def _products_back(re, im, tables, room_re, room_im, N2: gl.constexpr):
+    """Re F1^H (re + i im)"""
     room_re.store(re)
     room_im.store(im)
     fence_async_shared()
-    z = warpgroup_mma(f1_re.permute((1, 0)), room_re, zero, use_acc=False, is_async=True)
-    z = warpgroup_mma(f1_im.permute((1, 0)), room_im, z, is_async=True)
+    z = _start_back(tables, room_re, room_im, N2)
     return warpgroup_mma_wait(0, deps=[z])
+
+
+@gluon.jit
+def _start_back(tables, room_re, room_im, N2: gl.constexpr):
+    """The same of rooms, not waited for."""
+    f1_re, f1_im = tables[0], tables[1]
+    zero = gl.zeros([64, N2], gl.float32, _product(N2, 1))
+    z = warpgroup_mma(f1_re.permute((1, 0)), room_re, zero, use_acc=False, is_async=True)
+    return warpgroup_mma(f1_im.permute((1, 0)), room_im, z, is_async=True)
 
 
 @gluon.jit
@@ -194,12 +214,93 @@ def _power_of_two(largest):
     return bits.to(gl.float32, bitcast=True), (0x7F000000 - bits).to(gl.float32, bitcast=True)
 
 
+# Two 16-bit numbers as one, twice; whoever reads takes every other one.
+_PAIR = gl.constexpr("mov.b32 $0, $2; mov.b32 $1, $2;")
+_LARGER = gl.constexpr("max.u16x2 $0, $1, $2;")
+_LARGEST = gl.constexpr("""{
+    .reg .b32 t;
+    prmt.b32 t, $1, $1, 0x1032;
+    max.u16x2 t, t, $1;
+    redux.sync.max.u32 $0, t, 0xffffffff;
+}""")
+_LARGEST_32 = gl.constexpr("redux.sync.max.u32 $0, $1, 0xffffffff;")
+
+
 @gluon.jit
-def _row(x):
-    """x over the power of two under its largest magnitude, in float16; and that power."""
-    x = x.to(gl.float32)
-    scale, inverse = _power_of_two(gl.max(gl.abs(x), axis=0))
-    return (x * inverse).to(gl.float16), scale
+def _first(a, b):
+    return a
+
+
+@gluon.jit
+def _larger(a, b):
+    return gl.inline_asm_elementwise(
+        _LARGER, "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1
+    )  # fmt: skip
+
+
+@gluon.jit
+def _share_largest(x, most, N2: gl.constexpr):
+    """The bits of each warp's largest |x|, for all to read after a barrier; `most` [4, 32]. As
+    numbers they are in the order of the magnitudes, 16 bits two at a time; NaN is the largest."""
+    N: gl.constexpr = 64 * N2
+    asm: gl.constexpr = _LARGEST_32 if x.dtype == gl.float32 else _LARGEST
+    if x.dtype == gl.float32:
+        bits = x.to(gl.int32, bitcast=True) & 0x7FFFFFFF
+        own = gl.max(gl.max(bits.reshape([N // 1024, 128, 8]), axis=2), axis=0)
+    else:
+        pairs = gl.inline_asm_elementwise(
+            _PAIR, "=r,=r,r", [x.to(gl.int16, bitcast=True)], dtype=gl.int32, is_pure=True, pack=2
+        )  # fmt: skip
+        pairs = gl.reduce(pairs.reshape([N // 2, 2]), 1, _first) & 0x7FFF7FFF
+        own = gl.reduce(pairs.reshape([N // 1024, 128, 4]), 2, _larger)
+        own = gl.reduce(own, 0, _larger)
+    own = gl.inline_asm_elementwise(asm, "=r,r", [own], dtype=gl.int32, is_pure=True, pack=1)
+    most.store(own.reshape([4, 32]))
+
+
+@gluon.jit
+def _shared_scale(most, dtype: gl.constexpr):
+    """The power of two under the largest |x| of what was shared, and its inverse."""
+    every: gl.constexpr = gl.BlockedLayout([4, 1], [1, 32], [1, 4], [1, 0])
+    bits = gl.max(gl.max(most.slice(0, 1, 1).load(every), axis=1), axis=0)
+    if dtype == gl.float32:
+        largest = bits.to(gl.float32, bitcast=True)
+    else:
+        largest = (bits & 0xFFFF).to(gl.int16).to(dtype, bitcast=True).to(gl.float32)
+    return _power_of_two(largest)
+
+
+# Both of two bfloat16 numbers times one power of two, in float16.
+_SCALED = gl.constexpr("""{
+    .reg .b32 low, high;
+    shl.b32 low, $1, 16;
+    and.b32 high, $1, 0xffff0000;
+    mul.f32 low, low, $2;
+    mul.f32 high, high, $2;
+    cvt.rn.f16x2.f32 $0, high, low;
+}""")
+
+
+@gluon.jit
+def _scaled(x, by):
+    """x * by in float16."""
+    if x.dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            _SCALED, "=r,r,r,r", [x, by], dtype=gl.float16, is_pure=True, pack=2
+        )  # fmt: skip
+    return (x.to(gl.float32) * by).to(gl.float16)
+
+
+@gluon.jit
+def _put(x, by, room, N2: gl.constexpr):
+    """x * by, flat, to where products of what follows the next barrier find it."""
+    room.store(_scaled(x, by).reshape([64, N2]))
+    fence_async_shared()
+
+
+@gluon.jit
+def _gated(x, gate, HAS_GATE: gl.constexpr):
+    return x.to(gl.float32) * gate.to(gl.float32) if HAS_GATE else x
 
 
 @gluon.jit
@@ -231,7 +332,13 @@ def _gate_tile(ptr, left, N2: gl.constexpr, UNIT: gl.constexpr):
 
 @gluon.jit
 def _room(N2: gl.constexpr):
-    return gl.allocate_shared_memory(gl.float16, [2, 64, N2], _shared(64, N2))
+    return gl.allocate_shared_memory(gl.float16, [64, N2], _shared(64, N2))
+
+
+@gluon.jit
+def _room_for_largest():
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    return gl.allocate_shared_memory(gl.int32, [4, 32], plain)
 
 
 @gluon.jit
@@ -261,32 +368,47 @@ def _long_conv_wgmma_kernel(
     gl.static_assert(ORDERED and not SPLIT and N1 == 64)
     N: gl.constexpr = N1 * N2
     PACKED: gl.constexpr = x_ptr.dtype.element_ty == gl.bfloat16
+    GATE_BEFORE: gl.constexpr = HAS_GATE and ADJOINT
     tables = _tables(table_ptr, N2)
-    room = _room(N2)
+    room_x, room_re, room_im = _room(N2), _room(N2), _room(N2)
+    most = _room_for_largest()
     left = T.to(gl.int32)
     row = gl.program_id(0).to(gl.int64) * rows_each
     end = gl.minimum(row + rows_each, rows)
     b, d = row % B, row // B
     x = _load(x_ptr + (b * stride_xb + d * stride_xd) * UNIT, left, N2, UNIT)
+    gate = x
+    if GATE_BEFORE:
+        gate = _load(gate_ptr + (b * stride_gb + d * stride_gd) * UNIT, left, N2, UNIT)
+    x = _gated(x, gate, GATE_BEFORE)
+    _share_largest(x, most, N2)
+    scale, inverse = _shared_scale(most, x.dtype)
+    _put(x, inverse, room_x, N2)
     for i in range(0, (end - row).to(gl.int32)):
-        kernel_scale = gl.load(scale_ptr + d)
+        scale *= gl.load(scale_ptr + d)
         k_re, k_im = _flat_planes(spectrum_ptr + d * 2 * N, N)
-        if HAS_GATE and ADJOINT:
-            gate = _load(gate_ptr + (b * stride_gb + d * stride_gd) * UNIT, left, N2, UNIT)
-            x, scale = _row(x.to(gl.float32) * gate.to(gl.float32))
-        else:
-            x, scale = _row(x)
-        re, im = _there(x, tables, room, N2, PACKED)
+        re, im = _there_of(room_x, tables, N2, PACKED)
         next_b, next_d = _next(b, d, B)
         there = gl.where(row + i + 1 < end, left, 0)
         x = _load(x_ptr + (next_b * stride_xb + next_d * stride_xd) * UNIT, there, N2, UNIT)
+        if GATE_BEFORE:
+            at = gate_ptr + (next_b * stride_gb + next_d * stride_gd) * UNIT
+            gate = _load(at, there, N2, UNIT)
         re, im = _times(re, im, _tile(k_re, N2), _tile(k_im, N2), ADJOINT, PACKED)
-        _barrier()
-        z = _back(re, im, tables, room.index(0), room.index(1), N2, PACKED) * (scale * kernel_scale)
+        re, im = _half_back(re, im, tables, N2, PACKED)
+        room_re.store(re)
+        room_im.store(im)
+        x = _gated(x, gate, GATE_BEFORE)
+        _share_largest(x, most, N2)
+        fence_async_shared()
+        z = _start_back(tables, room_re, room_im, N2)
+        next_scale, inverse = _shared_scale(most, x.dtype)
+        _put(x, inverse, room_x, N2)
+        z = warpgroup_mma_wait(0, deps=[z]) * scale
         if HAS_GATE and not ADJOINT:
             z *= _gate_tile(gate_ptr + (b * stride_gb + d * stride_gd) * UNIT, left, N2, UNIT)
-        _barrier()
         _store(z_ptr + (b * stride_zb + d * stride_zd) * UNIT, z, left, N2, UNIT)
+        scale = next_scale
         b, d = next_b, next_d
 
 
@@ -297,15 +419,14 @@ def _none():
 
 @gluon.jit
 def _store_taps(
-    ptr, re, im, left, tables, room, N2: gl.constexpr, UNIT: gl.constexpr, ROOT_N: gl.constexpr,
-    PACKED: gl.constexpr,
+    ptr, re, im, left, tables, room_re, room_im, most, N2: gl.constexpr, UNIT: gl.constexpr,
+    ROOT_N: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """sqrt(N) Re F^H (re + i im), float32, `left` of it."""
-    largest = gl.maximum(gl.abs(re), gl.abs(im))
-    scale, inverse = _power_of_two(gl.max(gl.max(largest, axis=1), axis=0))
+    _share_largest(_registers(gl.maximum(gl.abs(re), gl.abs(im)), N2), most, N2)
+    scale, inverse = _shared_scale(most, gl.float32)
     re, im = (re * inverse).to(gl.float16), (im * inverse).to(gl.float16)
-    dk = _back(re, im, tables, room.index(0), room.index(1), N2, PACKED) * (scale * ROOT_N)
-    _barrier()
+    dk = _back(re, im, tables, room_re, room_im, N2, PACKED) * (scale * ROOT_N)
     _store(ptr, dk, left.to(gl.int32), N2, UNIT)
 
 
@@ -318,57 +439,100 @@ def _long_conv_wgmma_gradients_kernel(
     # runtime scalars; strides and T in units of UNIT
     N1: gl.constexpr, N2: gl.constexpr, UNIT: gl.constexpr, SPLIT: gl.constexpr,
     ORDERED: gl.constexpr, ROOT_N: gl.constexpr, HAS_GATE: gl.constexpr, NEEDS_DX: gl.constexpr,
+    IS_ONE: gl.constexpr,
 ):  # fmt: skip
-    """long_conv_monarch._long_conv_gradients_kernel"""
+    """long_conv_monarch._long_conv_gradients_kernel; IS_ONE if B is 1, so nothing to sum."""
     gl.static_assert(ORDERED and not SPLIT and N1 == 64)
     N: gl.constexpr = N1 * N2
     PACKED: gl.constexpr = x_ptr.dtype.element_ty == gl.bfloat16
     tables = _tables(table_ptr, N2)
-    room = _room(N2)
+    room_x, room_z, room = _room(N2), _room(N2), _room(N2)
+    most_x, most_z = _room_for_largest(), _room_for_largest()
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    g_re_smem = gl.allocate_shared_memory(gl.float32, [N], plain)
-    g_im_smem = gl.allocate_shared_memory(gl.float32, [N], plain)
+    SUM: gl.constexpr = gl.float16 if IS_ONE else gl.float32
+    g_re_smem = gl.allocate_shared_memory(SUM, [N], plain)
+    g_im_smem = gl.allocate_shared_memory(SUM, [N], plain)
     left = T.to(gl.int32)
     first = gl.program_id(0).to(gl.int64) * each
     last = gl.minimum(first + each, D)
     b, d = first * 0, first
     x = _load(x_ptr + d * stride_xd * UNIT, left, N2, UNIT)
-    g_re_smem.store(gl.zeros([N], gl.float32, _FLAT))
-    g_im_smem.store(gl.zeros([N], gl.float32, _FLAT))
+    dz = _load(dz_ptr + d * stride_zd * UNIT, left, N2, UNIT)
+    gate = dz
+    if HAS_GATE:
+        gate = _load(gate_ptr + d * stride_gd * UNIT, left, N2, UNIT)
+    gated = _gated(dz, gate, HAS_GATE)
+    _share_largest(x, most_x, N2)
+    _share_largest(gated, most_z, N2)
+    x_scale, x_inverse = _shared_scale(most_x, x.dtype)
+    z_scale, z_inverse = _shared_scale(most_z, gated.dtype)
+    _put(x, x_inverse, room_x, N2)
+    _put(gated, z_inverse, room_z, N2)
     for _ in range(0, ((last - first) * B).to(gl.int32)):
-        dz = _load(dz_ptr + (b * stride_zb + d * stride_zd) * UNIT, left, N2, UNIT)
-        x, x_scale = _row(x)
-        re, im = _there(x, tables, room, N2, PACKED)
+        re, im = _there_of(room_x, tables, N2, PACKED)
         x_re, x_im = re.to(gl.float16), im.to(gl.float16)
-        if HAS_GATE:
-            gate = _load(gate_ptr + (b * stride_gb + d * stride_gd) * UNIT, left, N2, UNIT)
-            dz, z_scale = _row(dz.to(gl.float32) * gate.to(gl.float32))
-        else:
-            dz, z_scale = _row(dz)
+        re, im = _there_of(room_z, tables, N2, PACKED)
         next_b, next_d = _next(b, d, B)
-        _barrier()
-        re, im = _there(dz, tables, room, N2, PACKED)
         there = gl.where(next_d < last, left, 0)
         x = _load(x_ptr + (next_b * stride_xb + next_d * stride_xd) * UNIT, there, N2, UNIT)
-        scale = x_scale * z_scale
+        dz = _load(dz_ptr + (next_b * stride_zb + next_d * stride_zd) * UNIT, there, N2, UNIT)
+        if HAS_GATE:
+            at = gate_ptr + (next_b * stride_gb + next_d * stride_gd) * UNIT
+            gate = _load(at, there, N2, UNIT)
         y_re, y_im = _complex(re, im, x_re.to(gl.float32), x_im.to(gl.float32), True)
-        g_re_smem.store(g_re_smem.load(_FLAT) + _registers(scale * y_re, N2))
-        g_im_smem.store(g_im_smem.load(_FLAT) + _registers(scale * y_im, N2))
-        _barrier()
+        scale = x_scale * z_scale
+        if not IS_ONE:
+            y_re, y_im = y_re * scale, y_im * scale
+        y_re, y_im = _registers(y_re, N2), _registers(y_im, N2)
+        if b > 0:
+            y_re += g_re_smem.load(_FLAT)
+            y_im += g_im_smem.load(_FLAT)
+        g_re_smem.store(y_re.to(SUM))
+        g_im_smem.store(y_im.to(SUM))
         if NEEDS_DX:
             k_re, k_im = _flat_planes(spectrum_ptr + d * 2 * N, N)
             re, im = _times(re, im, _tile(k_re, N2), _tile(k_im, N2), True, PACKED)
-            dx = _back(re, im, tables, room.index(0), room.index(1), N2, PACKED)
-            dx *= z_scale * gl.load(scale_ptr + d)
-            _barrier()
+            re, im = _half_back(re, im, tables, N2, PACKED)
+        gated = _gated(dz, gate, HAS_GATE)
+        _share_largest(x, most_x, N2)
+        _share_largest(gated, most_z, N2)
+        _barrier()
+        if NEEDS_DX:
+            room.store(re)
+            room_z.store(im)
+            fence_async_shared()
+            dx = _start_back(tables, room, room_z, N2)
+        next_x_scale, x_inverse = _shared_scale(most_x, x.dtype)
+        next_z_scale, z_inverse = _shared_scale(most_z, gated.dtype)
+        _put(x, x_inverse, room_x, N2)
+        if NEEDS_DX:
+            dx = warpgroup_mma_wait(0, deps=[dx]) * (z_scale * gl.load(scale_ptr + d))
             _store(dx_ptr + (b * stride_db + d * stride_dd) * UNIT, dx, left, N2, UNIT)
         if next_b == 0:
             g_re, g_im = _numbers(g_re_smem, N2), _numbers(g_im_smem, N2)
-            _store_taps(
-                dk_ptr + d * taps * UNIT, g_re, g_im, taps, tables, room, N2, UNIT, ROOT_N, PACKED
-            )  # fmt: skip
-            g_re_smem.store(gl.zeros([N], gl.float32, _FLAT))
-            g_im_smem.store(gl.zeros([N], gl.float32, _FLAT))
+            dk_row_ptr = dk_ptr + d * taps * UNIT
+            _barrier()
+            if IS_ONE:
+                dk = _back(g_re, g_im, tables, room, room_z, N2, PACKED) * (scale * ROOT_N)
+                _store(dk_row_ptr, dk, taps.to(gl.int32), N2, UNIT)
+            else:
+                _store_taps(
+                    dk_row_ptr,
+                    g_re,
+                    g_im,
+                    taps,
+                    tables,
+                    room,
+                    room_z,
+                    most_x,
+                    N2,
+                    UNIT,
+                    ROOT_N,
+                    PACKED,
+                )
+        _barrier()
+        _put(gated, z_inverse, room_z, N2)
+        x_scale, z_scale = next_x_scale, next_z_scale
         b, d = next_b, next_d
 
 
@@ -380,16 +544,16 @@ def _rest(x):
 
 
 @gluon.jit
-def _there_split(x, tables, rests, room, N2: gl.constexpr):
+def _there_split(x, tables, rests, room, rest_room, N2: gl.constexpr):
     """_there of a float32 row, in pairs of float16 numbers."""
     f1_re, f1_im, f2_re, f2_im, tw_re, tw_im = tables
     r1_re, r1_im, r2_re, r2_im, rw_re, rw_im = rests
     zero = gl.zeros([64, N2], gl.float32, _product(N2, 1))
     rest, x = _rest(x)
-    room.index(0).store(x.reshape([64, N2]))
-    room.index(1).store(rest.reshape([64, N2]))
+    room.store(x.reshape([64, N2]))
+    rest_room.store(rest.reshape([64, N2]))
     fence_async_shared()
-    x, rest = room.index(0), room.index(1)
+    x, rest = room, rest_room
     re = warpgroup_mma(f1_re, x, zero, use_acc=False, is_async=True)
     im = warpgroup_mma(f1_im, x, zero, use_acc=False, is_async=True)
     re = warpgroup_mma(r1_re, x, re, is_async=True)
@@ -423,10 +587,11 @@ def _there_split(x, tables, rests, room, N2: gl.constexpr):
 
 @gluon.jit
 def _spectrum_of(
-    k, tables, rests, room, N2: gl.constexpr, SPLIT: gl.constexpr, ROOT_N: gl.constexpr
-):
+    k, tables, rests, room, rest_room, N2: gl.constexpr, SPLIT: gl.constexpr,
+    ROOT_N: gl.constexpr,
+):  # fmt: skip
     if SPLIT:
-        re, im = _there_split(k, tables, rests, room, N2)
+        re, im = _there_split(k, tables, rests, room, rest_room, N2)
     else:
         re, im = _there(k.to(gl.float16), tables, room, N2, False)
     return re * ROOT_N, im * ROOT_N
@@ -456,7 +621,7 @@ def _kernel_spectrum_wgmma_kernel(
     rests = tables
     if SPLIT:
         rests = _tables(table_ptr + 2 * (64 * 64 + N2 * N2 + 64 * N2), N2)
-    room = _room(N2)
+    room, rest_room = _room(N2), _room(N2)
     offs = gl.arange(0, N, _FLAT)
     first = gl.program_id(0).to(gl.int64) * each
     for i in range(0, (gl.minimum(first + each, total) - first).to(gl.int32)):
@@ -469,7 +634,7 @@ def _kernel_spectrum_wgmma_kernel(
             k *= inverse
             norm, under = _norm(k * k)
             gl.store(scale_ptr + d, scale * norm)
-            re, im = _spectrum_of(k * under, tables, rests, room, N2, SPLIT, ROOT_N)
+            re, im = _spectrum_of(k * under, tables, rests, room, rest_room, N2, SPLIT, ROOT_N)
             gl.store(out, _registers(re.to(gl.float16), N2))
             gl.store(out + N, _registers(im.to(gl.float16), N2))
         else:
@@ -492,7 +657,7 @@ def _kernel_spectrum_wgmma_kernel(
                 left = (taps - block * (N // UNIT)).to(gl.int32)
                 k = _load(row_ptr + block * N, left, N2, UNIT).to(gl.float32) * (inverse * under)
                 _barrier()
-                re, im = _spectrum_of(k, tables, rests, room, N2, SPLIT, ROOT_N)
+                re, im = _spectrum_of(k, tables, rests, room, rest_room, N2, SPLIT, ROOT_N)
                 gl.store(out, _registers((re + before_im).to(gl.float16), N2))
                 gl.store(out + N, _registers((im - before_re).to(gl.float16), N2))
                 before_re, before_im = re, im

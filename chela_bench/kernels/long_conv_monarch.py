@@ -458,9 +458,10 @@ def gradients_block(
     """dx, if wanted, and dk [D, taps] float32 from dz; [B, D, T], rows contiguous, one block."""
     rows = Rows(spectrum.shape[-1], x, gate, dz, dx, taps=dk.shape[1])
     kernel = rows.kernel(_gradients, "_long_conv_wgmma_gradients_kernel")
+    one = {"IS_ONE": rows.B == 1} if rows.ordered else {}
     programs, each = rows_each(rows.D, x.device, PROGRAMS[rows.N2])
     kernel(
         programs, (x, gate, dz, spectrum, scale, rows.table, dx, dk),
         (*rows.strides, rows.T, rows.B, rows.D, dk.shape[1] // rows.unit, each),
-        rows.constants(kernel, HAS_GATE=gate is not None, NEEDS_DX=dx is not None), WARPS, 1,
+        rows.constants(kernel, HAS_GATE=gate is not None, NEEDS_DX=dx is not None, **one), WARPS, 1,
     )  # fmt: skip
