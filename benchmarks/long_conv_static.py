@@ -19,11 +19,11 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from chela_bench.kernels.launching import Launcher
-from chela_bench.kernels.long_conv_monarch import WARPS, by_hand, constants
-from chela_bench.kernels.long_conv_parts import BY_HAND, TOGETHER
+from chela_bench.kernels.long_conv_factors import BY_HAND
+from chela_bench.kernels.long_conv_monarch import BLOCKS, BLOCKS_BY_HAND, WARPS, by_hand, constants
 
 ROWS = ("x_ptr", "z_ptr", "dz_ptr", "dx_ptr", "gate_ptr")
-FLOAT32 = ("scale_ptr", "sums_scale_ptr", "kernel_scale_ptr", "dk_ptr", "k_ptr")
+FLOAT32 = ("scale_ptr", "weight_ptr", "dk_ptr", "k_ptr")
 
 
 def compiled(launcher: Launcher, values: dict[str, Any], types: dict[str, str]) -> Any:
@@ -63,15 +63,19 @@ def every() -> Iterator[tuple[str, Launcher, int, torch.dtype, dict[str, Any]]]:
     yield "gradients, gate", gradients, 64, bf16, flags
     for dtype in (bf16, torch.float32):  # float32: in pairs, for float16 rows
         spectrum = by_hand("_kernel_spectrum_wgmma_kernel")
-        for is_one in (True, False):
-            yield "spectrum", spectrum, 64, dtype, {"IS_ONE_BLOCK": is_one}
-    for blocks in range(2, TOGETHER + 1):
+        for blocks in (1, BLOCKS):
+            yield "spectrum", spectrum, 64, dtype, {"BLOCKS": blocks}
+    for blocks in range(2, BLOCKS + 1):
         flags = {"BLOCKS": blocks, "SHRINK": 0.25, "ADJOINT": False, "HAS_GATE": False}
-        together = by_hand("_long_conv_wgmma_blocks_kernel", BY_HAND)
+        together = by_hand("_long_conv_wgmma_blocks_kernel", BLOCKS_BY_HAND)
         yield f"{blocks} blocks", together, 64, half, flags
-    yield "spectra", by_hand("_block_spectra_wgmma_kernel", BY_HAND), 64, half, {"HAS_GATE": False}
-    yield "way back", by_hand("_blocks_back_wgmma_kernel", BY_HAND), 64, half, {"HAS_GATE": False}
-    yield "taps back", by_hand("_taps_back_wgmma_kernel", BY_HAND), 64, half, {}
+    for dtype in (bf16, half):
+        yield "rows", by_hand("_convolve_rows_wgmma_kernel", BY_HAND), 64, dtype, {"ADJOINT": False}
+        gradients = by_hand("_gradient_rows_wgmma_kernel", BY_HAND)
+        for needs_dx in (True, False):
+            name = "gradient rows" if needs_dx else "sum of rows"
+            yield name, gradients, 64, dtype, {"NEEDS_DX": needs_dx}
+    yield "spectrum rows", by_hand("_spectrum_rows_wgmma_kernel", BY_HAND), 64, bf16, {}
 
 
 def main() -> None:
@@ -82,10 +86,8 @@ def main() -> None:
         given = dict(zip(names[-len(values) :], values, strict=True))
         if flags.get("HAS_GATE") is False:
             given["gate_ptr"] = None
-        rows = "bf16" if dtype == torch.bfloat16 else "fp16"
+        rows = "fp16" if dtype == torch.float16 or name.endswith("rows") else "bf16"
         types = dict.fromkeys(ROWS, rows)
-        if name == "taps back":
-            types["sums_ptr"] = "fp32"
         shown = facts(compiled(launcher, given, types))
         print(f"{name:10} N2 {N2:<2} {str(dtype).removeprefix('torch.'):8} {shown}", flush=True)
 

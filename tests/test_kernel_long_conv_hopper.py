@@ -1,4 +1,4 @@
-"""kernels/long_conv_hopper.py and long_conv_hopper_blocks.py, compiled without a GPU. On one, every
+"""kernels/long_conv_hopper.py, _blocks.py and _rows.py, compiled without a GPU. On one, every
 test of long convolutions runs them."""
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def test_every_kernel_compiles_for_hopper():
         r"^(\S.*?) +N2 \d+ +(\w+) +\d+ registers +(\d+) stack +(\d+) KB .* HMMA (\d+)",
         ended.stdout, re.MULTILINE,
     )  # fmt: skip
-    assert len(rows) == 12 + 2 + 4 + 3 + 3, ended.stdout
+    assert len(rows) == 12 + 2 + 4 + 3 + 6 + 1, ended.stdout
     for name, _, stack, shared, old_products in rows:
         assert int(shared) <= 113 and old_products == "0", ended.stdout
-        if name.startswith(("row", "way back")) or name.endswith("blocks"):
-            assert int(stack) <= 136, ended.stdout
+        if name.startswith("row") or name.endswith("blocks"):
+            assert int(stack) <= 224, ended.stdout

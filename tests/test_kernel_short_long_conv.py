@@ -44,12 +44,12 @@ WAYS = {
     "planned": None,
     "direct": {"method": "direct"},
     "monarch": {"method": "monarch", "N2": 16},
-    "parts": {"method": "parts", "N2": 16},
+    "factors": {"method": "factors", "N2": 16},
 }
 FACTORS = {  # shape: B, T, D
     "shape": [(1, 1, 1), (3, 2, 2), (1, 3, 4), (3, 63, 1), (1, 64, 1), (1, 100, 1)],
     "dtype": list(DTYPES),
-    "way": ["planned", "monarch", "parts"],
+    "way": ["planned", "monarch", "factors"],
     "order": ["serial", "parallel"],
     "activation": ["silu", None],
     "identity": [True, False],
@@ -67,7 +67,8 @@ LARGER = [  # mostly parallel: the walk of the short convolution's backward is s
     {"shape": (3, 1024, 1), "dtype": "float16", "layout": "bdt", "gate": "trained"},
     {"shape": (1, 1500, 1), "dtype": "bfloat16", "layout": "btd", "causal": False},
     {"shape": (1, 600, 3), "dtype": "float16", "layout": "bdt", "gate": "fixed"},
-    {"shape": (1, 2500, 1), "dtype": "float32", "way": "parts", "taps": "fewer"},
+    {"shape": (1, 2500, 1), "dtype": "float32", "way": "factors", "taps": "fewer"},
+    {"shape": (1, 70_000, 1), "dtype": "float32", "way": "factors", "layout": "bdt"},
 ]
 DEFAULTS = {
     "way": "planned", "order": "parallel", "activation": None, "identity": True, "causal": True,
@@ -199,13 +200,15 @@ def test_every_plan_is_right_at_both_ends_of_its_range(T):
     assert relative_error(z, exact) <= 8e-4
 
 
-def test_the_plan_covers_any_length():
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_the_plan_covers_any_length(by_hand):
     assert plan_for(0).method == "direct"
     steps = [T + off for n in range(21) for T in (2**n, 3 * 2**n) for off in (-1, 0, 1)]
     for T in [*range(1, 9000), *steps, 1_000_000]:
-        method, N2, blocks = plan_for(T)
+        method, N2, blocks = plan_for(T, by_hand=by_hand)
         assert method == "direct" or T <= 64 * N2 * blocks < T + 64 * N2
         assert method != "monarch" or blocks == 1
+        assert method != "blocks" or (by_hand and blocks <= 4)
 
 
 def test_the_table_is_in_order_and_of_known_kernels():
@@ -218,20 +221,27 @@ def test_a_config_asks_for_another_plan():
     assert plan_for(1000, {"method": "direct"}) == Plan("direct", 0, 1)
     assert plan_for(1000, {"method": "monarch"}) == Plan("monarch", 16, 1)
     assert plan_for(1025, {"method": "monarch"}) == Plan("monarch", 32, 1)
-    assert plan_for(1025, {"N2": 16}) == Plan("parts", 16, 2)
+    assert plan_for(1025, {"N2": 16}) == Plan("factors", 16, 2)
     assert plan_for(1000, {"N2": 64}) == Plan("monarch", 64, 1)
-    assert plan_for(5000, {"method": "parts"}) == Plan("parts", 64, 2)
-    assert plan_for(5000, {}) == plan_for(5000)
+    assert plan_for(5000, {"method": "factors"}) == Plan("factors", 64, 2)
+    assert plan_for(5000, {"method": "blocks"}, by_hand=True) == Plan("blocks", 32, 3)
+    assert plan_for(5000, by_hand=True) == Plan("blocks", 32, 3)
+    assert plan_for(5000, {}) == plan_for(5000) == Plan("factors", 32, 3)
     for match, bad in {
         "no option 'N1' .*: method, N2": {"N1": 64},
-        "no method 'fft'; it is one of direct, monarch, parts": {"method": "fft"},
+        "no method 'fft'; it is one of direct, monarch, blocks, factors": {"method": "fft"},
         "no N2 8; it is one of 16, 32, 64": {"N2": 8},
         "no N2, got N2 = 16": {"method": "direct", "N2": 16},
         "T <= 1024 for method monarch with N2 = 16": {"method": "monarch", "N2": 16},
-        "T <= 4096 for method monarch, .*method parts": {"method": "monarch"},
+        "T <= 4096 for method monarch, .*method factors": {"method": "monarch"},
+        "wanted a Hopper GPU .*method factors": {"method": "blocks"},
     }.items():
         with pytest.raises(ArgumentError, match=match):
             plan_for(5000, bad)
+    with pytest.raises(ArgumentError, match=r"T <= 16384 for method blocks, 4 of .*T = 16385"):
+        plan_for(16385, {"method": "blocks"}, by_hand=True)
+    with pytest.raises(ArgumentError, match=r"T <= 8388608, .*got T = 8388609; cut"):
+        plan_for(2**23 + 1)
 
 
 def test_hbm_bytes_count_what_kernels_read_and_write():
@@ -241,17 +251,15 @@ def test_hbm_bytes_count_what_kernels_read_and_write():
     assert hbm_bytes(shape, {}, itemsize=4) == 4 * (6 * element + tap) + 2 * 8 * tap
     direct = {"method": "direct"}
     assert hbm_bytes(shape, direct) == 2 * (4 * element + tap) + 32 * (tap + 64 * D)
-    parts = {"method": "parts", "N2": 16}
-    assert hbm_bytes(shape, parts) == hbm_bytes(shape, {}) + 16 * element
+    factors = {"method": "factors", "N2": 16}
+    assert hbm_bytes(shape, factors) == hbm_bytes(shape, {}) + 18 * element
     for T in (100, 1000, 100_000):
         shape = {"B": 4, "T": T, "D": 64}
         assert hbm_bytes(shape, {}) > sum(short_long_conv_bytes(shape, 2, "fwd"))
 
 
-# --- properties -----------------------------------------------------------------------------------
-
-all_ways = pytest.mark.parametrize("way", ["direct", "monarch", "parts"])
-LENGTHS = {"direct": 100, "monarch": 1000, "parts": 1100}  # the last one in two blocks
+all_ways = pytest.mark.parametrize("way", ["direct", "monarch", "factors"])
+LENGTHS = {"direct": 100, "monarch": 1000, "factors": 1100}  # the last one in two blocks
 
 
 @all_ways
@@ -405,7 +413,7 @@ def test_strides_are_free(way, order, layout):
 
 @pytest.mark.parametrize("shape", [(0, 20, 3), (2, 0, 3), (2, 20, 0)], ids=str)
 @pytest.mark.parametrize("order", ["serial", "parallel"])
-@pytest.mark.parametrize("way", ["planned", "monarch", "parts"])
+@pytest.mark.parametrize("way", ["planned", "monarch", "factors"])
 def test_nothing_in_nothing_out(shape, order, way):
     for causal in (True, False):
         for layout in ("btd", "bdt"):
@@ -475,8 +483,8 @@ def test_rejects_a_spectrum_of_another_call():
             ArgumentError, match=r"wanted a spectrum .*make it with kernel_spectrum"
         ):
             long_conv(x, long, spectrum=other)
-    with pytest.raises(ArgumentError, match=r"parts with N2 = 16, got .*monarch with N2 = 16"):
-        long_conv(x, long, spectrum=monarch, config=WAYS["parts"])
+    with pytest.raises(ArgumentError, match=r"factors with N2 = 16, got .*monarch with N2 = 16"):
+        long_conv(x, long, spectrum=monarch, config=WAYS["factors"])
     assert torch.equal(
         long_conv(x, long, spectrum=monarch, config=WAYS["monarch"]),
         long_conv(x, long, spectrum=monarch),

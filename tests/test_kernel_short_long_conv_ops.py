@@ -19,7 +19,7 @@ from chela_bench.kernels.short_long_conv import (
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WAYS = [{"method": "direct"}, {"method": "monarch", "N2": 16}, {"method": "parts", "N2": 16}]
+WAYS = [{"method": "direct"}, {"method": "monarch", "N2": 16}, {"method": "factors", "N2": 16}]
 
 
 def randn(*shape):
@@ -78,10 +78,11 @@ def test_the_product_operator_keeps_pytorchs_rules(gated):
         opcheck(ops.products, z.detach(), gate.requires_grad_(), True, False)
 
 
+@pytest.mark.parametrize("method", ["monarch", "factors"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_spectrum_operator_keeps_pytorchs_rules(dtype):
+def test_the_spectrum_operator_keeps_pytorchs_rules(dtype, method):
     operator = torch.ops.chela_bench.long_conv_spectrum.default
-    torch.library.opcheck(operator, (randn(2, 20), 30, 16, dtype))
+    torch.library.opcheck(operator, (randn(2, 20), 30, 16, method, dtype))
 
 
 @pytest.mark.parametrize(("order", "two_sided"), [("serial", True), ("parallel", False)])
@@ -250,8 +251,8 @@ def test_a_cuda_graph_replays_it(T):
 def test_a_new_length_or_batch_compiles_nothing():
     from chela_bench.kernels import (
         long_conv_direct,
+        long_conv_factors,
         long_conv_monarch,
-        long_conv_parts,
         short_conv,
         transposed_product,
     )
@@ -259,8 +260,8 @@ def test_a_new_length_or_batch_compiles_nothing():
 
     modules = (
         long_conv_direct,
+        long_conv_factors,
         long_conv_monarch,
-        long_conv_parts,
         short_conv,
         transposed_product,
     )
@@ -275,7 +276,12 @@ def test_a_new_length_or_batch_compiles_nothing():
         inputs = [tensor.requires_grad_() for tensor in inputs]
         whole(*inputs, gate.expand(B, -1, -1).contiguous()).sum().backward()
 
-    for lengths in ((200, 216, 221), (1032, 2000, 1999), (9000, 11000, 9001)):
+    for lengths in (
+        (200, 216, 221),
+        (1032, 2000, 1999),
+        (9000, 11000, 9001),
+        (70000, 71000, 70001),
+    ):
         for T in lengths[1:]:  # a multiple of 8, and none
             run(1, T)
         before = compiled()

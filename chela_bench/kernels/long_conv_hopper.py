@@ -1,6 +1,6 @@
 """Long convolution of 16-bit rows, scheduled by hand for Hopper's tensor cores (sm_90).
 
-The same functions as in long_conv_monarch.py and long_conv_parts.py, in Gluon, Triton's language
+The same functions as in long_conv_monarch.py, in Gluon, Triton's language
 below Triton. What one product gives the next one takes from registers; only the first product of
 each way takes what it multiplies from shared memory, since it sums over the tile's rows. F1, F2 and
 the twiddle stay in shared memory for all rows of a program. A row of 4096 is then about 1300
@@ -151,11 +151,18 @@ def _there(x, tables, room, N2: gl.constexpr, PACKED: gl.constexpr):
 @gluon.jit
 def _there_of(x, tables, N2: gl.constexpr, PACKED: gl.constexpr):
     """The same of a row in shared memory."""
-    f1_re, f1_im, f2_re, f2_im, tw_re, tw_im = tables
     zero = gl.zeros([64, N2], gl.float32, _product(N2, 1))
-    re = warpgroup_mma(f1_re, x, zero, use_acc=False, is_async=True)
-    im = warpgroup_mma(f1_im, x, zero, use_acc=False, is_async=True)
+    re = warpgroup_mma(tables[0], x, zero, use_acc=False, is_async=True)
+    im = warpgroup_mma(tables[1], x, zero, use_acc=False, is_async=True)
     re, im = warpgroup_mma_wait(0, deps=[re, im])
+    return _half_there(re, im, tables, N2, PACKED)
+
+
+@gluon.jit
+def _half_there(re, im, tables, N2: gl.constexpr, PACKED: gl.constexpr):
+    """What F1 was multiplied by, on the way there."""
+    _, _, f2_re, f2_im, tw_re, tw_im = tables
+    zero = gl.zeros([64, N2], gl.float32, _product(N2, 1))
     re, im = _times(re, im, _numbers(tw_re, N2), _numbers(tw_im, N2), False, PACKED)
     a, b = gl.convert_layout(re, _operand(N2)), gl.convert_layout(im, _operand(N2))
     re = warpgroup_mma(a, f2_re, zero, use_acc=False, is_async=True)
@@ -607,13 +614,14 @@ def _norm(squares):
 @gluon.jit(do_not_specialize=RUNTIME)
 def _kernel_spectrum_wgmma_kernel(
     k_ptr, table_ptr, spectrum_ptr, scale_ptr,  # pointers
-    stride_kd: gl.int64, taps: gl.int64, blocks: gl.int64, total: gl.int64, each: gl.int64,
+    stride_kd: gl.int64, taps: gl.int64, total: gl.int64, each: gl.int64,
     # runtime scalars; stride_kd and taps in units of UNIT
     N1: gl.constexpr, N2: gl.constexpr, UNIT: gl.constexpr, SPLIT: gl.constexpr,
-    ORDERED: gl.constexpr, IS_ONE_BLOCK: gl.constexpr, ROOT_N: gl.constexpr,
+    ORDERED: gl.constexpr, BLOCKS: gl.constexpr, ROOT_N: gl.constexpr,
 ):  # fmt: skip
     """long_conv_monarch._kernel_spectrum_kernel, in pairs of float16 numbers if SPLIT: what single
-    ones lose is less than bfloat16 rows do, but not than float16 rows."""
+    ones lose is less than bfloat16 rows do, but not than float16 rows. Of more blocks than one the
+    spectra S_b - i S_{b-1} that long_conv_hopper_blocks.py derives."""
     gl.static_assert(ORDERED and N1 == 64)
     N: gl.constexpr = N1 * N2
     PRODUCT: gl.constexpr = _product(N2, 1)
@@ -627,8 +635,8 @@ def _kernel_spectrum_wgmma_kernel(
     for i in range(0, (gl.minimum(first + each, total) - first).to(gl.int32)):
         d = first + i
         row_ptr = k_ptr + d * stride_kd * UNIT
-        out = spectrum_ptr + d * blocks * 2 * N + offs
-        if IS_ONE_BLOCK:
+        out = spectrum_ptr + d * (BLOCKS * 2 * N) + offs
+        if BLOCKS == 1:
             k = _load(row_ptr, taps.to(gl.int32), N2, UNIT).to(gl.float32)
             scale, inverse = _power_of_two(gl.max(gl.abs(k), axis=0))
             k *= inverse
@@ -639,13 +647,13 @@ def _kernel_spectrum_wgmma_kernel(
             gl.store(out + N, _registers(im.to(gl.float16), N2))
         else:
             largest = gl.zeros([N], gl.float32, _FLAT)
-            for block in range(0, blocks.to(gl.int32)):
+            for block in range(0, BLOCKS):
                 left = (taps - block * (N // UNIT)).to(gl.int32)
                 k = _load(row_ptr + block * N, left, N2, UNIT).to(gl.float32)
                 largest = gl.maximum(largest, gl.abs(k))
             scale, inverse = _power_of_two(gl.max(largest, axis=0))
             squares = gl.zeros([N], gl.float32, _FLAT)
-            for block in range(0, blocks.to(gl.int32)):
+            for block in range(0, BLOCKS):
                 left = (taps - block * (N // UNIT)).to(gl.int32)
                 k = _load(row_ptr + block * N, left, N2, UNIT).to(gl.float32) * inverse
                 squares += k * k
@@ -653,7 +661,7 @@ def _kernel_spectrum_wgmma_kernel(
             gl.store(scale_ptr + d, scale * norm)
             before_re = gl.zeros([64, N2], gl.float32, PRODUCT)
             before_im = gl.zeros([64, N2], gl.float32, PRODUCT)
-            for block in range(0, blocks.to(gl.int32)):
+            for block in range(0, BLOCKS):
                 left = (taps - block * (N // UNIT)).to(gl.int32)
                 k = _load(row_ptr + block * N, left, N2, UNIT).to(gl.float32) * (inverse * under)
                 _barrier()

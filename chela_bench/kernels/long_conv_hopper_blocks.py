@@ -1,9 +1,14 @@
-"""Long convolution in blocks, scheduled by hand for Hopper's tensor cores (sm_90).
+"""Long convolution of two to four blocks of N tokens in one kernel, by hand for Hopper (sm_90).
 
-The kernels of long_conv_parts.py in Gluon, by the transforms of long_conv_hopper.py, and one that
-has no like there: up to four blocks of a row at once. Their spectra X_a lie in shared memory, 16 KB
-a block, and the sums Z_j take their places before the way back; what moves is x and z, and the
-kernel's spectrum. Four blocks and the tables are 112 KB, so two programs an SM.
+Each block has a spectrum X_a by the transform of long_conv_monarch.py, the kernel's blocks S_b.
+What block a + b spills goes into the next, so with K_b = S_b - i S_{b-1} each block of output is
+one real way back:
+
+    z_j = Re F^H sum_{a+b=j} X_a K_b          adjoint: sum_{a-b=j} Z_a conj(K_b)
+
+The X_a lie in shared memory, 16 KB a block, and the sums take their places before the way back;
+what moves is x and z, and the kernel's spectrum. Four blocks and the tables are 112 KB, so two
+programs an SM.
 """
 
 from __future__ import annotations
@@ -17,24 +22,17 @@ from chela_bench.kernels.long_conv_hopper import (
     _FLAT_2,
     _back,
     _complex,
-    _flat_planes,
     _gate_tile,
     _load,
     _next,
     _none,
-    _planes,
-    _power_of_two,
     _put,
     _registers,
-    _room,
     _room_for_largest,
     _share_largest,
     _shared,
     _shared_scale,
-    _store,
-    _store_taps,
     _tables,
-    _there,
     _there_of,
     _tile,
 )
@@ -112,8 +110,7 @@ def _long_conv_wgmma_blocks_kernel(
     ORDERED: gl.constexpr, BLOCKS: gl.constexpr, SHRINK: gl.constexpr, ADJOINT: gl.constexpr,
     HAS_GATE: gl.constexpr,
 ):  # fmt: skip
-    """long_conv_parts.long_conv_blocks in one kernel: the spectra of a row's blocks, and their
-    sums, never leave shared memory."""
+    """Rows d * B + b: z = gate * A x, or ADJOINT z = A^T (gate * x)."""
     gl.static_assert(ORDERED and not SPLIT and N1 == 64)
     N: gl.constexpr = N1 * N2
     PACKED: gl.constexpr = x_ptr.dtype.element_ty == gl.bfloat16
@@ -167,97 +164,3 @@ def _long_conv_wgmma_blocks_kernel(
             _store_by(room.index(2 * j), out, z, left, N2, UNIT)
         _barrier()
         b, d = _next(b, d, B)
-
-
-@gluon.jit(do_not_specialize=RUNTIME)
-def _block_spectra_wgmma_kernel(
-    x_ptr, gate_ptr, table_ptr, spectra_ptr, scale_ptr,  # pointers
-    stride_xb: gl.int64, stride_xd: gl.int64, stride_gb: gl.int64, stride_gd: gl.int64,
-    T: gl.int64, B: gl.int64, blocks: gl.int64, total: gl.int64, each: gl.int64,  # scalars
-    N1: gl.constexpr, N2: gl.constexpr, UNIT: gl.constexpr, SPLIT: gl.constexpr,
-    ORDERED: gl.constexpr, HAS_GATE: gl.constexpr,
-):  # fmt: skip
-    """long_conv_parts._block_spectra_kernel"""
-    gl.static_assert(ORDERED and not SPLIT and N1 == 64)
-    N: gl.constexpr = N1 * N2
-    PACKED: gl.constexpr = x_ptr.dtype.element_ty == gl.bfloat16
-    tables = _tables(table_ptr, N2)
-    room = _room(N2)
-    offs = gl.arange(0, N, _FLAT)
-    start = gl.program_id(0).to(gl.int64) * each
-    for i in range(0, (gl.minimum(start + each, total) - start).to(gl.int32)):
-        index = start + i
-        a, row = index % blocks, index // blocks
-        b, d = row % B, row // B
-        left = (T - a * (N // UNIT)).to(gl.int32)
-        x = _load(x_ptr + (b * stride_xb + d * stride_xd) * UNIT + a * N, left, N2, UNIT)
-        if HAS_GATE:
-            at = gate_ptr + (b * stride_gb + d * stride_gd) * UNIT + a * N
-            x = x.to(gl.float32) * _load(at, left, N2, UNIT).to(gl.float32)
-        x = x.to(gl.float32)
-        # Triton's own maximum: with warps' shared ones this takes 184 registers, and 36 % longer.
-        scale, inverse = _power_of_two(gl.max(gl.abs(x), axis=0))
-        gl.store(scale_ptr + index, scale)
-        _barrier()
-        re, im = _there((x * inverse).to(gl.float16), tables, room, N2, PACKED)
-        out = spectra_ptr + index * 2 * N + offs
-        gl.store(out, _registers(re.to(gl.float16), N2))
-        gl.store(out + N, _registers(im.to(gl.float16), N2))
-
-
-@gluon.jit(do_not_specialize=RUNTIME)
-def _blocks_back_wgmma_kernel(
-    sums_ptr, sums_scale_ptr, kernel_scale_ptr, gate_ptr, table_ptr, z_ptr,  # pointers
-    stride_gb: gl.int64, stride_gd: gl.int64, stride_zb: gl.int64, stride_zd: gl.int64,
-    T: gl.int64, B: gl.int64, blocks: gl.int64, total: gl.int64, each: gl.int64,  # scalars
-    N1: gl.constexpr, N2: gl.constexpr, UNIT: gl.constexpr, SPLIT: gl.constexpr,
-    ORDERED: gl.constexpr, HAS_GATE: gl.constexpr,
-):  # fmt: skip
-    """long_conv_parts._blocks_back_kernel"""
-    gl.static_assert(ORDERED and not SPLIT and N1 == 64)
-    N: gl.constexpr = N1 * N2
-    PACKED: gl.constexpr = z_ptr.dtype.element_ty == gl.bfloat16
-    tables = _tables(table_ptr, N2)
-    room_re, room_im = _room(N2), _room(N2)
-    start = gl.program_id(0).to(gl.int64) * each
-    for i in range(0, (gl.minimum(start + each, total) - start).to(gl.int32)):
-        index = start + i
-        a, row = index % blocks, index // blocks
-        b, d = row % B, row // B
-        left = (T - a * (N // UNIT)).to(gl.int32)
-        re, im = _flat_planes(sums_ptr + index * 2 * N, N)
-        _barrier()
-        re, im = _tile(re, N2), _tile(im, N2)
-        z = _back(re, im, tables, room_re, room_im, N2, PACKED)
-        z *= gl.load(sums_scale_ptr + row) * gl.load(kernel_scale_ptr + d)
-        if HAS_GATE:
-            at = gate_ptr + (b * stride_gb + d * stride_gd) * UNIT + a * N
-            z *= _gate_tile(at, left, N2, UNIT)
-        _store(z_ptr + (b * stride_zb + d * stride_zd) * UNIT + a * N, z, left, N2, UNIT)
-
-
-@gluon.jit(do_not_specialize=RUNTIME)
-def _taps_back_wgmma_kernel(
-    sums_ptr, table_ptr, dk_ptr,  # pointers
-    taps: gl.int64, blocks: gl.int64, total: gl.int64, each: gl.int64,  # runtime scalars
-    N1: gl.constexpr, N2: gl.constexpr, UNIT: gl.constexpr, SPLIT: gl.constexpr,
-    ORDERED: gl.constexpr, ROOT_N: gl.constexpr,
-):  # fmt: skip
-    """long_conv_parts._taps_back_kernel"""
-    gl.static_assert(ORDERED and not SPLIT and N1 == 64)
-    N: gl.constexpr = N1 * N2
-    tables = _tables(table_ptr, N2)
-    room_re, room_im, most = _room(N2), _room(N2), _room_for_largest()
-    start = gl.program_id(0).to(gl.int64) * each
-    for i in range(0, (gl.minimum(start + each, total) - start).to(gl.int32)):
-        index = start + i
-        block, d = index % blocks, index // blocks
-        is_last = block + 1 == blocks
-        re, im = _planes(sums_ptr + index * 2 * N, N2)
-        next_re, next_im = _planes(sums_ptr + gl.where(is_last, index, index + 1) * 2 * N, N2)
-        re -= gl.where(is_last, 0.0, next_im)
-        im += gl.where(is_last, 0.0, next_re)
-        _barrier()
-        left = taps - block * (N // UNIT)
-        at = dk_ptr + d * taps * UNIT + block * N
-        _store_taps(at, re, im, left, tables, room_re, room_im, most, N2, UNIT, ROOT_N, False)

@@ -13,16 +13,13 @@ N where zero-padding takes 2 N. F in four steps (Bailey 1990), n = n1 * N2 + n2,
     [F1 x]_{f1,n2} = sum_{n1} exp(-2 pi i n1 (f1 - 1/4) / 64) x_{n1,n2}              a real product
     times exp(-2 pi i n2 (f1 - 1/4) / N), then  [. F2]_{f1,f2}, F2 = exp(-2 pi i n2 f2 / N2)
 
-8 * 64 + 16 * N2 operations an element there and back. Blocks: a longer sequence is cut in blocks of
-N with spectra X_a, and the kernel's S_b. What block a + b spills goes into the next, so with
-K_b = S_b - i S_{b-1} each block of output is one real way back,
+8 * 64 + 16 * N2 operations an element there and back. Adjoints need no time reversed: A = Re F^H
+diag(K) F has A^T = Re F^H diag(conj K) F. So with Z the spectrum of dz
 
-    z_j = Re F^H sum_{a+b=j} X_a K_b
+    dx = Re F^H (Z conj(K))          dk = sqrt(N) Re F^H G,  G = Z conj(X), over the batch too
 
-Adjoints need no time reversed: A = Re F^H diag(K) F has A^T = Re F^H diag(conj K) F. So
-
-    dx_j = Re F^H sum_{a-b=j} Z_a conj(K_b)          dk_b = sqrt(N) Re F^H (G_b + i G_{b+1})
-    G_c = sum_{a-b=c} Z_a conj(X_b), over the batch too            Z_a the spectra of dz
+A longer sequence is cut in blocks: up to four may meet in one kernel (long_conv_hopper_blocks.py),
+more by a transform over blocks (long_conv_factors.py).
 
 16-bit rows are transformed in float16 with float32 sums; float32 rows and kernels in pairs of
 float16 numbers (SPLIT), what rounding leaves of the first in the second, so three products for each
@@ -48,30 +45,36 @@ from chela_bench.kernels.launching import Launcher, cdiv, has_wgmma, processors
 N1 = 64
 WARPS = 4
 RUNTIME = [  # never specialised: a new B, D, T or layout of rows compiles nothing
-    "T", "B", "D", "rows", "rows_each", "blocks", "total", "each", "taps", "shrink", "stride_kd",
+    "T", "B", "D", "J", "rows", "rows_each", "total", "each", "taps", "shrink", "root",
+    "stride_kd",
     *(f"stride_{x}{axis}" for x in "xgzd" for axis in "bd"),
 ]  # fmt: skip
+BLOCKS_BY_HAND = "long_conv_hopper_blocks"
+BLOCKS = 4  # at most
 PROGRAMS = {16: 4, 32: 2, 64: 2}  # an SM, by N2: more than it holds would load tables in vain
 
 
 @functools.lru_cache(maxsize=64)
-def tables(N2: int, device: torch.device, *, ordered: bool = False) -> Tensor:
-    """F1 [f1, n1], F2 [n2, f2] and the twiddle [f1, n2] between them, each Re then Im, in float16;
-    then what that rounding left of all of them. `ordered`: the twiddle in the order of spectra."""
-    f1 = torch.arange(N1, dtype=torch.float64) - 0.25
+def tables(N2: int, device: torch.device, *, ordered: bool = False, blocks: int = 1) -> Tensor:
+    """For each f0 < blocks, F1 [f1, n1], F2 [n2, f2] and the twiddle [f1, n2] between them, each Re
+    then Im, in float16; then what that rounding left of all of them. `ordered`: the twiddle in the
+    order of spectra. Frequencies of table f0 are (f0 - 1/4) / blocks of a step high."""
+    low = (torch.arange(blocks, dtype=torch.float64)[:, None, None] - 0.25) / blocks
+    f1 = torch.arange(N1, dtype=torch.float64)[:, None] + low
     n1, n2 = torch.arange(N1, dtype=torch.float64), torch.arange(N2, dtype=torch.float64)
-    phases = [f1[:, None] * n1 / N1, n2[:, None] * n2 / N2, f1[:, None] * n2 / (N1 * N2)]
+    second = (n2[:, None] * n2 / N2).expand(blocks, N2, N2)
+    phases = [f1 * n1 / N1, second, f1 * n2 / (N1 * N2)]
     scales = [N1**-0.5, N2**-0.5, 1.0]
     planes = []
     for phase, scale in zip(phases, scales, strict=True):
         turn = -2 * math.pi * phase.remainder(1.0)
         planes += [turn.cos() * scale, turn.sin() * scale]
     if ordered:
-        bits = (4, 2, 8, N2 // 16, 2, 4, 2)  # as in _order
-        planes[4:] = [x.reshape(bits).permute(3, 0, 2, 5, 4, 1, 6) for x in planes[4:]]
-    exact = torch.cat([plane.flatten() for plane in planes])
+        bits = (blocks, 4, 2, 8, N2 // 16, 2, 4, 2)  # as in _order
+        planes[4:] = [x.reshape(bits).permute(0, 4, 1, 3, 6, 5, 2, 7) for x in planes[4:]]
+    exact = torch.cat([plane.flatten(1) for plane in planes], dim=1)
     rounded = exact.to(torch.float16)
-    return torch.cat([rounded, (exact - rounded).to(torch.float16)]).to(device)
+    return torch.cat([rounded, (exact - rounded).to(torch.float16)], dim=1).to(device)
 
 
 @triton.jit
@@ -125,12 +128,20 @@ def _right(x, a, rest, z, SPLIT: tl.constexpr):
 @triton.jit
 def _there(x, tables, table_ptr, N1: tl.constexpr, N2: tl.constexpr, SPLIT: tl.constexpr):
     """F x of x [64, N2]: Re, Im [64, N2]; all in float32."""
-    f1_re, f1_im, f2_re, f2_im, rest_1_re, rest_1_im, rest_2_re, rest_2_im = tables
+    f1_re, f1_im, _, _, rest_1_re, rest_1_im, _, _ = tables
     zero = tl.zeros([N1, N2], dtype=tl.float32)
     re = _left(f1_re, rest_1_re, x, zero, SPLIT)
     im = _left(f1_im, rest_1_im, x, zero, SPLIT)
+    return _half_there(re, im, tables, table_ptr, N1, N2, SPLIT)
+
+
+@triton.jit
+def _half_there(re, im, tables, table_ptr, N1: tl.constexpr, N2: tl.constexpr, SPLIT: tl.constexpr):
+    """What F1 was multiplied by, on the way there."""
+    _, _, f2_re, f2_im, _, _, rest_2_re, rest_2_im = tables
+    zero = tl.zeros([N1, N2], dtype=tl.float32)
     tw_re, tw_im = _twiddle(table_ptr, N1, N2, SPLIT)
-    a, b = re * tw_re - im * tw_im, re * tw_im + im * tw_re
+    a, b = _complex(re, im, tw_re, tw_im, False)
     re = _right(a, f2_re, rest_2_re, zero, SPLIT)
     im = _right(a, f2_im, rest_2_im, zero, SPLIT)
     re = _right(-b, f2_im, rest_2_im, re, SPLIT)
@@ -139,18 +150,26 @@ def _there(x, tables, table_ptr, N1: tl.constexpr, N2: tl.constexpr, SPLIT: tl.c
 
 
 @triton.jit
-def _back(re, im, tables, table_ptr, N1: tl.constexpr, N2: tl.constexpr, SPLIT: tl.constexpr):
-    """Re F^H (re + i im) [64, N2]; all in float32."""
-    f1_re, f1_im, f2_re, f2_im, rest_1_re, rest_1_im, rest_2_re, rest_2_im = tables
+def _half_back(re, im, tables, table_ptr, N1: tl.constexpr, N2: tl.constexpr, SPLIT: tl.constexpr):
+    """What F1^H is yet to be multiplied by, on the way back."""
+    _, _, f2_re, f2_im, _, _, rest_2_re, rest_2_im = tables
     zero = tl.zeros([N1, N2], dtype=tl.float32)
     a = _right(re, f2_re, rest_2_re, zero, SPLIT)
     b = _right(im, f2_re, rest_2_re, zero, SPLIT)
     a = _right(im, f2_im, rest_2_im, a, SPLIT)
     b = _right(-re, f2_im, rest_2_im, b, SPLIT)
     tw_re, tw_im = _twiddle(table_ptr, N1, N2, SPLIT)
-    c, d = a * tw_re + b * tw_im, b * tw_re - a * tw_im
-    z = _left(tl.trans(f1_re), tl.trans(rest_1_re), c, zero, SPLIT)
-    return _left(tl.trans(f1_im), tl.trans(rest_1_im), d, z, SPLIT)
+    return _complex(a, b, tw_re, tw_im, True)
+
+
+@triton.jit
+def _back(re, im, tables, table_ptr, N1: tl.constexpr, N2: tl.constexpr, SPLIT: tl.constexpr):
+    """Re F^H (re + i im) [64, N2]; all in float32."""
+    f1_re, f1_im, _, _, rest_1_re, rest_1_im, _, _ = tables
+    re, im = _half_back(re, im, tables, table_ptr, N1, N2, SPLIT)
+    z = tl.zeros([N1, N2], dtype=tl.float32)
+    z = _left(tl.trans(f1_re), tl.trans(rest_1_re), re, z, SPLIT)
+    return _left(tl.trans(f1_im), tl.trans(rest_1_im), im, z, SPLIT)
 
 
 @triton.jit
@@ -295,50 +314,27 @@ def _long_conv_gradients_kernel(
 @triton.jit(do_not_specialize=RUNTIME)
 def _kernel_spectrum_kernel(
     k_ptr, table_ptr, spectrum_ptr, scale_ptr,  # pointers
-    stride_kd: tl.int64, taps: tl.int64, blocks: tl.int64, total: tl.int64, each: tl.int64,
+    stride_kd: tl.int64, taps: tl.int64, total: tl.int64, each: tl.int64,
     # runtime scalars; stride_kd and taps in units of UNIT
     N1: tl.constexpr, N2: tl.constexpr, UNIT: tl.constexpr, SPLIT: tl.constexpr,
     ORDERED: tl.constexpr, ROOT_N: tl.constexpr,
 ):  # fmt: skip
-    """K_b = S_b - i S_{b-1} of one channel, each block; over the power of two under the norm."""
+    """sqrt(N) F k of each channel, over the power of two under its norm."""
     N: tl.constexpr = N1 * N2
     tables = _load_tables(table_ptr, N1, N2, SPLIT)
     offs = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
     order = _order(N1, N2, ORDERED)
     first = tl.program_id(0).to(tl.int64) * each
     for d in range(first, tl.minimum(first + each, total)):
-        row_ptr = k_ptr + d * stride_kd * UNIT
-        largest = tl.zeros([N1, N2], dtype=tl.float32)
-        for block in range(0, blocks):
-            k = tl.load(
-                row_ptr + block * N + offs, mask=(block * N + offs) // UNIT < taps, other=0.0
-            )
-            largest = tl.maximum(largest, tl.abs(k.to(tl.float32)))
-        scale, inverse = _power_of_two(tl.max(tl.max(largest, axis=1), axis=0))
-        squares = tl.zeros([N1, N2], dtype=tl.float32)  # of taps near 1: those of 1e-20 are none
-        for block in range(0, blocks):
-            k = tl.load(
-                row_ptr + block * N + offs, mask=(block * N + offs) // UNIT < taps, other=0.0
-            )
-            k = k.to(tl.float32) * inverse
-            squares += k * k
-        norm, under = _power_of_two(tl.sqrt(tl.sum(tl.sum(squares, axis=1), axis=0)))
-        scale *= norm
-        inverse *= tl.where(norm == 0, 1.0, under)
-        tl.store(scale_ptr + d, scale)
-        before_re = tl.zeros([N1, N2], dtype=tl.float32)
-        before_im = tl.zeros([N1, N2], dtype=tl.float32)
-        for block in range(0, blocks):
-            k = tl.load(
-                row_ptr + block * N + offs, mask=(block * N + offs) // UNIT < taps, other=0.0
-            )
-            k = k.to(tl.float32) * inverse
-            re, im = _there(k, tables, table_ptr, N1, N2, SPLIT)
-            re, im = re * ROOT_N, im * ROOT_N
-            out = spectrum_ptr + (d * blocks + block) * 2 * N + order
-            tl.store(out, (re + before_im).to(spectrum_ptr.dtype.element_ty))
-            tl.store(out + N, (im - before_re).to(spectrum_ptr.dtype.element_ty))
-            before_re, before_im = re, im
+        k = tl.load(k_ptr + d * stride_kd * UNIT + offs, mask=offs // UNIT < taps, other=0.0)
+        k, scale = _normal(k.to(tl.float32))  # of taps near 1: squares of those of 1e-20 are none
+        norm, under = _power_of_two(tl.sqrt(tl.sum(tl.sum(k * k, axis=1), axis=0)))
+        k *= tl.where(norm == 0, 1.0, under)
+        tl.store(scale_ptr + d, scale * norm)
+        re, im = _there(k, tables, table_ptr, N1, N2, SPLIT)
+        out = spectrum_ptr + d * 2 * N + order
+        tl.store(out, (re * ROOT_N).to(spectrum_ptr.dtype.element_ty))
+        tl.store(out + N, (im * ROOT_N).to(spectrum_ptr.dtype.element_ty))
 
 
 _long_conv = Launcher(_long_conv_kernel)
@@ -391,7 +387,7 @@ def constants(
     """Of a kernel that transforms rows of this dtype."""
     every: dict[str, object] = {
         "N1": N1, "N2": N2, "UNIT": unit, "SPLIT": dtype == torch.float32, "ORDERED": ordered,
-        "ROOT_N": math.sqrt(N1 * N2),
+        "ROOT_N": math.sqrt(N1 * N2), "PACKED": dtype == torch.bfloat16,
     }  # fmt: skip
     names = launcher.kernel.arg_names
     return launcher.constants(**{n: x for n, x in every.items() if n in names}, **flags)
@@ -403,11 +399,13 @@ def rows_each(rows: int, device: torch.device, per_processor: int) -> tuple[int,
     return cdiv(rows, each), each
 
 
-def kernel_spectrum(kernel: Tensor, T: int, N2: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def kernel_spectrum(
+    kernel: Tensor, T: int, N2: int, dtype: torch.dtype, blocks: int = 1
+) -> tuple[Tensor, Tensor]:
     """Spectra [D, blocks, 2, 64, N2] of kernel [D, taps], rows contiguous, for T tokens of rows of
-    this dtype, and what they are to be multiplied by [D], float32."""
+    this dtype, and what they are to be multiplied by [D], float32. More than one block: as
+    long_conv_hopper_blocks.py wants them."""
     D = kernel.shape[0]
-    blocks = cdiv(T, N1 * N2)
     spectra = kernel.new_empty(D, blocks, 2, N1, N2, dtype=spectrum_dtype(dtype))
     scale = kernel.new_empty(D, dtype=torch.float32)
     by_order = ordered(dtype, kernel.device)
@@ -417,11 +415,11 @@ def kernel_spectrum(kernel: Tensor, T: int, N2: int, dtype: torch.dtype) -> tupl
     unit = 8 if stride % 8 == taps % 8 == 0 else 1
     programs, each = rows_each(D, kernel.device, PROGRAMS[N2])
     precision = dtype if by_order and dtype == torch.bfloat16 else torch.float32
-    one = {"IS_ONE_BLOCK": blocks == 1} if by_order else {}
+    one = {"BLOCKS": blocks} if by_order else {}
     flags = constants(launcher, N2, precision, by_order, unit, **one)
     launcher(
-        programs, (kernel, table, spectra, scale),
-        (stride // unit, taps // unit, blocks, D, each), flags, WARPS, 1,
+        programs, (kernel, table, spectra, scale), (stride // unit, taps // unit, D, each), flags,
+        WARPS, 1,
     )  # fmt: skip
     return spectra, scale
 
@@ -435,14 +433,20 @@ def long_conv_block(
     *,
     adjoint: bool = False,
 ) -> None:
-    """z = gate * (kernel * x), or of z and x the adjoint; [B, D, T], rows contiguous, one block."""
-    rows = Rows(spectrum.shape[-1], x, gate, z)
-    kernel = rows.kernel(_long_conv, "_long_conv_wgmma_kernel")
-    programs, each = rows_each(rows.B * rows.D, x.device, PROGRAMS[rows.N2])
+    """z = gate * (kernel * x), or of z and x the adjoint; [B, D, T], rows contiguous, of one block;
+    16-bit rows on Hopper of up to four."""
+    blocks, N2 = spectrum.shape[1], spectrum.shape[-1]
+    rows = Rows(N2, x, gate, z)
+    several = {"BLOCKS": blocks, "SHRINK": 1 / triton.next_power_of_2(blocks)}
+    if blocks == 1:
+        kernel, several = rows.kernel(_long_conv, "_long_conv_wgmma_kernel"), {}
+    else:
+        kernel = by_hand("_long_conv_wgmma_blocks_kernel", BLOCKS_BY_HAND)
+    programs, each = rows_each(rows.B * rows.D, x.device, PROGRAMS[N2])
     kernel(
         programs, (x, gate, spectrum, scale, rows.table, z),
         (*rows.strides, rows.T, rows.B, rows.B * rows.D, each),
-        rows.constants(kernel, ADJOINT=adjoint, HAS_GATE=gate is not None), WARPS, 1,
+        rows.constants(kernel, ADJOINT=adjoint, HAS_GATE=gate is not None, **several), WARPS, 1,
     )  # fmt: skip
 
 

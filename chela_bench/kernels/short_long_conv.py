@@ -41,7 +41,7 @@ from torch import Tensor
 from chela_bench.errors import ArgumentError
 from chela_bench.kernels.dispatch import autocast
 from chela_bench.kernels.long_conv_direct import BLOCK
-from chela_bench.kernels.long_conv_monarch import N1, _long_conv
+from chela_bench.kernels.long_conv_monarch import N1, _long_conv, ordered
 from chela_bench.kernels.long_conv_plan import Method, Plan, plan_for
 from chela_bench.kernels.short_long_conv_ops import (
     long,
@@ -106,7 +106,7 @@ def short_long_conv(
     short convolution's output, a trained or token-major gate's factor, and two-sided each half.
 
     config says what convolves T tokens, in part or whole: {"method": "direct" | "monarch" |
-    "parts", "N2": 16 | 32 | 64}; else the table of long_conv_plan.py.
+    "blocks" | "factors", "N2": 16 | 32 | 64}; else the table of long_conv_plan.py.
 
     Source: arXiv 2406.08128, section 3; the transforms are ours. Raises ArgumentError.
     """
@@ -152,7 +152,7 @@ def short_long_conv(
 
     N2 = plan.N2
     values, scale = (
-        spectrum_of(long_kernel, T, N2, x.dtype)
+        spectrum_of(long_kernel, T, N2, plan.method, x.dtype)
         if spectrum is None
         else (spectrum.values, spectrum.scale)
     )
@@ -162,7 +162,7 @@ def short_long_conv(
     z = long(u, long_kernel, values, scale, fused, plan.method, False, inner, exact_head)
     if future is not None:
         shifted = F.pad(future, (1, 0))  # its tap 0 meets the current token
-        values, scale = spectrum_of(shifted, T, N2, x.dtype)
+        values, scale = spectrum_of(shifted, T, N2, plan.method, x.dtype)
         z = z + long(u, shifted, values, scale, None, plan.method, True, inner, 0)
     if beside is not None:
         z = z + beside
@@ -266,8 +266,8 @@ def kernel_spectrum(
         raise ArgumentError(
             f"wanted dtype float32, bfloat16 or float16, got {dtype}; pass that of the rows x"
         )
-    plan = plan_for(T, config)
-    values, scale = spectrum_of(kernel, T, plan.N2, dtype)
+    plan = plan_for(T, config, by_hand=ordered(dtype, kernel.device))
+    values, scale = spectrum_of(kernel, T, plan.N2, plan.method, dtype)
     return Spectrum(values, scale, T, dtype, plan.method, plan.N2)
 
 
@@ -316,7 +316,7 @@ def hbm_bytes(
     """
     B, T, D = (shape[dim] for dim in "BTD")
     chosen = {name: x for name, x in (config or {}).items() if name in ("method", "N2")}
-    plan = plan_for(T, chosen or None)
+    plan = plan_for(T, chosen or None, by_hand=itemsize == 2)
     element = B * D * T * itemsize
     taps = D * T * itemsize  # read
     passes = element * (
@@ -330,8 +330,9 @@ def hbm_bytes(
     complex_size = 2 * min(itemsize, 4)
     padded = D * plan.blocks * N1 * plan.N2
     spectra = padded * complex_size * 2  # the kernel's: written, read
-    if plan.method == "parts":
-        spectra += B * padded * complex_size * 4  # x's and their sums: written, read
+    if plan.method == "factors":
+        spectra += element  # norms: read x
+        spectra += B * padded * complex_size * 4  # between factors: written, read
     return passes + taps + spectra
 
 
@@ -372,7 +373,8 @@ def _widest(kernels: Sequence[Tensor]) -> int:
 
 
 def _plan(x: Tensor, D: int, T: int, spectrum: Spectrum | None, config: Config | None) -> Plan:
-    plan = plan_for(T, config)
+    by_hand = ordered(x.dtype, x.device)
+    plan = plan_for(T, config, by_hand=by_hand)
     if spectrum is None:
         return plan
     made = spectrum.T, spectrum.dtype, spectrum.values.shape[0], spectrum.values.device
@@ -386,7 +388,7 @@ def _plan(x: Tensor, D: int, T: int, spectrum: Spectrum | None, config: Config |
             "dtype=x.dtype) of this kernel, T, dtype and config"
         )
     asked = {"method": spectrum.method, **({"N2": spectrum.N2} if spectrum.N2 else {})}
-    plan = plan_for(T, asked)
+    plan = plan_for(T, asked, by_hand=by_hand)
     shape = spectrum_shape(D, T, plan.N2) if plan.N2 else None
     direct = spectrum.values.ndim == 2 and spectrum.scale is None
     if not (direct if shape is None else tuple(spectrum.values.shape) == shape):

@@ -26,14 +26,18 @@ from chela_bench.errors import ArgumentError
 from chela_bench.kernels.dispatch import is_plain
 from chela_bench.kernels.launching import cdiv, on_device_of
 from chela_bench.kernels.long_conv_direct import direct_forward, direct_taps_gradient
+from chela_bench.kernels.long_conv_factors import (
+    factor_spectrum,
+    gradients_factors,
+    long_conv_factors,
+)
 from chela_bench.kernels.long_conv_monarch import (
     N1,
     gradients_block,
     long_conv_block,
     spectrum_dtype,
 )
-from chela_bench.kernels.long_conv_monarch import kernel_spectrum as monarch_spectrum
-from chela_bench.kernels.long_conv_parts import gradients_blocks, long_conv_blocks
+from chela_bench.kernels.long_conv_monarch import kernel_spectrum as block_spectrum
 from chela_bench.kernels.short_conv import short_backward, short_forward
 from chela_bench.kernels.transposed_product import transpose_gate, transpose_gate_backward
 
@@ -242,30 +246,37 @@ short = Operator(
 
 
 def spectrum_of(
-    kernel: Tensor, T: int, N2: int, dtype: torch.dtype
+    kernel: Tensor, T: int, N2: int, method: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
     """Of kernel [D, taps], for T tokens of this dtype: [D, blocks, 2, 64, N2], and its scale [D].
 
-    N2 = 0, for direct sums: the taps themselves in float32, and no scale.
+    For direct sums: the taps themselves in float32, and no scale.
     """
     kernel = kernel.detach()
-    if N2 == 0:
+    if method == "direct":
         return kernel[:, : max(T, 1)].to(torch.float32), None
+    arguments = kernel, T, N2, method, dtype
     if is_plain(kernel):
-        return _spectrum(kernel, T, N2, dtype)
-    found: tuple[Tensor, Tensor] = torch.ops.chela_bench.long_conv_spectrum(kernel, T, N2, dtype)
+        return _spectrum(*arguments)
+    found: tuple[Tensor, Tensor] = torch.ops.chela_bench.long_conv_spectrum(*arguments)
     return found
 
 
-def _spectrum(kernel: Tensor, T: int, N2: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _spectrum(
+    kernel: Tensor, T: int, N2: int, method: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     if kernel.shape[0] == 0 or T == 0:
-        return _spectrum_outputs(kernel, T, N2, dtype)
+        return _spectrum_outputs(kernel, T, N2, method, dtype)
     rows = kernel if kernel.stride(1) == 1 else kernel.contiguous()
     with on_device_of(kernel):
-        return monarch_spectrum(rows, T, N2, dtype)
+        if method == "factors":
+            return factor_spectrum(rows, T, N2, dtype)
+        return block_spectrum(rows, T, N2, dtype, cdiv(T, N1 * N2))
 
 
-def _spectrum_outputs(kernel: Tensor, T: int, N2: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _spectrum_outputs(
+    kernel: Tensor, T: int, N2: int, method: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     D = kernel.shape[0]
     shape = spectrum_shape(D, T, N2)
     values = kernel.new_empty(shape, dtype=spectrum_dtype(dtype))
@@ -278,7 +289,8 @@ def spectrum_shape(D: int, T: int, N2: int) -> tuple[int, ...]:
 
 _register(
     "long_conv_spectrum",
-    "(Tensor kernel, SymInt T, int N2, ScalarType dtype) -> (Tensor spectrum, Tensor scale)",
+    "(Tensor kernel, SymInt T, int N2, str method, ScalarType dtype) "
+    "-> (Tensor spectrum, Tensor scale)",
     _spectrum,
     _spectrum_outputs,
 )
@@ -321,7 +333,7 @@ def _convolve(
         direct_forward(x, spectrum, z, gate=gate, reverse=adjoint)
         return
     x, gate = _rows(x), None if gate is None else _rows(gate)
-    convolve = long_conv_blocks if method == "parts" else long_conv_block
+    convolve = long_conv_factors if method == "factors" else long_conv_block
     with on_device_of(x):
         convolve(x, gate, spectrum, scale, z, adjoint=adjoint)
 
@@ -383,7 +395,7 @@ def _long_backward(
     if dz.numel() == 0:
         return dx, dk.zero_()
     to = dx if needs_dx else None
-    together = x is not None and not adjoint and scale is not None
+    together = x is not None and not adjoint and method in ("monarch", "factors")
     if to is not None and not together:
         _convolve(dz, spectrum, scale, gate, to, method, not adjoint)
         to = None
@@ -397,7 +409,7 @@ def _long_backward(
         x, dz = map(_rows, given)
         gate = None if gate is None else _rows(gate)
         found = x.new_empty(x.shape[1], known, dtype=torch.float32)
-        gradients = gradients_blocks if method == "parts" else gradients_block
+        gradients = gradients_block if method == "monarch" else gradients_factors
         with on_device_of(x):
             gradients(x, gate, dz, spectrum, scale, to, found)
     if known == taps and dtype == torch.float32:
