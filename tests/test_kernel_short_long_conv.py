@@ -454,6 +454,100 @@ def test_wide_and_even_short_kernels(widths, causal, order):
     assert max(call.errors(call.run(), call.exact()).values()) <= call.budget
 
 
+# --- kernels added up -----------------------------------------------------------------------------
+
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def added_up(kernels, identity, causal, D):
+    """What `_merged` returns, by PyTorch's own operators."""
+    W = max([1, *[kernel.shape[1] for kernel in kernels]])
+    ahead = 0 if causal else W // 2
+    total = torch.zeros(D, W, device=DEVICE)
+    for kernel in kernels:
+        before = 0 if causal else (W - kernel.shape[1]) // 2
+        after = W - kernel.shape[1] - before
+        total = total + torch.nn.functional.pad(kernel.float(), (before, after))
+    return total + torch.eye(W, device=DEVICE)[ahead] if identity else total, ahead
+
+
+def strided(kernel, i):
+    """The same kernel in one of four layouts, inside of memory that is NaN."""
+    D, W = kernel.shape
+    around = kernel.new_full((2 * D + 1, 2 * W + 1), torch.nan)
+    tap_major = kernel.new_full((2 * W + 1, D + 3), torch.nan)
+    view = (around[:D, :W], around[1::2, 1::2], tap_major[:W, 3:].mT, tap_major[1::2, :D].mT)[i % 4]
+    view.copy_(kernel)
+    return view
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "two-sided"])
+@pytest.mark.parametrize("identity", [True, False], ids=["identity", "bare"])
+@pytest.mark.parametrize(
+    ("D", "widths"),
+    [
+        (3, ()), (1, (1,)), (33, (9,)), (64, (3, 17)), (2, (5, 1, 5)), (1, (1, 1, 1, 1)),
+        (40, (3, 1, 9, 5)), (3, (3, 7, 1, 5, 3)), (2, (3, 1, 1, 5, 3, 3, 11)), (0, (3, 5)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_short_kernels_are_added_up_with_their_gradients(D, widths, identity, causal):
+    if not widths and not identity:
+        pytest.skip("nothing to merge")
+    kernels = [
+        strided(drawn(D, width, seed=i).to(FLOATS[i % 3]), i).requires_grad_()
+        for i, width in enumerate(widths)
+    ]
+    x = drawn(1, D, 1, seed=20)
+    with new_memory_is_nan():
+        taps, ahead = module._merged(kernels, identity, causal, D, x)
+    exact, exact_ahead = added_up(kernels, identity, causal, D)
+    assert torch.equal(taps, exact)
+    assert ahead == exact_ahead
+    assert taps.mT.is_contiguous()
+    if not kernels:
+        return
+    for around in (drawn(D, 2 * taps.shape[1], seed=21), drawn(2 * taps.shape[1], D, seed=21).mT):
+        dtaps = around[:, ::2]
+        found = torch.autograd.grad(taps, kernels, dtaps, retain_graph=True)
+        wanted = torch.autograd.grad(exact, kernels, dtaps, retain_graph=True)
+        for one, other, kernel in zip(found, wanted, kernels, strict=True):
+            assert one.dtype == kernel.dtype
+            assert torch.equal(one, other)
+
+
+def test_gradients_of_two_kernels_share_no_memory():
+    kernels = [drawn(3, 1, seed=i).requires_grad_() for i in range(2)]
+    for _ in range(2):  # the second time, .grad is added to in place
+        taps, _ = module._merged(kernels, True, True, 3, kernels[0])
+        taps.backward(torch.ones_like(taps))
+    assert all(torch.equal(kernel.grad, torch.full_like(kernel, 2)) for kernel in kernels)
+
+
+def test_a_kernel_that_is_merged_is_taken_as_it_is():
+    kernels = [drawn(3, 5, seed=1), drawn(3, 2, seed=2)]
+    merged, _ = reparameterize(kernels, kernels[0], order="serial")
+    assert module._merged([merged], False, True, 3, merged)[0] is merged
+    assert module._merged([merged], True, True, 3, merged)[0] is not merged
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("taps", [None, 7, 4, 2, 0])
+def test_first_taps_are_added_to_a_long_kernel(taps, dtype):
+    long = drawn(3, 6, seed=1).to(dtype).requires_grad_()
+    for width in (4, 6, 9):
+        first = drawn(width, 3, seed=2).mT.requires_grad_()
+        total = module._added(long, first, taps)
+        exact = added_up([long, first], False, True, 3)[0][:, :taps]
+        assert total.dtype == torch.float32
+        assert torch.equal(total, exact)
+        dtotal = drawn(*exact.shape, seed=3)
+        found = torch.autograd.grad(total, [long, first], dtotal)
+        wanted = torch.autograd.grad(exact, [long, first], dtotal)
+        assert [x.dtype for x in found] == [dtype, torch.float32]
+        assert all(map(torch.equal, found, wanted))
+
+
 # --- kernels known beforehand ---------------------------------------------------------------------
 
 

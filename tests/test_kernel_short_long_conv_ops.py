@@ -49,6 +49,12 @@ def opcheck(operator, *arguments):
     torch.library.opcheck(operator.registered.default, arguments)
 
 
+def test_the_merging_operator_keeps_pytorchs_rules():
+    kernels = [randn(2, 3).requires_grad_(), randn(2, 5).half(), randn(5, 2).mT.requires_grad_()]
+    opcheck(ops.merged, *kernels, None, 7, False, True)
+    opcheck(ops.merged, kernels[0], None, None, None, 3, True, False)
+
+
 @pytest.mark.parametrize(
     ("activation", "has_past", "tokens"),
     [(True, False, (True, False)), (True, True, (True, True)), (False, False, (False, True))],
@@ -102,6 +108,23 @@ def test_compiled_whole_gives_the_same_bits(order, two_sided, config):
         results.append([z, *torch.autograd.grad(z.square().sum(), trained)])
     for eager, graph in zip(*results, strict=True):
         assert torch.equal(eager, graph)
+
+
+@pytest.mark.parametrize("order", ["serial", "parallel"])
+def test_compiled_with_many_short_kernels(order):
+    torch._dynamo.reset()
+
+    def many(x, long, *short):
+        return short_long_conv(x, short, long, order=order, config=WAYS[0])
+
+    x, long = leaves()[0], randn(1, 12).half().requires_grad_()
+    short = [randn(1, 1 + i).to([torch.float32, torch.half][i % 2]) for i in range(5)]
+    inputs = [x, long, *[kernel.requires_grad_() for kernel in short]]
+    results = []
+    for function in (many, torch.compile(many, fullgraph=True, backend="aot_eager")):
+        z = function(*inputs)
+        results.append([z, *torch.autograd.grad(z.square().sum(), inputs)])
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("config", WAYS, ids=str)
@@ -172,7 +195,7 @@ def test_autocast_takes_any_mixture(dtype):
     assert {x.dtype for x in gradients} == {torch.float32}
 
 
-@pytest.mark.parametrize("i", [0, 2, 4])  # the short convolution's, the long one's, a product's
+@pytest.mark.parametrize("i", [0, 1, 2, 4])  # x, the short kernel, the long one, the gate
 def test_a_second_derivative_is_refused(i):
     inputs = leaves()
     [first] = torch.autograd.grad(whole(*inputs).square().sum(), [inputs[i]], create_graph=True)
@@ -253,6 +276,7 @@ def test_a_new_length_or_batch_compiles_nothing():
         long_conv_direct,
         long_conv_factors,
         long_conv_monarch,
+        merged_taps,
         short_conv,
         transposed_product,
     )
@@ -262,6 +286,7 @@ def test_a_new_length_or_batch_compiles_nothing():
         long_conv_direct,
         long_conv_factors,
         long_conv_monarch,
+        merged_taps,
         short_conv,
         transposed_product,
     )

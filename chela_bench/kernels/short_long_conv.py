@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -43,8 +44,10 @@ from chela_bench.kernels.dispatch import autocast
 from chela_bench.kernels.long_conv_direct import BLOCK
 from chela_bench.kernels.long_conv_monarch import N1, _long_conv, ordered
 from chela_bench.kernels.long_conv_plan import Method, Plan, plan_for
+from chela_bench.kernels.merged_taps import AT_ONCE
 from chela_bench.kernels.short_long_conv_ops import (
     long,
+    merged,
     products,
     short,
     spectrum_of,
@@ -285,7 +288,8 @@ def reparameterize(
     order="parallel": no short kernel; their taps and the unit tap are added to the first taps of
     long_kernel, which grows to W_max if it is shorter.
 
-    short_kernels, each [D, W]; long_kernel [D, T_long]; results in float32. To be used with
+    short_kernels, each [D, W]; long_kernel [D, T_long]; on any device. Results are in float32, the
+    short kernel tap-major, [W, D] in memory, which saves a copy later. To be used with
     identity=False:
 
         short, long = reparameterize(short_kernels, long_kernel, order=order)
@@ -296,14 +300,15 @@ def reparameterize(
         raise ArgumentError(f"wanted long_kernel [D, T_long], got {list(long_kernel.shape)}")
     D = long_kernel.shape[0]
     _check_kernels(short_kernels, D)
-    merged = long_kernel.to(torch.float32)
     if order == "serial":
         _check_serial(short_kernels, identity)
-        return _merged(short_kernels, identity, True, D, long_kernel)[0], merged
-    if not short_kernels and not identity:
-        return None, merged
-    weight, _ = _merged(short_kernels, identity, True, D, long_kernel)
-    return None, _added(merged, weight, max(merged.shape[1], weight.shape[1]))
+    unit = [long_kernel.new_ones(D, 1)] if identity else []
+    branches = [kernel.to(torch.float32) for kernel in (*short_kernels, *unit)]
+    total = reduce(_added, branches).mT.contiguous().mT if branches else None
+    kernel = long_kernel.to(torch.float32)
+    if order == "serial" or total is None:
+        return total, kernel
+    return None, _added(kernel, total)
 
 
 def hbm_bytes(
@@ -339,33 +344,31 @@ def hbm_bytes(
 def _merged(
     kernels: Sequence[Tensor], identity: bool, causal: bool, D: int, like: Tensor
 ) -> tuple[Tensor, int]:
-    """The sum of short kernels and the unit tap [D, W], float32, and how many taps are ahead of the
-    one that meets the current token."""
+    """The sum of short kernels and the unit tap [D, W], float32, tap-major, and how many taps are
+    ahead of the one that meets the current token."""
     W = _widest(kernels)
     ahead = 0 if causal else W // 2
-    total: Tensor | None = None
-    for kernel in kernels:
-        branch = kernel.to(torch.float32)
-        rest = W - kernel.shape[1]
-        if rest > 0:
-            before = 0 if causal else rest // 2
-            branch = F.pad(branch, (before, rest - before))
-        total = branch if total is None else total + branch
-    if identity:
-        if total is None:
-            return like.new_ones(D, 1, dtype=torch.float32), 0
-        total = total + torch.eye(W, device=like.device, dtype=torch.float32)[ahead]
-    assert total is not None
-    return total, ahead
+    if not kernels:
+        return like.new_ones(D, 1, dtype=torch.float32), 0
+    first = kernels[0]
+    is_merged = len(kernels) == 1 and not identity and first.dtype == torch.float32
+    if is_merged and first.mT.is_contiguous():
+        return first, ahead
+    branches: list[Tensor | None] = [*kernels]
+    while len(branches) > AT_ONCE:  # what is merged is a kernel again
+        branches[:AT_ONCE] = [merged(*branches[:AT_ONCE], W, causal, False)]
+    branches += [None] * (AT_ONCE - len(branches))
+    return merged(*branches, W, causal, identity), ahead
 
 
-def _added(kernel: Tensor, first: Tensor, taps: int) -> Tensor:
-    """At most `taps` taps of the sum of kernel and `first`, in float32."""
-    kernel, first = kernel[:, :taps].to(torch.float32), first[:, :taps]
-    missing = kernel.shape[1] - first.shape[1]
-    if missing < 0:
-        return F.pad(kernel, (0, -missing)) + first
-    return kernel + F.pad(first, (0, missing))
+def _added(kernel: Tensor, first: Tensor, taps: int | None = None) -> Tensor:
+    """At most `taps` taps of the sum of kernel and `first`, the narrow one padded at its end; one
+    of them is in float32, and so is the sum."""
+    long, short = kernel[:, :taps], first[:, :taps]
+    if long.shape[1] < short.shape[1]:
+        long, short = short, long
+    W = short.shape[1]
+    return torch.cat([long[:, :W] + short, long[:, W:]], dim=1)
 
 
 def _widest(kernels: Sequence[Tensor]) -> int:

@@ -1,8 +1,9 @@
 """Short-long convolution for PyTorch: operators that torch.compile and others see, and autograd.
 
-All tensors but kernels are views [B, D, T]. Three operators, each differentiable once, are put
-together by short_long_conv.py:
+All tensors but kernels are views [B, D, T]. Four operators are put together by short_long_conv.py,
+of which `merged` is linear and the others are differentiable once:
 
+    merged     k = sum_i k_i                saves nothing
     short      y = act(k * x)               saves x, and the past if there is one
     long       z = gate * (k * x)           saves x, the kernel's spectrum and the gate, which here
                                             is not trained; `adjoint`, z = sum_n k_n x_{t+n}
@@ -38,6 +39,7 @@ from chela_bench.kernels.long_conv_monarch import (
     spectrum_dtype,
 )
 from chela_bench.kernels.long_conv_monarch import kernel_spectrum as block_spectrum
+from chela_bench.kernels.merged_taps import merge_taps, offset
 from chela_bench.kernels.short_conv import short_backward, short_forward
 from chela_bench.kernels.transposed_product import transpose_gate, transpose_gate_backward
 
@@ -49,30 +51,36 @@ class Operator:
 
     forward and backward launch; outputs and gradients are what they return, without contents; save
     and differentiate are as torch.library.register_autograd wants them, and differentiate takes the
-    backward to call.
+    backward to call: None where PyTorch's own operators are enough.
     """
 
     def __init__(
         self,
         name: str,
         forward: tuple[str, Callable[..., Any], Callable[..., Any]],
-        backward: tuple[str, Callable[..., Any], Callable[..., Any]],
+        backward: tuple[str, Callable[..., Any], Callable[..., Any]] | None,
         save: Callable[..., None],
         differentiate: Callable[..., tuple[Tensor | None, ...]],
     ) -> None:
         self.forward = forward[1]
         self.registered = _register(f"{name}_forward", *forward)
-        registered_backward = _register(f"{name}_backward", *backward)
         qualified = f"chela_bench::{name}"
+        launched_backward: Callable[..., Any] | None = None
+        registered_backward: Callable[..., Any] | None = None
+        if backward is not None:
+            launched_backward = backward[1]
+            registered_backward = _register(f"{name}_backward", *backward)
+            torch.library.register_autograd(
+                f"{qualified}_backward", _differentiate_twice, lib=_library
+            )
 
         def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
             plain = not torch.is_grad_enabled() and is_plain(dy)
-            return differentiate(ctx, dy, backward[1] if plain else registered_backward)
+            return differentiate(ctx, dy, launched_backward if plain else registered_backward)
 
         torch.library.register_autograd(
             f"{qualified}_forward", gradients, setup_context=save, lib=_library
         )
-        torch.library.register_autograd(f"{qualified}_backward", _differentiate_twice, lib=_library)
 
         class Eager(torch.autograd.Function):
             @staticmethod
@@ -131,6 +139,67 @@ def _new_if(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     return _new(x, size, tokens, dtype) if wanted else x.new_empty(0, dtype=dtype)
+
+
+# --- merged ---------------------------------------------------------------------------------------
+
+
+def _merged(
+    k0: Tensor,
+    k1: Tensor | None,
+    k2: Tensor | None,
+    k3: Tensor | None,
+    W: int,
+    causal: bool,
+    identity: bool,
+) -> Tensor:
+    taps = _merged_output(k0, k1, k2, k3, W, causal, identity)
+    kernels = [kernel for kernel in (k0, k1, k2, k3) if kernel is not None]
+    merge_taps(kernels, taps, causal=causal, identity=identity)
+    return taps
+
+
+def _merged_output(
+    k0: Tensor,
+    k1: Tensor | None,
+    k2: Tensor | None,
+    k3: Tensor | None,
+    W: int,
+    causal: bool,
+    identity: bool,
+) -> Tensor:
+    return k0.new_empty(W, k0.shape[0], dtype=torch.float32).mT
+
+
+def _merged_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *kernels, W, causal, _ = inputs
+    ctx.trained = [
+        (i, offset(kernel.shape[1], W, causal), kernel.shape[1], kernel.dtype)
+        for i, kernel in enumerate(kernels)
+        if ctx.needs_input_grad[i]
+    ]
+
+
+def _merged_differentiate(ctx: Any, dtaps: Tensor, backward: None) -> tuple[Tensor | None, ...]:
+    gradients: list[Tensor | None] = [None] * 7
+    for i, first, width, dtype in ctx.trained:  # copies: two .grad must not share memory
+        part = dtaps[:, first : first + width]
+        gradients[i] = part.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    return tuple(gradients)
+
+
+merged = Operator(
+    "merged_taps",
+    (
+        "(Tensor k0, Tensor? k1, Tensor? k2, Tensor? k3, SymInt W, bool causal, bool identity) "
+        "-> Tensor",
+        _merged,
+        _merged_output,
+    ),
+    None,
+    _merged_save,
+    _merged_differentiate,
+)
 
 
 # --- short ----------------------------------------------------------------------------------------
