@@ -37,7 +37,7 @@ def compiled(launcher: Launcher, values: dict[str, Any], types: dict[str, str]) 
             signature[name] = "*" + types.get(name, "fp32" if name in FLOAT32 else "fp16")
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "i64"
+            signature[name] = "fp32" if name == "shrink" else "i64"
     at = {(kernel.arg_names.index(name),): value for name, value in values.items()}
     return triton.compile(
         GluonASTSource(kernel, signature, at, attributes),
@@ -75,6 +75,9 @@ def every() -> Iterator[tuple[str, Launcher, int, torch.dtype, dict[str, Any]]]:
         for needs_dx in (True, False):
             name = "gradient rows" if needs_dx else "sum of rows"
             yield name, gradients, 64, dtype, {"NEEDS_DX": needs_dx}
+    for blocks in range(2, BLOCKS + 1):
+        flags = {"BLOCKS": blocks, "HAS_GATE": False}
+        yield f"sum of {blocks}", by_hand("_sum_of_blocks_wgmma_kernel", BY_HAND), 64, bf16, flags
     yield "spectrum rows", by_hand("_spectrum_rows_wgmma_kernel", BY_HAND), 64, bf16, {}
 
 

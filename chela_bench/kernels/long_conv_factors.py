@@ -161,34 +161,36 @@ def _blocks_there_kernel(
     stride_xb: tl.int64, stride_xd: tl.int64, stride_gb: tl.int64, stride_gd: tl.int64,
     T: tl.int64, B: tl.int64, J: tl.int64,  # runtime scalars; strides and T in units of UNIT
     N: tl.constexpr, J2: tl.constexpr, FIRST: tl.constexpr, UNIT: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, HAS_GATE: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_F: tl.constexpr,
+    HAS_GATE: tl.constexpr,
 ):  # fmt: skip
-    """y [B * D, J, 2, N] of gate * x, for one row d * B + b and BLOCK_N of N tokens."""
+    """y [B * D, J, 2, N] of gate * x: BLOCK_N tokens of BLOCK_F frequencies' Re or Im."""
     pid = tl.program_id(0).to(tl.int64)
-    row = pid // (N // BLOCK_N)
+    NF = ((J + FIRST - 1) // FIRST * (2 * FIRST) + BLOCK_F - 1) // BLOCK_F
+    f = (pid % NF).to(tl.int32) * BLOCK_F + tl.arange(0, BLOCK_F)
+    n2 = pid // NF % (N // BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = pid // NF // (N // BLOCK_N)
     b, d = row % B, row // B
-    n1 = tl.arange(0, J2)
-    n2 = pid % (N // BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs = n1[:, None] * N + n2[None, :]
-    mask = offs // UNIT < T
-    at = x_ptr + (b * stride_xb + d * stride_xd) * UNIT + offs
-    x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    if HAS_GATE:
-        at = gate_ptr + (b * stride_gb + d * stride_gd) * UNIT + offs
-        x *= tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    scale = tl.load(scale_ptr + row)
-    x = tl.trans(x * _inverse(scale))
-    for first in range(0, (J + FIRST - 1) // FIRST * (2 * FIRST), BLOCK_F):
-        f = first + tl.arange(0, BLOCK_F)
+    inverse = _inverse(tl.load(scale_ptr + row))
+    y = tl.zeros([BLOCK_N, BLOCK_F], dtype=tl.float32)
+    for first in range(0, J, BLOCK_J):
+        n1 = first + tl.arange(0, BLOCK_J)
+        offs = n1[:, None] * N + n2[None, :]
+        mask = offs // UNIT < T
+        at = x_ptr + (b * stride_xb + d * stride_xd) * UNIT + offs
+        x = tl.trans(tl.load(at, mask=mask, other=0.0)).to(tl.float32)
+        if HAS_GATE:
+            gate_at = gate_ptr + (b * stride_gb + d * stride_gd) * UNIT + offs
+            x *= tl.trans(tl.load(gate_at, mask=mask, other=0.0)).to(tl.float32)
         e_ptr = table_ptr + n1[:, None] * (2 * J2) + f[None, :]
         e = tl.load(e_ptr)
         rest = e
         if SPLIT:
             rest = tl.load(e_ptr + 2 * J2 * J2)
-        y = _right(x, e, rest, tl.zeros([BLOCK_N, BLOCK_F], dtype=tl.float32), SPLIT)
-        f1, plane = f // (2 * FIRST) * FIRST + f % FIRST, f // FIRST % 2
-        to = y_ptr + ((row * J + f1) * 2 + plane)[None, :] * N + n2[:, None]
-        tl.store(to, y.to(y_ptr.dtype.element_ty), mask=f1[None, :] < J)
+        y = _right(x * inverse, e, rest, y, SPLIT)
+    f1, plane = f // (2 * FIRST) * FIRST + f % FIRST, f // FIRST % 2
+    to = y_ptr + ((row * J + f1) * 2 + plane)[None, :] * N + n2[:, None]
+    tl.store(to, y.to(y_ptr.dtype.element_ty), mask=f1[None, :] < J)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -367,7 +369,14 @@ class Transform:
         # sqrt(M), and for three transforms what their tables are not orthonormal by
         self.root = math.sqrt(J * N1 * N2) / (_scale(J) * math.sqrt(J)) ** 3
         self.table = tables(N2, device, ordered=self.ordered and not exact, blocks=J)
-        self.area = (32768 if has_wgmma(device) else 8192) // (2 if exact else 1)  # of operands
+        self.large = has_wgmma(device) and not exact  # tiles
+        self.stages = 3 if J > 16 else 1  # one step has none to overlap with
+
+    def tile(self, columns: int) -> tuple[int, int, int]:
+        """Tokens, what is summed over at once, and results of a token, of `columns`."""
+        if self.J <= 8:  # small sums: many tokens, for enough work a program
+            return 256 if self.exact else 512, 32, columns
+        return (128, 64, min(columns, 256)) if self.large else (64, 32, min(columns, 64))
 
     def there(self, x: Tensor, gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """y [B * D, J, 2, 64, N2] of gate * x, and what it is to be multiplied by [B * D]."""
@@ -380,15 +389,15 @@ class Transform:
         shape = B * D, self.J, 2, N1, self.N2
         y = x.new_empty(shape, dtype=torch.float32 if self.exact else torch.float16)
         N, J2 = N1 * self.N2, padded(self.J)
-        most = max(16, self.area // J2)
-        BLOCK_N = min(128, most)
+        BLOCK_N, BLOCK_J, BLOCK_F = self.tile(2 * J2)
         flags = _blocks_there.constants(
             N=N, J2=J2, FIRST=min(J2, FIRST), UNIT=rows.unit, SPLIT=self.exact, BLOCK_N=BLOCK_N,
-            BLOCK_F=min(128, most, 2 * J2), HAS_GATE=has_gate,
+            BLOCK_J=min(J2, BLOCK_J), BLOCK_F=BLOCK_F, HAS_GATE=has_gate,
         )  # fmt: skip
+        columns = cdiv(self.J, min(J2, FIRST)) * 2 * min(J2, FIRST)
         _blocks_there(
-            B * D * (N // BLOCK_N), (x, gate, scale, self.first, y),
-            (*rows.strides, rows.T, B, self.J), flags, 8 if J2 >= 128 else 4, 2,
+            B * D * (N // BLOCK_N) * cdiv(columns, BLOCK_F), (x, gate, scale, self.first, y),
+            (*rows.strides, rows.T, B, self.J), flags, 8 if BLOCK_F >= 128 else 4, self.stages,
         )  # fmt: skip
         return y, scale
 
@@ -404,8 +413,7 @@ class Transform:
         B, D, _ = z.shape
         rows = Rows(self.N2, gate, z)
         N, J2 = N1 * self.N2, padded(self.J)
-        BLOCK_N, BLOCK_F = (128, 64) if self.area == 32768 else (64, 32)
-        BLOCK_J = min(J2, self.area // BLOCK_N)
+        BLOCK_N, BLOCK_F, BLOCK_J = self.tile(J2)
         flags = _blocks_back.constants(
             N=N, J2=J2, FIRST=min(J2, FIRST), UNIT=rows.unit, SPLIT=self.exact, BLOCK_N=BLOCK_N,
             BLOCK_J=BLOCK_J, BLOCK_F=min(2 * J2, BLOCK_F),
@@ -414,7 +422,7 @@ class Transform:
         _blocks_back(
             B * D * (N // BLOCK_N) * cdiv(self.J, BLOCK_J),
             (y, scale, channel_scale, gate, self.first, z),
-            (*rows.strides, rows.T, B, self.J, self.root), flags, 8 if BLOCK_J >= 128 else 4, 3,
+            (*rows.strides, rows.T, B, self.J, self.root), flags, 8 if BLOCK_J >= 128 else 4, self.stages,
         )  # fmt: skip
 
     def rows(
@@ -429,8 +437,7 @@ class Transform:
         """A kernel, or the one of this name on Hopper, on `count` rows or channels and each f1."""
         if self.ordered and not self.exact:
             launcher = by_hand(name, BY_HAND)
-        room = cdiv(PROGRAMS[self.N2] * processors(self.device), self.J)
-        each = cdiv(count, room)
+        each = cdiv(count, max(1, PROGRAMS[self.N2] * processors(self.device) // self.J))
         values = row_constants(launcher, self.N2, self.dtype, self.ordered, **flags)
         launcher(self.J * cdiv(count, each), tensors, (*scalars, count, each), values, WARPS, 1)
 
@@ -486,11 +493,9 @@ def gradients_factors(
     dx: Tensor | None,
     dk: Tensor,
 ) -> None:
-    """dx, if wanted, and dk [D, taps] float32 from dz; [B, D, T], rows contiguous. Without dx the
-    spectrum may be another method's."""
+    """dx, if wanted, and dk [D, taps] float32 from dz; [B, D, T], rows contiguous."""
     B, D, T = x.shape
-    N2 = spectrum.shape[-1]
-    transform = _transform(T, N2, x.dtype, x.device)
+    transform = _transform(T, spectrum.shape[-1], x.dtype, x.device)
     of_x, x_scale = transform.there(x)
     of_dz, dz_scale = transform.there(dz, gate)
     weight, sum_scale = torch.empty_like(x_scale), x_scale.new_empty(D)
@@ -506,6 +511,27 @@ def gradients_factors(
     transform.back(total, sum_scale, None, None, dk[None])
     if dx is not None:
         transform.back(of_dz, dz_scale, scale, None, dx)
+
+
+def taps_gradient_blocks(
+    x: Tensor, gate: Tensor | None, dz: Tensor, dk: Tensor, N2: int
+) -> None:
+    """dk [D, taps] float32 from dz; [B, D, T], rows contiguous: 16-bit rows of two to four blocks,
+    on Hopper."""
+    B, D, T = x.shape
+    transform = _transform(T, N2, x.dtype, x.device)
+    rows = Rows(N2, x, gate, dz)
+    J = transform.J
+    total = x.new_empty(D, J, 2, N1, N2, dtype=torch.float16)
+    scale = x.new_empty(D, dtype=torch.float32)
+    kernel = by_hand("_sum_of_blocks_wgmma_kernel", BY_HAND)
+    each = cdiv(D, PROGRAMS[N2] * processors(x.device) // J)
+    kernel(
+        J * cdiv(D, each), (x, gate, dz, transform.first, transform.table, total, scale),
+        (*rows.strides, rows.T, B, D, each, 1 / (4 * triton.next_power_of_2(B))),
+        rows.constants(kernel, BLOCKS=J, HAS_GATE=gate is not None), WARPS, 1,
+    )  # fmt: skip
+    transform.back(total, scale, None, None, dk[None])
 
 
 _EACH = _weights.constants(EACH=64)

@@ -23,11 +23,15 @@ from chela_bench.kernels.long_conv_hopper import (
     _flat_planes,
     _half_back,
     _half_there,
+    _load,
     _next,
     _numbers,
     _registers,
     _room,
+    _room_for_largest,
+    _share_largest,
     _shared,
+    _shared_scale,
     _tables,
     _tile,
     _times,
@@ -214,4 +218,125 @@ def _gradient_rows_wgmma_kernel(
             re, im = _start_row_back(room_re, room_im, tables, minus, N2)
             re, im = warpgroup_mma_wait(0, deps=[re, im])
             _store_row(sum_ptr + (d * J + f1) * (2 * N), re, im, N2)
+        b, d = _next(b, d, B)
+
+
+@gluon.jit
+def _none():
+    return ()
+
+
+@gluon.jit
+def _factor(first_ptr, f1, BLOCKS: gl.constexpr):
+    """Re, Im of the first factor's numbers for one f1 and each n1 < BLOCKS, of a table of 16."""
+    e = _none()
+    for n1 in gl.static_range(BLOCKS):
+        at = first_ptr + n1 * 32 + f1
+        re, im = gl.load(at).to(gl.float32), gl.load(at + 16).to(gl.float32)
+        e += (re + gl.load(at + 512).to(gl.float32), im + gl.load(at + 512 + 16).to(gl.float32))
+    return e
+
+
+@gluon.jit
+def _load_blocks(
+    ptr, gate_ptr, T, N2: gl.constexpr, UNIT: gl.constexpr, BLOCKS: gl.constexpr,
+    HAS_GATE: gl.constexpr,
+):  # fmt: skip
+    xs = _none()
+    for a in gl.static_range(BLOCKS):
+        left = (T - a * (64 * N2 // UNIT)).to(gl.int32)
+        x = _load(ptr + a * 64 * N2, left, N2, UNIT)
+        if HAS_GATE:
+            x = x.to(gl.float32) * _load(gate_ptr + a * 64 * N2, left, N2, UNIT).to(gl.float32)
+        xs += (x,)
+    return xs
+
+
+@gluon.jit
+def _share_largest_of(xs, most, N2: gl.constexpr, BLOCKS: gl.constexpr):
+    largest = gl.abs(xs[0].to(gl.float32))
+    for a in gl.static_range(1, BLOCKS):
+        largest = gl.maximum(largest, gl.abs(xs[a].to(gl.float32)))
+    _share_largest(largest, most, N2)
+
+
+@gluon.jit
+def _put_factor(xs, by, e, room_re, room_im, N2: gl.constexpr, BLOCKS: gl.constexpr):
+    """One f1 of the first factor on blocks, times `by`, as _put_planes."""
+    re = xs[0].to(gl.float32) * (e[0] * by)
+    im = xs[0].to(gl.float32) * (e[1] * by)
+    for a in gl.static_range(1, BLOCKS):
+        re += xs[a].to(gl.float32) * (e[2 * a] * by)
+        im += xs[a].to(gl.float32) * (e[2 * a + 1] * by)
+    _put_planes(re.to(gl.float16), im.to(gl.float16), room_re, room_im, N2)
+
+
+@gluon.jit(do_not_specialize=RUNTIME)
+def _sum_of_blocks_wgmma_kernel(
+    x_ptr, gate_ptr, dz_ptr, first_ptr, table_ptr, sum_ptr, scale_ptr,  # pointers
+    stride_xb: gl.int64, stride_xd: gl.int64, stride_gb: gl.int64, stride_gd: gl.int64,
+    stride_zb: gl.int64, stride_zd: gl.int64, T: gl.int64, B: gl.int64, D: gl.int64,
+    each: gl.int64, shrink: gl.float32,  # runtime scalars; strides and T in units of UNIT
+    N1: gl.constexpr, N2: gl.constexpr, UNIT: gl.constexpr, SPLIT: gl.constexpr,
+    ORDERED: gl.constexpr, BLOCKS: gl.constexpr, HAS_GATE: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """sum and scale of long_conv_factors._gradient_rows_kernel from rows themselves, of a few
+    blocks, by `each` channels and one f1: the blocks of a row are as many bytes as its y."""
+    gl.static_assert(ORDERED and not SPLIT and N1 == 64)
+    N: gl.constexpr = N1 * N2
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    f1, first = gl.program_id(0) % BLOCKS, gl.program_id(0) // BLOCKS * each
+    e = _factor(first_ptr, f1, BLOCKS)
+    table_ptr += f1 * (4 * (N1 * N1 + N2 * N2 + N))
+    tables, minus = _tables(table_ptr, N2), _negative_f1(table_ptr)
+    room_re, room_im, most = _room(N2), _room(N2), _room_for_largest()
+    g_re_smem = gl.allocate_shared_memory(gl.float32, [N], plain)
+    g_im_smem = gl.allocate_shared_memory(gl.float32, [N], plain)
+    last = gl.minimum(first + each, D)
+    b, d = first * 0, first
+    largest = shrink * 0.0
+    for _ in range(0, ((last - first) * B).to(gl.int32)):
+        gate_row_ptr = gate_ptr
+        if HAS_GATE:
+            gate_row_ptr += (b * stride_gb + d * stride_gd) * UNIT
+        row_ptr = x_ptr + (b * stride_xb + d * stride_xd) * UNIT
+        xs = _load_blocks(row_ptr, gate_row_ptr, T, N2, UNIT, BLOCKS, False)
+        _share_largest_of(xs, most, N2, BLOCKS)
+        x_scale, inverse = _shared_scale(most, gl.float32)
+        _barrier()
+        _put_factor(xs, inverse, e, room_re, room_im, N2, BLOCKS)
+        row_ptr = dz_ptr + (b * stride_zb + d * stride_zd) * UNIT
+        if BLOCKS == 2:  # of more there is no room in registers
+            xs = _load_blocks(row_ptr, gate_row_ptr, T, N2, UNIT, BLOCKS, HAS_GATE)
+        re, im = _row_there(room_re, room_im, tables, minus, N2, PACKED)
+        x_re, x_im = re.to(gl.float16), im.to(gl.float16)
+        if BLOCKS > 2:
+            xs = _load_blocks(row_ptr, gate_row_ptr, T, N2, UNIT, BLOCKS, HAS_GATE)
+        _share_largest_of(xs, most, N2, BLOCKS)
+        dz_scale, inverse = _shared_scale(most, gl.float32)
+        _barrier()
+        _put_factor(xs, inverse, e, room_re, room_im, N2, BLOCKS)
+        re, im = _row_there(room_re, room_im, tables, minus, N2, PACKED)
+        scale = x_scale * dz_scale
+        largest = gl.maximum(gl.where(b == 0, 0.0, largest), scale)
+        re, im = _complex(re, im, x_re.to(gl.float32), x_im.to(gl.float32), True)
+        g_re, g_im = _registers(re * scale, N2), _registers(im * scale, N2)
+        if b > 0:
+            g_re += g_re_smem.load(_FLAT)
+            g_im += g_im_smem.load(_FLAT)
+        if b + 1 < B:
+            g_re_smem.store(g_re)
+            g_im_smem.store(g_im)
+        else:
+            by = gl.where(largest == 0, 0.0, shrink / largest)
+            gl.store(scale_ptr + d, largest / shrink)
+            re, im = _tile((g_re * by).to(gl.float16), N2), _tile((g_im * by).to(gl.float16), N2)
+            re, im = _half_back(re, im, tables, N2, PACKED)
+            _barrier()
+            room_re.store(re)
+            room_im.store(im)
+            fence_async_shared()
+            re, im = _start_row_back(room_re, room_im, tables, minus, N2)
+            re, im = warpgroup_mma_wait(0, deps=[re, im])
+            _store_row(sum_ptr + (d * BLOCKS + f1) * (2 * N), re, im, N2)
         b, d = _next(b, d, B)

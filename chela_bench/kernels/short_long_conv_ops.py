@@ -31,6 +31,7 @@ from chela_bench.kernels.long_conv_factors import (
     factor_spectrum,
     gradients_factors,
     long_conv_factors,
+    taps_gradient_blocks,
 )
 from chela_bench.kernels.long_conv_monarch import (
     N1,
@@ -478,9 +479,12 @@ def _long_backward(
         x, dz = map(_rows, given)
         gate = None if gate is None else _rows(gate)
         found = x.new_empty(x.shape[1], known, dtype=torch.float32)
-        gradients = gradients_block if method == "monarch" else gradients_factors
         with on_device_of(x):
-            gradients(x, gate, dz, spectrum, scale, to, found)
+            if method == "blocks":
+                taps_gradient_blocks(x, gate, dz, found, spectrum.shape[-1])
+            else:
+                gradients = gradients_block if method == "monarch" else gradients_factors
+                gradients(x, gate, dz, spectrum, scale, to, found)
     if known == taps and dtype == torch.float32:
         return dx, found
     dk[:, :known] = found
