@@ -3,11 +3,14 @@
     python benchmarks/long_conv_facts.py errors [--dtype float16]
     python benchmarks/long_conv_facts.py times [--shape 8,1024,65536] [--method parts --n2 64]
     python benchmarks/long_conv_facts.py whole [--shape 8,1024,4096]
+    ncu --metrics dram__bytes_read.sum,dram__bytes_write.sum -k regex:_kernel --csv \
+        python benchmarks/long_conv_facts.py once [--shape 8,1024,65536]
 
 Errors, against float64 FFTs: of z, dx and dk, ||error|| / ||exact|| over all, and the worst rms of
 64 tokens over the rms of its row. Times, in microseconds, need a GPU: kernel spans by the profiler,
 ten calls, warm L2, of the kernel's spectrum, of the forward pass with it and of the backward pass;
-`whole`: of short_long_conv from and to [B, T, D], forward, with the two default widths.
+`whole`: of short_long_conv from and to [B, T, D], forward, with the two default widths. `once`: a
+spectrum, a forward and a backward pass, for a profiler to look at.
 """
 
 from __future__ import annotations
@@ -95,6 +98,14 @@ def whole(shape: str, config: dict[str, int | str] | None, dtype: torch.dtype) -
         report(shape, ("whole", spans(lambda: short_long_conv(x, short, kernel, **given))))
 
 
+def once(shape: str, config: dict[str, int | str] | None, dtype: torch.dtype) -> None:
+    B, D, T = map(int, shape.split(","))
+    x, dz = (torch.randn(B, D, T, device="cuda", dtype=dtype) for _ in range(2))
+    leaves = x.requires_grad_(), torch.randn(D, T, device="cuda", requires_grad=True)
+    torch.autograd.grad(long_conv(*leaves, layout="bdt", config=config), leaves, dz)
+    torch.cuda.synchronize()
+
+
 def report(shape: str, *rows: tuple[str, dict[str, float]]) -> None:
     for name, found in rows:
         longest = sorted(found.items(), key=lambda item: -item[1])[:5]
@@ -104,7 +115,7 @@ def report(shape: str, *rows: tuple[str, dict[str, float]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=["errors", "times", "whole"])
+    parser.add_argument("what", choices=["errors", "times", "whole", "once"])
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--shape", action="append", metavar="B,D,T")
     parser.add_argument("--method", choices=["direct", "monarch", "parts"])
@@ -118,8 +129,7 @@ def main() -> None:
     asked = {"method": arguments.method, "N2": arguments.n2}
     config = {name: value for name, value in asked.items() if value is not None}
     for shape in arguments.shape or SHAPES:
-        measure = times if arguments.what == "times" else whole
-        measure(shape, config or None, dtype)
+        {"times": times, "whole": whole, "once": once}[arguments.what](shape, config or None, dtype)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from chela_bench.reference import linear_attention as attention
@@ -22,6 +23,9 @@ from chela_bench.reference.short_long_conv import Order, long_conv, short_long_c
 
 if TYPE_CHECKING:
     from chela_bench.kernels.linear_attention_config import Schedule
+
+
+_CHANNELS = 64  # of a convolution's oracle at once
 
 
 def naive_cumsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -82,7 +86,10 @@ def triton_conv(
 
 
 def oracle_long_conv(x: Tensor, kernel: Tensor) -> Tensor:
-    return long_conv(x, kernel, layout="bdt")
+    """By slices of channels, again in the backward: all float64 spectra at once need not fit."""
+    convolve = functools.partial(long_conv, layout="bdt")
+    slices = zip(x.split(_CHANNELS, dim=1), kernel.split(_CHANNELS), strict=True)
+    return torch.cat([checkpoint(convolve, *each, use_reentrant=False) for each in slices], dim=1)
 
 
 def fft_long_conv(x: Tensor, kernel: Tensor) -> Tensor:

@@ -36,8 +36,8 @@ from torch import Tensor
 
 from chela_bench.kernels.launching import Launcher, cdiv, has_wgmma, processors
 from chela_bench.kernels.long_conv_monarch import (
+    GRADIENT_PROGRAMS,
     N1,
-    PROGRAMS,
     RUNTIME,
     WARPS,
     Rows,
@@ -422,7 +422,8 @@ class Transform:
         _blocks_back(
             B * D * (N // BLOCK_N) * cdiv(self.J, BLOCK_J),
             (y, scale, channel_scale, gate, self.first, z),
-            (*rows.strides, rows.T, B, self.J, self.root), flags, 8 if BLOCK_J >= 128 else 4, self.stages,
+            (*rows.strides, rows.T, B, self.J, self.root), flags, 8 if BLOCK_J >= 128 else 4,
+            self.stages,
         )  # fmt: skip
 
     def rows(
@@ -437,7 +438,7 @@ class Transform:
         """A kernel, or the one of this name on Hopper, on `count` rows or channels and each f1."""
         if self.ordered and not self.exact:
             launcher = by_hand(name, BY_HAND)
-        each = cdiv(count, max(1, PROGRAMS[self.N2] * processors(self.device) // self.J))
+        each = cdiv(count, max(1, GRADIENT_PROGRAMS[self.N2] * processors(self.device) // self.J))
         values = row_constants(launcher, self.N2, self.dtype, self.ordered, **flags)
         launcher(self.J * cdiv(count, each), tensors, (*scalars, count, each), values, WARPS, 1)
 
@@ -513,9 +514,7 @@ def gradients_factors(
         transform.back(of_dz, dz_scale, scale, None, dx)
 
 
-def taps_gradient_blocks(
-    x: Tensor, gate: Tensor | None, dz: Tensor, dk: Tensor, N2: int
-) -> None:
+def taps_gradient_blocks(x: Tensor, gate: Tensor | None, dz: Tensor, dk: Tensor, N2: int) -> None:
     """dk [D, taps] float32 from dz; [B, D, T], rows contiguous: 16-bit rows of two to four blocks,
     on Hopper."""
     B, D, T = x.shape
@@ -525,7 +524,7 @@ def taps_gradient_blocks(
     total = x.new_empty(D, J, 2, N1, N2, dtype=torch.float16)
     scale = x.new_empty(D, dtype=torch.float32)
     kernel = by_hand("_sum_of_blocks_wgmma_kernel", BY_HAND)
-    each = cdiv(D, PROGRAMS[N2] * processors(x.device) // J)
+    each = cdiv(D, GRADIENT_PROGRAMS[N2] * processors(x.device) // J)
     kernel(
         J * cdiv(D, each), (x, gate, dz, transform.first, transform.table, total, scale),
         (*rows.strides, rows.T, B, D, each, 1 / (4 * triton.next_power_of_2(B))),

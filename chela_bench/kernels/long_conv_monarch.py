@@ -51,7 +51,9 @@ RUNTIME = [  # never specialised: a new B, D, T or layout of rows compiles nothi
 ]  # fmt: skip
 BLOCKS_BY_HAND = "long_conv_hopper_blocks"
 BLOCKS = 4  # at most
-PROGRAMS = {16: 4, 32: 2, 64: 2}  # an SM, by N2: more than it holds would load tables in vain
+# An SM, by N2: more than it holds would load tables in vain.
+PROGRAMS = {16: 5, 32: 3, 64: 2}
+GRADIENT_PROGRAMS = {16: 4, 32: 2, 64: 2}
 
 
 @functools.lru_cache(maxsize=64)
@@ -463,7 +465,7 @@ def gradients_block(
     rows = Rows(spectrum.shape[-1], x, gate, dz, dx, taps=dk.shape[1])
     kernel = rows.kernel(_gradients, "_long_conv_wgmma_gradients_kernel")
     one = {"IS_ONE": rows.B == 1} if rows.ordered else {}
-    programs, each = rows_each(rows.D, x.device, PROGRAMS[rows.N2])
+    programs, each = rows_each(rows.D, x.device, GRADIENT_PROGRAMS[rows.N2])
     kernel(
         programs, (x, gate, dz, spectrum, scale, rows.table, dx, dk),
         (*rows.strides, rows.T, rows.B, rows.D, dk.shape[1] // rows.unit, each),

@@ -7,7 +7,7 @@ All tensors but k [D, W] are views [B, D, T] with any strides: token-major x [B,
 x.mT. Tiles are loaded along the contiguous axis of what they are read from, and stored along that
 of what they are written to. Sums are in float32; a result rounds once.
 
-Forward, grid (B * ceil(D / 64) * ceil(T / 64)): a thread owns 8 tokens in a row of each of its
+Forward, grid (B * ceil(D / 64) * ceil(T / 32)): a thread owns 8 tokens in a row of each of its
 channels and holds the window of x that they need, so a token is loaded 1 + (W - 1) / 8 times, not
 W times, and from HBM once. The window lies in registers as columns: one tensor [channels, groups of
 8 tokens] for each place in the group. Where D is contiguous a column is a load; where T is, whole
@@ -34,8 +34,8 @@ from torch import Tensor
 from chela_bench.kernels.launching import Launcher, cdiv, on_device_of
 from chela_bench.kernels.views import BLOCK_D, STEP, _axis, _layouts, _mask, _pointers, _view
 
-GROUPS = 8  # of STEP tokens in a tile of the forward kernel
-FORWARD_WARPS = 8  # two neighbouring channels a thread; four with 4 warps, which is 111 registers
+GROUPS = 4  # of STEP tokens in a tile of the forward kernel
+FORWARD_WARPS = 4  # two neighbouring channels a thread
 WALKED = 16  # taps; a walk keeps its sums and its window in registers
 PROGRAMS = 2112  # of two warps, to fill 132 processors
 SEGMENTS = (512, 256, 128, 64)  # tokens that a walk may own, multiples of STEP
