@@ -494,7 +494,7 @@ def gradients_factors(
     dx: Tensor | None,
     dk: Tensor,
 ) -> None:
-    """dx, if wanted, and dk [D, taps] float32 from dz; [B, D, T], rows contiguous."""
+    """dx, if wanted, and dk [D, taps] from dz; [B, D, T], rows contiguous."""
     B, D, T = x.shape
     transform = _transform(T, spectrum.shape[-1], x.dtype, x.device)
     of_x, x_scale = transform.there(x)
@@ -515,7 +515,7 @@ def gradients_factors(
 
 
 def taps_gradient_blocks(x: Tensor, gate: Tensor | None, dz: Tensor, dk: Tensor, N2: int) -> None:
-    """dk [D, taps] float32 from dz; [B, D, T], rows contiguous: 16-bit rows of two to four blocks,
+    """dk [D, taps] from dz; [B, D, T], rows contiguous: 16-bit rows of two to four blocks,
     on Hopper."""
     B, D, T = x.shape
     transform = _transform(T, N2, x.dtype, x.device)

@@ -461,7 +461,7 @@ def gradients_block(
     dx: Tensor | None,
     dk: Tensor,
 ) -> None:
-    """dx, if wanted, and dk [D, taps] float32 from dz; [B, D, T], rows contiguous, one block."""
+    """dx, if wanted, and dk [D, taps] from dz; [B, D, T], rows contiguous, one block."""
     rows = Rows(spectrum.shape[-1], x, gate, dz, dx, taps=dk.shape[1])
     kernel = rows.kernel(_gradients, "_long_conv_wgmma_gradients_kernel")
     one = {"IS_ONE": rows.B == 1} if rows.ordered else {}

@@ -478,15 +478,15 @@ def _long_backward(
     else:
         x, dz = map(_rows, given)
         gate = None if gate is None else _rows(gate)
-        found = x.new_empty(x.shape[1], known, dtype=torch.float32)
+        found = dk if known == taps else dk.new_empty(x.shape[1], known)
         with on_device_of(x):
             if method == "blocks":
                 taps_gradient_blocks(x, gate, dz, found, spectrum.shape[-1])
             else:
                 gradients = gradients_block if method == "monarch" else gradients_factors
                 gradients(x, gate, dz, spectrum, scale, to, found)
-    if known == taps and dtype == torch.float32:
-        return dx, found
+    if known == taps:
+        return dx, found.to(dtype)
     dk[:, :known] = found
     dk[:, known:] = 0
     return dx, dk
