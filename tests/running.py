@@ -57,6 +57,9 @@ tiny = { B = 2, D = 8 }
 [shapes.softmax_attention]
 tiny = { B = 1, H = 2, K = 16, V = 16 }
 
+[shapes.softmax_layer]
+tiny = { B = 2, D = 16 }
+
 [shapes.chela_layer]
 tiny = { B = 1, D = 16, K = 8, V = 32 }
 """

@@ -38,7 +38,7 @@ def _values(line, cwd=None):
     ("line", "values"),
     [
         ("chela-bench s", ["sweep", "show"]),
-        ("chela-bench sweep --op s", ["softmax_attention", "short_long_conv"]),
+        ("chela-bench sweep --op s", ["softmax_attention", "short_long_conv", "softmax_layer"]),
         ("chela-bench sweep --op chela_layer,li", ["chela_layer,linear_attention"]),
         ("chela-bench sweep --impl triton_c", ["triton_chunked"]),
         (

@@ -8,6 +8,7 @@ from chela_bench.bench.bounds import floor_ns
 from chela_bench.bench.ops import OPS
 from chela_bench.records import Ceilings
 from chela_bench.reference.short_long_conv import default_short_sizes
+from chela_bench.reference.softmax_layer import SoftmaxLayer
 
 
 def test_linear_attention_bytes_per_token_and_head():
@@ -65,6 +66,13 @@ def test_the_layers_parameters_are_counted_as_the_module_has_them():
     shape = {"B": 2, "T": 300, "D": 24, "K": 8, "V": 48}
     module = layer_module(24, 8, 48, 300, "cpu")
     assert models.chela_layer_parameters(shape) == sum(p.numel() for p in module.parameters())
+
+
+def test_the_softmax_layers_parameters_are_counted_as_the_module_has_them():
+    for width, heads in ((24, 1), (512, 4)):
+        assert models.softmax_heads(width) == heads
+        parameters = SoftmaxLayer(width, heads).parameters()
+        assert models.softmax_layer_parameters({"D": width}) == sum(p.numel() for p in parameters)
 
 
 def test_the_layers_matmuls_at_the_papers_size():

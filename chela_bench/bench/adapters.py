@@ -17,9 +17,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from chela_bench.bench.models import softmax_heads
 from chela_bench.reference import linear_attention as attention
 from chela_bench.reference.chela import ChelaLayer
 from chela_bench.reference.short_long_conv import Order, long_conv, short_long_conv
+from chela_bench.reference.softmax_attention import softmax_attention
+from chela_bench.reference.softmax_layer import Attention, SoftmaxLayer
 
 if TYPE_CHECKING:
     from chela_bench.kernels.linear_attention_config import Schedule
@@ -175,3 +178,26 @@ def reference_layer(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
 def layer_module(width: int, key: int, value: int, tokens: int, device: str) -> ChelaLayer:
     with torch.device(device):
         return ChelaLayer(width, d_key=key, d_value=value, max_length=tokens)
+
+
+def reference_softmax_layer(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    return softmax_module(x.shape[-1], softmax_attention)(x, parameters)
+
+
+def softmax_module(
+    width: int, attention: Attention
+) -> Callable[[Tensor, dict[str, Tensor]], Tensor]:
+    """The layer with heads of 128 or fewer numbers, as a function of x and its parameters."""
+    module = _softmax_module(width, attention)
+
+    def call(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        output: Tensor = torch.func.functional_call(module, parameters, (x,))
+        return output
+
+    return call
+
+
+@functools.lru_cache(maxsize=8)
+def _softmax_module(width: int, attention: Attention) -> SoftmaxLayer:
+    with torch.device("meta"):
+        return SoftmaxLayer(width, softmax_heads(width), attention=attention)

@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from chela_bench.bench.check import ErrorKind
-from chela_bench.bench.models import short_sizes
+from chela_bench.bench.models import short_sizes, softmax_heads
 from chela_bench.records import shape_label
 from chela_bench.reference.chela import ChelaLayer
+from chela_bench.reference.softmax_layer import SoftmaxLayer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -114,11 +115,22 @@ def long_conv(draw: Draw) -> Inputs:
     return Inputs(tensors, {"x": "rows", "long": "taps"}, lambda t: (t["x"], t["long"]))
 
 
+def softmax_layer(draw: Draw) -> Inputs:
+    """x [B, T, D]; the layer's parameters, initialised from the seed."""
+    width = draw.shape["D"]
+    return _layer(draw, lambda: SoftmaxLayer(width, softmax_heads(width)))
+
+
 def chela_layer(draw: Draw) -> Inputs:
     """x [B, T, D]; the reference layer's parameters, initialised from the seed.
 
     LayerNorm takes x's mean away, and SiLU gives k and v theirs, whatever the distribution.
     """
+    tokens, width, key, value = (draw.shape[name] for name in "TDKV")
+    return _layer(draw, lambda: ChelaLayer(width, d_key=key, d_value=value, max_length=tokens))
+
+
+def _layer(draw: Draw, build: Callable[[], nn.Module]) -> Inputs:
     batch, tokens, width = (draw.shape[name] for name in "BTD")
     seed = draw.generator("parameters").initial_seed()
     with (
@@ -126,9 +138,7 @@ def chela_layer(draw: Draw) -> Inputs:
         torch.device(draw.device),
     ):
         torch.manual_seed(seed)
-        module = ChelaLayer(
-            width, d_key=draw.shape["K"], d_value=draw.shape["V"], max_length=tokens
-        )
+        module = build()
     parameters = {
         name: parameter.detach().to(draw.dtype) for name, parameter in module.named_parameters()
     }

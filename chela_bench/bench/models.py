@@ -105,6 +105,32 @@ def chela_layer_parameters(shape: Shape) -> int:
     return taps + weights + biases + scale_and_shift + 2 * width  # LayerNorm's weight and bias
 
 
+def softmax_layer_bytes(shape: Shape, itemsize: int, direction: str) -> Bytes:
+    x = shape["B"] * shape["T"] * shape["D"] * itemsize
+    parameters = softmax_layer_parameters(shape) * itemsize
+    return _bytes(direction, (x + parameters, x), (2 * x + parameters, x + parameters))
+
+
+def softmax_layer_flops(shape: Shape, direction: str) -> int:
+    forward = shape["B"] * shape["T"] * 2 * 4 * shape["D"] ** 2  # W_qkv [D, 3 D], W_o [D, D]
+    heads = softmax_heads(shape["D"])
+    head = shape["D"] // heads
+    attention = {**shape, "H": heads, "K": head, "V": head}
+    return _by_direction(direction, forward, 2 * forward) + softmax_attention_flops(
+        attention, direction
+    )
+
+
+def softmax_layer_parameters(shape: Shape) -> int:
+    width = shape["D"]
+    return 4 * width * width + 4 * width + 2 * width  # with biases, and LayerNorm's two
+
+
+def softmax_heads(width: int) -> int:
+    """Heads of 128 numbers, as softmax attention of these widths has, or one smaller head."""
+    return max(1, width // 128)
+
+
 def short_sizes(max_length: int) -> tuple[int, int]:
     """The two short kernels' sizes, 3 and 2 round(log10 T_max) + 1 (arXiv 2406.08128, §3)."""
     return 3, 2 * round(math.log10(max(max_length, 1))) + 1

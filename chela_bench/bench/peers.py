@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from chela_bench.bench.adapters import kept
+from chela_bench.bench.adapters import kept, softmax_module
 from chela_bench.reference.linear_attention import chunked
 from chela_bench.reference.short_long_conv import Order, reparameterize
 
@@ -62,6 +62,45 @@ def sdpa_flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
         )
     return output.transpose(1, 2)
+
+
+def sdpa_cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same by cuDNN's attention."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        output = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
+        )
+    return output.transpose(1, 2)
+
+
+def sdpa_flash_layer(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    return softmax_module(x.shape[-1], sdpa_flash)(x, parameters)
+
+
+def sdpa_cudnn_layer(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    return softmax_module(x.shape[-1], sdpa_cudnn)(x, parameters)
+
+
+def composed_layer(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    """The CHELA layer of what there is: torch's rfft and conv1d, fla's chunk_linear_attn, torch's
+    matrix products and pointwise operators, eager."""
+    p = parameters
+    shorts = [p[name] for name in sorted(p) if name.startswith("short_kernels.")]
+
+    def linear(u: Tensor, name: str) -> Tensor:
+        return F.linear(u, p[f"{name}.weight"], p.get(f"{name}.bias"))
+
+    normed = F.layer_norm(x, x.shape[-1:], p["norm.weight"], p["norm.bias"])
+    z = torch_rfft(normed, shorts, p["long_kernel"], order="serial")
+    shared = F.silu(linear(z, "w_z"))
+    q, k = p["a_q"] * shared + p["m_q"], p["a_k"] * shared + p["m_k"]
+    v = F.silu(linear(normed, "w_v"))
+    o = fla_chunk(q[:, :, None], k[:, :, None], v[:, :, None])[:, :, 0]
+    m = F.rms_norm(o.float(), o.shape[-1:], eps=1e-5).to(x.dtype)
+    m = m * torch.sigmoid(linear(z, "w_a"))
+    h = F.silu(linear(z, "w_h") + linear(m, "u_h"))
+    gate = torch.sigmoid(linear(z, "w_o"))
+    return gate * h + (1 - gate) * x
 
 
 def torch_rfft(

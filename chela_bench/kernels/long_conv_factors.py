@@ -16,8 +16,8 @@ a program owns one f1 and many rows. Four kernels, in bytes an element of 16-bit
     rows          read y 4, write y 4 in place; the kernel's spectrum, 4, once for a batch
     blocks back   read y 4, write z 2
 
-so 22 + 4 / B, and 8 J + 1024 + 32 N2 operations. Backward: x and dz there 8 each, rows 12 and 8 / B,
-back 6 and for float32 dk 8 / B: 34 + 16 / B.
+so 22 + 4 / B, and 8 J + 1024 + 32 N2 operations. Backward: x and dz there 8 each, rows 12 and
+8 / B, back 6 and for float32 dk 8 / B: 34 + 16 / B.
 
 Precision: rows and kernels are divided by powers of two, to norms between 2^6 and 2^7. Products of
 spectra then stay under 2^14, by Cauchy and Schwarz, and what is a 2^20th of the rest does not

@@ -12,7 +12,7 @@ from chela_bench.records import DIRECTIONS, DTYPES, ConfigValue, Outcome, Point
 from chela_bench.reports.text import plain
 
 # Drawn beside an op for comparison, and always named as another function.
-OTHER_FUNCTIONS = {"linear_attention": "softmax_attention"}
+OTHER_FUNCTIONS = {"linear_attention": "softmax_attention", "chela_layer": "softmax_layer"}
 # Configuration that chooses the function, not how it is computed: never in one table or figure.
 FUNCTION_OPTIONS = frozenset({"order"})
 
@@ -176,9 +176,14 @@ def named_groups(points: Iterable[Point]) -> dict[str, Group]:
 
 
 def drawn_beside(group: Group, among: Iterable[Group]) -> Group | None:
-    """The group of another function that this one's figures show too."""
-    wanted = replace(group, op=OTHER_FUNCTIONS.get(group.op, ""))
-    return next((other for other in among if other.is_like(wanted)), None)
+    """The group of another function that this one's figures show too: of the same sizes, as far as
+    it has them."""
+    op = OTHER_FUNCTIONS.get(group.op)
+    for other in among:
+        sizes = {name: size for name, size in group.dims.items() if name in other.dims}
+        if op == other.op and other.is_like(replace(group, op=op, dims=sizes)):
+            return other
+    return None
 
 
 def drawn_with(group: Group, among: Iterable[Group]) -> Group | None:
