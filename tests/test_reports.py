@@ -14,7 +14,7 @@ from rich.console import Console
 
 from chela_bench.records import Hbm, Point, Quantiles, Run, Static, Telemetry
 from chela_bench.reports.fit import fitted_slope
-from chela_bench.reports.groups import failures, groups
+from chela_bench.reports.groups import drawn_beside, drawn_with, failures, groups
 from chela_bench.reports.markdown import summary
 from chela_bench.reports.tables import points_frame
 from chela_bench.reports.terminal import sweep_table
@@ -389,3 +389,16 @@ def test_what_was_never_tried_has_no_column_but_a_reason() -> None:
     assert "recurrent" in table and "untried" not in table
     assert "untried at 1k..64k" in below and "needs a GPU" in below
     assert "untried" in printed(make_run(), never).partition("skipped: untried")[0]
+
+
+def test_another_function_is_drawn_beside_one_of_its_sizes() -> None:
+    layer = {"B": 1, "T": 1024, "D": 1024, "K": 128, "V": 2048}
+    shapes = [("chela_layer", layer), ("chela_layer", {**layer, "D": 512})]
+    shapes += [("softmax_layer", {"B": 1, "T": 1024, "D": width}) for width in (512, 1024)]
+    found = groups([make_point(op=op, shape=shape) for op, shape in shapes])
+    pairs = [(group, drawn_beside(group, found)) for group in found]
+    assert [(g.dims["D"], o and o.op, o and o.dims["D"]) for g, o in pairs] == [
+        (512, "softmax_layer", 512), (1024, "softmax_layer", 1024), (512, None, None),
+        (1024, None, None),
+    ]  # fmt: skip
+    assert [drawn_with(group, found) for group in found[2:]] == found[:2]
