@@ -225,6 +225,7 @@ def test_a_config_asks_for_another_plan():
     assert plan_for(1000, {"N2": 64}) == Plan("monarch", 64, 1)
     assert plan_for(5000, {"method": "factors"}) == Plan("factors", 64, 2)
     assert plan_for(5000, {"method": "blocks"}, by_hand=True) == Plan("blocks", 32, 3)
+    assert plan_for(1000, {"method": "blocks"}, by_hand=True) == Plan("monarch", 16, 1)
     assert plan_for(5000, by_hand=True) == Plan("blocks", 32, 3)
     assert plan_for(5000, {}) == plan_for(5000) == Plan("factors", 32, 3)
     for match, bad in {
@@ -325,6 +326,48 @@ def test_any_scale(way, dtype, scales):
             z = long_conv(x * (size / scales[0]), kernel * (size / scales[1]), config=WAYS[way])
             factor = size * size / (scales[0] * scales[1])
             assert worst_block_error(z, exact * factor, row_rms=True) <= 2e-5
+
+
+@pytest.mark.parametrize("sizes", [(1e31, 1e-3), (1e-33, 1e3), (1e-9, 1.0)], ids=str)
+def test_factors_at_the_ends_of_float32(sizes):
+    """Squares of rows overflow and vanish; so does a product of x and dz, of which dk is a sum."""
+    T = 2048
+    x, dz = drawn(2, 2, T, seed=1), drawn(2, 2, T, seed=3)
+    kernel = drawn(2, T, seed=2, scale=T**-0.5)
+    leaves = (x * sizes[0]).requires_grad_(), (kernel * sizes[1]).requires_grad_()
+    z = long_conv(*leaves, layout="bdt", config=WAYS["factors"])
+    dx, dk = torch.autograd.grad(z, leaves, dz * 1e-30)
+    exact = [y.detach().double().requires_grad_() for y in (x, kernel)]
+    right = reference.long_conv(*exact, layout="bdt")
+    (right_dk,) = torch.autograd.grad(right, exact[1:], dz.double())
+    assert relative_error(z.detach() / sizes[0] / sizes[1], right.detach()) <= 2e-5
+    if sizes[0] == 1e31:
+        assert relative_error(dk.double() / sizes[0] * 1e30, right_dk) <= 2e-5
+    assert dk.isfinite().all() and dx.isfinite().all()
+
+
+def test_what_is_far_below_the_norm_still_counts_in_it():
+    """A norm taken too small would let float16 overflow."""
+    T = 8192
+    x, kernel = torch.full((1, 1, T), 2.0**-107, device=DEVICE), drawn(1, T, seed=1)
+    x[..., 0] = 2.0**-104
+    z = long_conv(x, kernel, layout="bdt", config=WAYS["factors"])
+    exact = reference.long_conv(x.double(), kernel.double(), layout="bdt")
+    assert relative_error(z * 2.0**104, exact * 2.0**104) <= 2e-5
+
+
+def test_weights_of_a_large_batch():
+    """More rows than one step of the kernel that weighs them, one of them far above the rest."""
+    T, B = 1030, 70
+    x, dz = drawn(B, 1, T, seed=1), drawn(B, 1, T, seed=3)
+    x[66] *= 1e3
+    kernel = drawn(1, T, seed=2, scale=T**-0.5).requires_grad_()
+    z = long_conv(x, kernel, layout="bdt", config=WAYS["factors"])
+    (dk,) = torch.autograd.grad(z, kernel, dz)
+    exact = kernel.detach().double().requires_grad_()
+    right = reference.long_conv(x.double(), exact, layout="bdt")
+    (right_dk,) = torch.autograd.grad(right, exact, dz.double())
+    assert relative_error(dk, right_dk) <= 2e-5
 
 
 @all_ways
@@ -572,6 +615,9 @@ def test_rejects_a_spectrum_of_another_call():
         kernel_spectrum(long.half(), 30),
         dataclasses.replace(monarch, N2=32),
         dataclasses.replace(monarch, method="direct", N2=0),
+        dataclasses.replace(monarch, values=monarch.values.mT.contiguous().mT),
+        dataclasses.replace(monarch, scale=None),
+        dataclasses.replace(monarch, scale=monarch.scale[:1]),
     ]:
         with pytest.raises(
             ArgumentError, match=r"wanted a spectrum .*make it with kernel_spectrum"

@@ -19,9 +19,10 @@ a program owns one f1 and many rows. Four kernels, in bytes an element of 16-bit
 so 22 + 4 / B, and 8 J + 1024 + 32 N2 operations. Backward: x and dz there 8 each, rows 12 and
 8 / B, back 6 and for float32 dk 8 / B: 34 + 16 / B.
 
-Precision: rows and kernels are divided by powers of two, to norms between 2^6 and 2^7. Products of
-spectra then stay under 2^14, by Cauchy and Schwarz, and what is a 2^20th of the rest does not
-vanish. In a batch's sum rows are weighted by what they were divided by.
+Precision: rows and kernels are divided by powers of two, to norms between 2^6 and 2^7; a norm of
+2^118 or more makes NaN, one below 2^-112 counts as zero. Products of spectra then stay under 2^15,
+by Cauchy and Schwarz, and what is a 2^20th of the rest does not vanish. In a batch's sum rows are
+weighted by what they were divided by.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ from chela_bench.kernels.long_conv_monarch import (
     by_hand,
     ordered,
     spectrum_dtype,
+    steps,
     tables,
 )
 from chela_bench.kernels.long_conv_monarch import constants as row_constants
@@ -68,15 +70,16 @@ def block_tables(J: int, device: torch.device) -> Tensor:
     """The first factor [n1, Re or Im of f1], padded with zeros to powers of two, in float16; then
     what that rounding left. Columns are 64 or fewer Re, as many Im, and again."""
     J2 = padded(J)
-    n1, f1 = torch.arange(J, dtype=torch.float64), torch.arange(J, dtype=torch.float64) - 0.25
+    n1 = steps(J, device)
+    f1 = n1 - 0.25
     turn = -2 * math.pi * (n1[:, None] * f1 / J).remainder(1.0)
-    exact = torch.zeros(J2, J2 // min(J2, FIRST), 2, min(J2, FIRST), dtype=torch.float64)
+    exact = turn.new_zeros(J2, J2 // min(J2, FIRST), 2, min(J2, FIRST))
     for plane, part in enumerate((turn.cos(), turn.sin())):
-        whole = torch.zeros(J2, J2, dtype=torch.float64)
+        whole = turn.new_zeros(J2, J2)
         whole[:J, :J] = part * _scale(J)
         exact[:, :, plane] = whole.reshape(J2, -1, min(J2, FIRST))
     rounded = exact.to(torch.float16)
-    return torch.stack([rounded, (exact - rounded).to(torch.float16)]).to(device)
+    return torch.stack([rounded, (exact - rounded).to(torch.float16)])
 
 
 def _scale(J: int) -> float:
@@ -88,9 +91,10 @@ def padded(J: int) -> int:
     return max(16, int(triton.next_power_of_2(J)))
 
 
-UP = tl.constexpr(2.0**44)
-DOWN = tl.constexpr(2.0**-44)
-LEAST = tl.constexpr(2.0**-106)  # of a norm; less counts as zero
+SMALL = tl.constexpr(2.0**-8)  # |x|, squared times UP, others times DOWN: none of them overflows
+UP = tl.constexpr(2.0**54)
+DOWN = tl.constexpr(2.0**-54)
+LEAST = tl.constexpr(2.0**-112)  # of a norm; less counts as zero
 
 
 @triton.jit
@@ -119,14 +123,26 @@ def _norms_kernel(
         if HAS_GATE:
             at = gate_ptr + (b * stride_gb + d * stride_gd) * UNIT + t + offs
             x *= tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        x *= DOWN
-        small += x * x
-        x *= UP * UP
-        large += x * x
-    over, under = tl.sum(large, axis=0), tl.sum(small, axis=0)  # one of them is in range
-    norm = tl.where(over < float("inf"), tl.sqrt(over) * DOWN, tl.sqrt(under) * UP)
+        is_small = tl.abs(x) < SMALL
+        up, down = tl.where(is_small, x, 0.0) * UP, tl.where(is_small, 0.0, x) * DOWN
+        small += up * up
+        large += down * down
+    small_norm = tl.sqrt(tl.sum(small, axis=0)) * DOWN
+    large_norm = tl.sqrt(tl.sum(large, axis=0)) * UP
+    most = tl.maximum(large_norm, small_norm)
+    rest = tl.minimum(large_norm, small_norm) * _inverse(most)
+    norm = most * tl.sqrt(1.0 + rest * rest) + 0.0 * large_norm  # NaN, which no maximum is
     scale, _ = _power_of_two(tl.where(norm < LEAST, 0.0, norm))
     tl.store(scale_ptr + row, scale / NORM)
+
+
+@triton.jit
+def _largest_scale(scale_ptr, B, EACH: tl.constexpr):
+    offs = tl.arange(0, EACH)
+    largest = tl.zeros([EACH], dtype=tl.float32)
+    for b in range(0, B, EACH):
+        largest = tl.maximum(largest, tl.load(scale_ptr + b + offs, mask=b + offs < B, other=0.0))
+    return tl.max(largest, axis=0)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -136,23 +152,28 @@ def _weights_kernel(
     EACH: tl.constexpr,
 ):  # fmt: skip
     """Of the rows d * B + b in a channel's sum: their scales' product over the largest, times
-    shrink; and what the sum is to be multiplied by."""
+    shrink; and what the sum is to be multiplied by. A product may be below what float32 holds, so
+    each scale is first divided by its own largest."""
     d = tl.program_id(0).to(tl.int64)
+    x_largest = _largest_scale(x_scale_ptr + d * B, B, EACH)
+    dz_largest = _largest_scale(dz_scale_ptr + d * B, B, EACH)
+    x_inverse, dz_inverse = _inverse(x_largest), _inverse(dz_largest)
     offs = tl.arange(0, EACH)
     largest = tl.zeros([EACH], dtype=tl.float32)
     for b in range(0, B, EACH):
-        mask = b + offs < B
-        x = tl.load(x_scale_ptr + d * B + b + offs, mask=mask, other=0.0)
-        x *= tl.load(dz_scale_ptr + d * B + b + offs, mask=mask, other=0.0)
-        largest = tl.maximum(largest, x)
-    scale = tl.max(largest, axis=0)
-    inverse = shrink * _inverse(scale)
+        at, mask = d * B + b + offs, b + offs < B
+        x = tl.load(x_scale_ptr + at, mask=mask, other=0.0) * x_inverse
+        largest = tl.maximum(
+            largest, x * tl.load(dz_scale_ptr + at, mask=mask, other=0.0) * dz_inverse
+        )
+    most = tl.max(largest, axis=0)
+    inverse = shrink * _inverse(tl.where(most < LEAST, 0.0, most))
     for b in range(0, B, EACH):
-        mask = b + offs < B
-        x = tl.load(x_scale_ptr + d * B + b + offs, mask=mask)
-        x *= tl.load(dz_scale_ptr + d * B + b + offs, mask=mask)
-        tl.store(weight_ptr + d * B + b + offs, x * inverse, mask=mask)
-    tl.store(scale_ptr + d, scale / shrink)
+        at, mask = d * B + b + offs, b + offs < B
+        x = tl.load(x_scale_ptr + at, mask=mask, other=0.0) * x_inverse
+        x *= tl.load(dz_scale_ptr + at, mask=mask, other=0.0) * dz_inverse
+        tl.store(weight_ptr + at, x * inverse, mask=mask)
+    tl.store(scale_ptr + d, x_largest / shrink * (most * dz_largest))
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -201,28 +222,39 @@ def _blocks_back_kernel(
     # runtime scalars; strides and T in units of UNIT
     N: tl.constexpr, J2: tl.constexpr, FIRST: tl.constexpr, UNIT: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_F: tl.constexpr,
-    HAS_GATE: tl.constexpr, HAS_CHANNEL: tl.constexpr,
+    HAS_GATE: tl.constexpr, HAS_CHANNEL: tl.constexpr, EACH_F1: tl.constexpr,
 ):  # fmt: skip
-    """z [B, D, T], gate * root * Re of the way back from y: BLOCK_N tokens of BLOCK_J blocks."""
+    """z [B, D, T], gate * root * Re of the way back from y: BLOCK_N tokens of BLOCK_J blocks.
+    EACH_F1: scale [B * D, J], not one a row."""
     pid = tl.program_id(0).to(tl.int64)
     NJ = (J + BLOCK_J - 1) // BLOCK_J
     row = pid // (N // BLOCK_N) // NJ
     b, d = row % B, row // B
     n1 = pid // (N // BLOCK_N) % NJ * BLOCK_J + tl.arange(0, BLOCK_J)
     n2 = pid % (N // BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+    scale, inverse = 1.0, 1.0
+    if EACH_F1:
+        every = tl.arange(0, J2)
+        scale = tl.max(tl.load(scale_ptr + row * J + every, mask=every < J, other=0.0), axis=0)
+        inverse = _inverse(scale)
+    else:
+        scale = tl.load(scale_ptr + row)
     z = tl.zeros([BLOCK_N, BLOCK_J], dtype=tl.float32)
     for first in range(0, (J + FIRST - 1) // FIRST * (2 * FIRST), BLOCK_F):
         f = first + tl.arange(0, BLOCK_F)
         f1, plane = f // (2 * FIRST) * FIRST + f % FIRST, f // FIRST % 2
         at = y_ptr + ((row * J + f1) * 2 + plane)[:, None] * N + n2[None, :]
         y = tl.load(at, mask=f1[:, None] < J, other=0.0)
+        if EACH_F1:
+            by = tl.load(scale_ptr + row * J + f1, mask=f1 < J, other=0.0) * inverse
+            y = (y.to(tl.float32) * by[:, None]).to(y.dtype)
         e_ptr = table_ptr + n1[:, None] * (2 * J2) + f[None, :]
         e = tl.trans(tl.load(e_ptr))
         rest = e
         if SPLIT:
             rest = tl.trans(tl.load(e_ptr + 2 * J2 * J2))
         z = _right(tl.trans(y), e, rest, z, SPLIT)
-    scale = tl.load(scale_ptr + row) * root
+    scale *= root
     if HAS_CHANNEL:
         scale *= tl.load(channel_scale_ptr + d)
     z *= scale
@@ -409,7 +441,7 @@ class Transform:
         gate: Tensor | None,
         z: Tensor,
     ) -> None:
-        """z [B, D, T] from y, times its scale [B * D], a channel's [D] and the gate."""
+        """z [B, D, T] from y, over scales [B * D] or [B * D, J] and a channel's [D]; and a gate."""
         B, D, _ = z.shape
         rows = Rows(self.N2, gate, z)
         N, J2 = N1 * self.N2, padded(self.J)
@@ -418,6 +450,7 @@ class Transform:
             N=N, J2=J2, FIRST=min(J2, FIRST), UNIT=rows.unit, SPLIT=self.exact, BLOCK_N=BLOCK_N,
             BLOCK_J=BLOCK_J, BLOCK_F=min(2 * J2, BLOCK_F),
             HAS_GATE=gate is not None, HAS_CHANNEL=channel_scale is not None,
+            EACH_F1=scale.ndim == 2,
         )  # fmt: skip
         _blocks_back(
             B * D * (N // BLOCK_N) * cdiv(self.J, BLOCK_J),
@@ -510,6 +543,7 @@ def gradients_factors(
     )  # fmt: skip
     del of_x
     transform.back(total, sum_scale, None, None, dk[None])
+    del total
     if dx is not None:
         transform.back(of_dz, dz_scale, scale, None, dx)
 
@@ -522,12 +556,12 @@ def taps_gradient_blocks(x: Tensor, gate: Tensor | None, dz: Tensor, dk: Tensor,
     rows = Rows(N2, x, gate, dz)
     J = transform.J
     total = x.new_empty(D, J, 2, N1, N2, dtype=torch.float16)
-    scale = x.new_empty(D, dtype=torch.float32)
+    scale = x.new_empty(D, J, dtype=torch.float32)
     kernel = by_hand("_sum_of_blocks_wgmma_kernel", BY_HAND)
     each = cdiv(D, GRADIENT_PROGRAMS[N2] * processors(x.device) // J)
     kernel(
         J * cdiv(D, each), (x, gate, dz, transform.first, transform.table, total, scale),
-        (*rows.strides, rows.T, B, D, each, 1 / (4 * triton.next_power_of_2(B))),
+        (*rows.strides, rows.T, B, D, each),
         rows.constants(kernel, BLOCKS=J, HAS_GATE=gate is not None), WARPS, 1,
     )  # fmt: skip
     transform.back(total, scale, None, None, dk[None])

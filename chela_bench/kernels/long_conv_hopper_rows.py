@@ -276,12 +276,12 @@ def _sum_of_blocks_wgmma_kernel(
     x_ptr, gate_ptr, dz_ptr, first_ptr, table_ptr, sum_ptr, scale_ptr,  # pointers
     stride_xb: gl.int64, stride_xd: gl.int64, stride_gb: gl.int64, stride_gd: gl.int64,
     stride_zb: gl.int64, stride_zd: gl.int64, T: gl.int64, B: gl.int64, D: gl.int64,
-    each: gl.int64, shrink: gl.float32,  # runtime scalars; strides and T in units of UNIT
+    each: gl.int64,  # runtime scalars; strides and T in units of UNIT
     N1: gl.constexpr, N2: gl.constexpr, UNIT: gl.constexpr, SPLIT: gl.constexpr,
     ORDERED: gl.constexpr, BLOCKS: gl.constexpr, HAS_GATE: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """sum and scale of long_conv_factors._gradient_rows_kernel from rows themselves, of a few
-    blocks, by `each` channels and one f1: the blocks of a row are as many bytes as its y."""
+    """sum of long_conv_factors._gradient_rows_kernel from rows themselves, of a few blocks, by
+    `each` channels and one f1, over a scale [D, J]: a row's blocks are as many bytes as its y."""
     gl.static_assert(ORDERED and not SPLIT and N1 == 64)
     N: gl.constexpr = N1 * N2
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -294,7 +294,6 @@ def _sum_of_blocks_wgmma_kernel(
     g_im_smem = gl.allocate_shared_memory(gl.float32, [N], plain)
     last = gl.minimum(first + each, D)
     b, d = first * 0, first
-    largest = shrink * 0.0
     for _ in range(0, ((last - first) * B).to(gl.int32)):
         gate_row_ptr = gate_ptr
         if HAS_GATE:
@@ -310,7 +309,7 @@ def _sum_of_blocks_wgmma_kernel(
             xs = _load_blocks(row_ptr, gate_row_ptr, T, N2, UNIT, BLOCKS, HAS_GATE)
         re, im = _row_there(room_re, room_im, tables, minus, N2, PACKED)
         x_re, x_im = re.to(gl.float16), im.to(gl.float16)
-        if BLOCKS > 2:
+        if BLOCKS != 2:
             xs = _load_blocks(row_ptr, gate_row_ptr, T, N2, UNIT, BLOCKS, HAS_GATE)
         _share_largest_of(xs, most, N2, BLOCKS)
         dz_scale, inverse = _shared_scale(most, gl.float32)
@@ -318,7 +317,6 @@ def _sum_of_blocks_wgmma_kernel(
         _put_factor(xs, inverse, e, room_re, room_im, N2, BLOCKS)
         re, im = _row_there(room_re, room_im, tables, minus, N2, PACKED)
         scale = x_scale * dz_scale
-        largest = gl.maximum(gl.where(b == 0, 0.0, largest), scale)
         re, im = _complex(re, im, x_re.to(gl.float32), x_im.to(gl.float32), True)
         g_re, g_im = _registers(re * scale, N2), _registers(im * scale, N2)
         if b > 0:
@@ -328,8 +326,9 @@ def _sum_of_blocks_wgmma_kernel(
             g_re_smem.store(g_re)
             g_im_smem.store(g_im)
         else:
-            by = gl.where(largest == 0, 0.0, shrink / largest)
-            gl.store(scale_ptr + d, largest / shrink)
+            _share_largest(gl.maximum(gl.abs(g_re), gl.abs(g_im)), most, N2)
+            scale, by = _shared_scale(most, gl.float32)
+            gl.store(scale_ptr + d * BLOCKS + f1, scale)
             re, im = _tile((g_re * by).to(gl.float16), N2), _tile((g_im * by).to(gl.float16), N2)
             re, im = _half_back(re, im, tables, N2, PACKED)
             _barrier()

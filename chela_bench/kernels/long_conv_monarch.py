@@ -40,6 +40,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from chela_bench.errors import ArgumentError
 from chela_bench.kernels.launching import Launcher, cdiv, has_wgmma, processors
 
 N1 = 64
@@ -56,14 +57,14 @@ PROGRAMS = {16: 5, 32: 3, 64: 2}
 GRADIENT_PROGRAMS = {16: 4, 32: 2, 64: 2}
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=32)
 def tables(N2: int, device: torch.device, *, ordered: bool = False, blocks: int = 1) -> Tensor:
     """For each f0 < blocks, F1 [f1, n1], F2 [n2, f2] and the twiddle [f1, n2] between them, each Re
     then Im, in float16; then what that rounding left of all of them. `ordered`: the twiddle in the
     order of spectra. Frequencies of table f0 are (f0 - 1/4) / blocks of a step high."""
-    low = (torch.arange(blocks, dtype=torch.float64)[:, None, None] - 0.25) / blocks
-    f1 = torch.arange(N1, dtype=torch.float64)[:, None] + low
-    n1, n2 = torch.arange(N1, dtype=torch.float64), torch.arange(N2, dtype=torch.float64)
+    low = (steps(blocks, device)[:, None, None] - 0.25) / blocks
+    f1 = steps(N1, device)[:, None] + low
+    n1, n2 = steps(N1, device), steps(N2, device)
     second = (n2[:, None] * n2 / N2).expand(blocks, N2, N2)
     phases = [f1 * n1 / N1, second, f1 * n2 / (N1 * N2)]
     scales = [N1**-0.5, N2**-0.5, 1.0]
@@ -76,7 +77,17 @@ def tables(N2: int, device: torch.device, *, ordered: bool = False, blocks: int 
         planes[4:] = [x.reshape(bits).permute(0, 4, 1, 3, 6, 5, 2, 7) for x in planes[4:]]
     exact = torch.cat([plane.flatten(1) for plane in planes], dim=1)
     rounded = exact.to(torch.float16)
-    return torch.cat([rounded, (exact - rounded).to(torch.float16)], dim=1).to(device)
+    return torch.cat([rounded, (exact - rounded).to(torch.float16)], dim=1)
+
+
+def steps(count: int, device: torch.device) -> Tensor:
+    """0, 1, .. in float64: what tables begin with. They are kept, so no CUDA graph may own them."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise ArgumentError(
+            "wanted the first call of a long convolution at this length before a CUDA graph is "
+            "captured, got it within: it makes tables that are kept; call it once before"
+        )
+    return torch.arange(count, dtype=torch.float64, device=device)
 
 
 @triton.jit

@@ -81,7 +81,7 @@ def checked(config: Mapping[str, int | str]) -> Mapping[str, int | str]:
     if method == "direct" and N2 is not None:
         raise ArgumentError(
             f"direct sums have no transform, so no N2, got N2 = {N2}; leave it out, or take "
-            "method monarch or parts"
+            "method monarch or factors"
         )
     return config
 
@@ -105,7 +105,7 @@ def _asked(T: int, config: Mapping[str, int | str], by_hand: bool) -> Plan:
     most = BLOCKS if method == "blocks" else 1
     for width in WIDTHS if N2 is None else (widest,):
         if most * width * N1 >= T:
-            return _plan(T, "blocks" if method == "blocks" else "monarch", width)
+            return _plan(T, "monarch" if width * N1 >= T else "blocks", width)
     raise ArgumentError(
         f"wanted T <= {most * widest * N1} for method {method}"
         f"{'' if N2 is None else f' with N2 = {N2}'}, {most} of 64 * N2 tokens at most, got T = "

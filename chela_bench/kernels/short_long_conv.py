@@ -17,7 +17,7 @@ anyway. Passes over memory, in bytes an element of 16-bit:
                         token-major, transforms     channel-major      direct
     short, SiLU              4, transposes               4                4
     parallel                 4, transposes               -                -
-    long                     4 (parts 20)            4 (parts 20)         4
+    long                     4 (factors 22)          4 (factors 22)       4
     back to tokens           4, transposes               -                -
     gate, fixed              2                           2                2
     gate, trained            2                       6, a pass           6, a pass
@@ -103,10 +103,11 @@ def short_long_conv(
     kernels then run on their own. After training, `reparameterize` merges kernels once for all.
 
     A transform's error is relative to rms(z) over the sequence, 8e-4 in bfloat16, 6e-4 in float16
-    and 4e-6 in float32 besides rounding z, however small z_t is; and the first tokens' z often is
-    small. The first `exact_head` outputs are therefore summed anew, from the first tokens, each
-    with an error relative to itself; causal only, and gradients stay as they are. What rounds: the
-    short convolution's output, a trained or token-major gate's factor, and two-sided each half.
+    (7e-4 beyond 16384 tokens) and 4e-6 in float32 (1e-5 at a million) besides rounding z, however
+    small z_t is; and the first tokens' z often is small. The first `exact_head` outputs are
+    therefore summed anew, from the first tokens, each with an error relative to itself; causal
+    only, and gradients stay as they are. What rounds: the short convolution's output, a trained or
+    token-major gate's factor, and two-sided each half.
 
     config says what convolves T tokens, in part or whole: {"method": "direct" | "monarch" |
     "blocks" | "factors", "N2": 16 | 32 | 64}; else the table of long_conv_plan.py.
@@ -393,11 +394,18 @@ def _plan(x: Tensor, D: int, T: int, spectrum: Spectrum | None, config: Config |
     asked = {"method": spectrum.method, **({"N2": spectrum.N2} if spectrum.N2 else {})}
     plan = plan_for(T, asked, by_hand=by_hand)
     shape = spectrum_shape(D, T, plan.N2) if plan.N2 else None
-    direct = spectrum.values.ndim == 2 and spectrum.scale is None
-    if not (direct if shape is None else tuple(spectrum.values.shape) == shape):
+    values, scale = spectrum.values, spectrum.scale
+    if shape is None or scale is None:
+        fits = shape is None and scale is None and values.ndim == 2
+    else:
+        fits = values.shape == shape and values.is_contiguous()
+        fits = fits and scale.shape == (D,) and scale.is_contiguous()
+    if not fits:
         raise ArgumentError(
-            f"wanted a spectrum with values {'[D, taps]' if shape is None else list(shape)}, got "
-            f"{list(spectrum.values.shape)}; make it with kernel_spectrum(kernel, T)"
+            f"wanted a spectrum with values {'[D, taps]' if shape is None else list(shape)} and "
+            f"{'no scale' if shape is None else f'a scale {[D]}, contiguous'}, got "
+            f"{list(values.shape)} and {'none' if scale is None else list(scale.shape)}; make it "
+            "with kernel_spectrum(kernel, T)"
         )
     return plan
 
