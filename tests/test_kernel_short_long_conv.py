@@ -21,6 +21,7 @@ from chela_bench.bench.check import error_of, relative_error, worst_block_error
 from chela_bench.bench.models import short_long_conv_bytes
 from chela_bench.errors import ArgumentError
 from chela_bench.kernels import short_long_conv as module
+from chela_bench.kernels.long_conv_factors import Transform
 from chela_bench.kernels.long_conv_plan import TABLE, WIDTHS, Plan, plan_for
 from chela_bench.kernels.short_long_conv import (
     hbm_bytes,
@@ -354,6 +355,17 @@ def test_what_is_far_below_the_norm_still_counts_in_it():
     z = long_conv(x, kernel, layout="bdt", config=WAYS["factors"])
     exact = reference.long_conv(x.double(), kernel.double(), layout="bdt")
     assert relative_error(z * 2.0**104, exact * 2.0**104) <= 2e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_scale_for_each_frequency_of_blocks(dtype):
+    transform = Transform(3, 16, dtype, torch.device(DEVICE), exact=dtype == torch.float32)
+    y, scale = transform.there(drawn(2, 2, 3000, seed=1).to(dtype))
+    each = 2.0 ** torch.arange(12, device=DEVICE).reshape(4, 3).flip(0)
+    one, several = torch.empty(2, 2, 2, 3000, device=DEVICE).unbind()
+    transform.back(y, scale, None, None, one)
+    transform.back(y / each[:, :, None, None, None], scale[:, None] * each, None, None, several)
+    assert relative_error(several, one.double()) <= 1e-3 if dtype == torch.float16 else 1e-6
 
 
 def test_weights_of_a_large_batch():

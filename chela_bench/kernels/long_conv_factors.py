@@ -245,14 +245,14 @@ def _blocks_back_kernel(
         f1, plane = f // (2 * FIRST) * FIRST + f % FIRST, f // FIRST % 2
         at = y_ptr + ((row * J + f1) * 2 + plane)[:, None] * N + n2[None, :]
         y = tl.load(at, mask=f1[:, None] < J, other=0.0)
-        if EACH_F1:
-            by = tl.load(scale_ptr + row * J + f1, mask=f1 < J, other=0.0) * inverse
-            y = (y.to(tl.float32) * by[:, None]).to(y.dtype)
         e_ptr = table_ptr + n1[:, None] * (2 * J2) + f[None, :]
         e = tl.trans(tl.load(e_ptr))
         rest = e
         if SPLIT:
             rest = tl.trans(tl.load(e_ptr + 2 * J2 * J2))
+        if EACH_F1:  # e is the smaller one
+            by = tl.load(scale_ptr + row * J + f1, mask=f1 < J, other=0.0)[:, None] * inverse
+            e, rest = (e * by).to(e.dtype), (rest * by).to(rest.dtype)
         z = _right(tl.trans(y), e, rest, z, SPLIT)
     scale *= root
     if HAS_CHANNEL:
