@@ -89,6 +89,15 @@ def test_two_sided_matches_double_loops(order, method, T_future):
     assert distance(z, exact) < 1e-14
 
 
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "two-sided"])
+def test_serial_is_a_short_and_a_long_convolution(causal):
+    x, short, long = randn(2, 9, 3), kernels(3, 3, 5), randn(3, 9)
+    two = {"causal": causal, "long_kernel_future": None if causal else randn(3, 8)}
+    h = short_conv(x, short, causal=causal)
+    z = short_long_conv(h, [], long, order="parallel", identity=False, **two)
+    assert torch.equal(z, short_long_conv(x, short, long, **two))
+
+
 @pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 1000])
 @pytest.mark.parametrize("T_long", [1, 64, 1500])
 def test_fft_and_direct_agree(T, T_long):
@@ -251,6 +260,9 @@ def test_rejects_what_does_not_fit():
         "nothing reaches": lambda: short_long_conv(x, [], long, identity=False),
         "no short kernel": lambda: short_conv(x, [], identity=False),
         "wanted state": lambda: short_conv(x, short, state=torch.zeros(2, 3, 3)),
+        "a state of those before": lambda: short_conv(
+            x, short, state=torch.zeros(2, 3, 2), causal=False
+        ),
         "wanted kernel": lambda: kernel_spectrum(long[0], 9),
         "identity=False": lambda: reparameterize([], long, order="serial", identity=False),
         "no order '": lambda: reparameterize(short, long, order="both"),

@@ -103,15 +103,22 @@ def short_conv(
     identity: bool = True,
     layout: Layout = "btd",
     state: Tensor | None = None,
+    causal: bool = True,
 ) -> Tensor:
-    """act(x + sum_i k_i * x), causal.
+    """act(x + sum_i k_i * x): the first half of `short_long_conv` with order="serial".
 
     x, y [B, T, D] (or [B, D, T] if layout="bdt"); kernels, each [D, W]. `state` [B, D, W_max - 1]
     holds the inputs before x, oldest first, and is updated in place, without gradient, to those
-    before the next call: zeros at a sequence's start. Raises ArgumentError for what does not fit.
+    before the next call: zeros at a sequence's start; causal=False has none. Raises ArgumentError
+    for what does not fit.
     """
     _check_option("activation", activation, ("silu", None))
-    _check_inputs(x, layout, kernels)
+    _check_inputs(x, layout, kernels, causal=causal)
+    if state is not None and not causal:
+        raise ArgumentError(
+            "causal=False reads tokens to come, which a state of those before x cannot hold, got "
+            "a state; leave it out and pass the whole sequence"
+        )
     u = _to_bdt(x, layout).to(compute_dtype(x, *kernels))
     B, D, T = u.shape
     past = max((kernel.shape[1] for kernel in kernels), default=1) - 1
@@ -124,7 +131,7 @@ def short_conv(
         u = torch.cat([state.to(u.dtype), u], dim=-1)
         with torch.no_grad():
             state.copy_(u[..., T:])
-    y = _short(u, kernels, identity, causal=True)[..., u.shape[-1] - T :]
+    y = _short(u, kernels, identity, causal)[..., u.shape[-1] - T :]
     return _to_bdt(y if activation is None else F.silu(y), layout)
 
 
