@@ -357,17 +357,14 @@ def test_what_is_far_below_the_norm_still_counts_in_it():
     assert relative_error(z * 2.0**104, exact * 2.0**104) <= 2e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_scale_for_each_frequency_of_blocks(dtype):
-    transform = Transform(3, 16, dtype, torch.device(DEVICE), exact=dtype == torch.float32)
-    y, scale = transform.there(drawn(2, 2, 3000, seed=1).to(dtype))
+def test_a_scale_for_each_frequency_of_blocks():
+    transform = Transform(3, 16, torch.float16, torch.device(DEVICE), exact=False)
+    y, scale = transform.there(drawn(2, 2, 3000, seed=1).half())
     each = 2.0 ** torch.arange(12, device=DEVICE).reshape(4, 3).flip(0)
     one, several = torch.empty(2, 2, 2, 3000, device=DEVICE).unbind()
     transform.back(y, scale, None, None, one)
     transform.back(y / each[:, :, None, None, None], scale[:, None] * each, None, None, several)
-    assert (
-        relative_error(several, one.double()) <= {torch.float32: 1e-6, torch.float16: 1e-3}[dtype]
-    )
+    assert relative_error(several, one.double()) <= 1e-3
 
 
 def test_weights_of_a_large_batch():

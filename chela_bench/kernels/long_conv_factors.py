@@ -225,7 +225,7 @@ def _blocks_back_kernel(
     HAS_GATE: tl.constexpr, HAS_CHANNEL: tl.constexpr, EACH_F1: tl.constexpr,
 ):  # fmt: skip
     """z [B, D, T], gate * root * Re of the way back from y: BLOCK_N tokens of BLOCK_J blocks.
-    EACH_F1: scale [B * D, J], not one a row."""
+    EACH_F1: scale [B * D, J], not one a row; in float16, without SPLIT."""
     pid = tl.program_id(0).to(tl.int64)
     NJ = (J + BLOCK_J - 1) // BLOCK_J
     row = pid // (N // BLOCK_N) // NJ
@@ -251,8 +251,8 @@ def _blocks_back_kernel(
         if SPLIT:
             rest = tl.trans(tl.load(e_ptr + 2 * J2 * J2))
         if EACH_F1:  # e is the smaller one
-            by = tl.load(scale_ptr + row * J + f1, mask=f1 < J, other=0.0)[:, None] * inverse
-            e, rest = (e * by).to(e.dtype), (rest * by).to(rest.dtype)
+            by = tl.load(scale_ptr + row * J + f1, mask=f1 < J, other=0.0)
+            e = (e * (by * inverse)[:, None]).to(tl.float16)
         z = _right(tl.trans(y), e, rest, z, SPLIT)
     scale *= root
     if HAS_CHANNEL:
