@@ -10,8 +10,7 @@ of which `merged` is linear and the others are differentiable once:
     products   y = z * gate, or y = z       saves the gate, and z where the gate is trained
 
 Each writes its output token-major ([B, T, D] in memory) or channel-major, as it is told: so a
-transpose costs nothing where the short convolution or a gate's product runs anyway. Called outside
-of tracing they launch kernels without the dispatcher, which costs the host as much as the launch.
+transpose costs nothing where the short convolution or a gate's product runs anyway.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chela_bench.errors import ArgumentError
 from chela_bench.kernels.dispatch import is_plain
 from chela_bench.kernels.launching import cdiv, on_device_of
 from chela_bench.kernels.long_conv_direct import direct_forward, direct_taps_gradient
@@ -41,87 +39,9 @@ from chela_bench.kernels.long_conv_monarch import (
 )
 from chela_bench.kernels.long_conv_monarch import kernel_spectrum as block_spectrum
 from chela_bench.kernels.merged_taps import merge_taps, offset
+from chela_bench.kernels.operator import Operator, register
 from chela_bench.kernels.short_conv import short_backward, short_forward
 from chela_bench.kernels.transposed_product import transpose_gate, transpose_gate_backward
-
-_library = torch.library.Library("chela_bench", "FRAGMENT")
-
-
-class Operator:
-    """One operator and its gradient's, known to PyTorch, and a way to call it without PyTorch.
-
-    forward and backward launch; outputs and gradients are what they return, without contents; save
-    and differentiate are as torch.library.register_autograd wants them, and differentiate takes the
-    backward to call: None where PyTorch's own operators are enough.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        forward: tuple[str, Callable[..., Any], Callable[..., Any]],
-        backward: tuple[str, Callable[..., Any], Callable[..., Any]] | None,
-        save: Callable[..., None],
-        differentiate: Callable[..., tuple[Tensor | None, ...]],
-    ) -> None:
-        self.forward = forward[1]
-        self.registered = _register(f"{name}_forward", *forward)
-        qualified = f"chela_bench::{name}"
-        launched_backward: Callable[..., Any] | None = None
-        registered_backward: Callable[..., Any] | None = None
-        if backward is not None:
-            launched_backward = backward[1]
-            registered_backward = _register(f"{name}_backward", *backward)
-            torch.library.register_autograd(
-                f"{qualified}_backward", _differentiate_twice, lib=_library
-            )
-
-        def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-            plain = not torch.is_grad_enabled() and is_plain(dy)
-            return differentiate(ctx, dy, launched_backward if plain else registered_backward)
-
-        torch.library.register_autograd(
-            f"{qualified}_forward", gradients, setup_context=save, lib=_library
-        )
-
-        class Eager(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, *arguments: Any) -> Tensor:
-                y: Tensor = forward[1](*arguments)
-                save(ctx, arguments, y)
-                return y
-
-            @staticmethod
-            def backward(ctx: Any, dy: Tensor) -> Any:
-                return gradients(ctx, dy)
-
-        # Without the Python of Function.apply: is_plain looks for transforms.
-        self.apply: Callable[..., Any] = super(torch.autograd.Function, Eager).apply
-
-    def __call__(self, *arguments: Any) -> Any:
-        tensors = [x for x in arguments if isinstance(x, Tensor)]
-        if not is_plain(*tensors):
-            return self.registered(*arguments)
-        if not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors):
-            return self.forward(*arguments)
-        unwrap = torch._C._functorch.unwrap_if_dead
-        return self.apply(*[unwrap(x) if isinstance(x, Tensor) else x for x in arguments])
-
-
-def _register(
-    name: str, schema: str, function: Callable[..., Any], outputs: Callable[..., Any]
-) -> Callable[..., Any]:
-    _library.define(f"{name}{schema}")
-    _library.impl(name, function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"chela_bench::{name}", outputs, lib=_library)
-    registered: Callable[..., Any] = getattr(torch.ops.chela_bench, name)
-    return registered
-
-
-def _differentiate_twice(ctx: Any, *gradients: Tensor | None) -> None:
-    raise ArgumentError(
-        "wanted first derivatives of short_long_conv, got a second one: its backward has no "
-        "gradient; use chela_bench.reference.short_long_conv, or drop create_graph=True"
-    )
 
 
 def _new(
@@ -357,7 +277,7 @@ def spectrum_shape(D: int, T: int, N2: int) -> tuple[int, ...]:
     return D, cdiv(T, N1 * N2), 2, N1, N2
 
 
-_register(
+register(
     "long_conv_spectrum",
     "(Tensor kernel, SymInt T, int N2, str method, ScalarType dtype) "
     "-> (Tensor spectrum, Tensor scale)",
