@@ -1,0 +1,93 @@
+"""What the compiler says of the layer's pointwise kernels for Hopper, which need not be there.
+
+    python benchmarks/gates_static.py
+
+A row a kernel and dtype, in the launcher's constants: registers a thread, stack (spills lie there)
+in bytes, shared memory in KB, and counts of a few instructions, then of loads and stores by width:
+a thread's 16 numbers are two of .v4.b32 a tensor in 16 bits, and four in float32.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import triton
+from linear_attention_static import facts
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from chela_bench.kernels import gates, queries_keys
+from chela_bench.kernels.rows import tile
+
+
+def compiled(kernel: Any, values: dict[str, Any], types: dict[str, str], warps: int) -> Any:
+    """As the launcher would have it: 16-byte aligned pointers, scalars not specialised."""
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in values:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = "*" + types.get(name, types["all"])
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name == "root_eps" else "i64"
+    at = {(kernel.arg_names.index(name),): value for name, value in values.items()}
+    return triton.compile(
+        ASTSource(kernel, signature, at, attributes),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": warps, "num_stages": 1},
+    )
+
+
+def every(dtype: str) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, str], int]]:
+    """Name, kernel, constexprs and missing pointers, dtypes of pointers, warps."""
+    alike = {"all": dtype}
+    for V in (128, 1000, 2048, 4096):
+        blocks = tile(V, gates.TILE, columns=gates.MAX_V)
+        warps = gates.warps(blocks["BLOCK_N"])
+        given = {"V": V, "ACTIVATION": "sigmoid", "UNIT": 8, **blocks}
+        forward, backward = gates._norm_gate_fwd_kernel, gates._norm_gate_bwd_kernel
+        yield f"norm_gate V {V}", forward, given, alike, warps
+        yield f"norm_gate' V {V}", backward, given, alike, warps
+    given |= {"ACTIVATION": "silu"}
+    wide = {"all": dtype, "o_ptr": "fp32", "do_ptr": "fp32"}
+    yield f"norm_gate V {V}, o fp32", forward, given, wide, warps
+    yield f"norm_gate' V {V}, o fp32", backward, given, wide, warps
+    given |= {"a_ptr": None, "da_ptr": None}
+    yield f"norm_gate' V {V}, no a", backward, given, alike, warps
+    for K in (128, 1000):
+        given = {"K": K, "ACTIVATION": "silu", "UNIT": 8}
+        forward, backward = (
+            queries_keys._queries_keys_fwd_kernel,
+            queries_keys._queries_keys_bwd_kernel,
+        )
+        yield f"queries_keys K {K}", forward, given | tile(K, queries_keys.TILE), alike, 4
+        given |= tile(K, queries_keys.WALKED)
+        types = {**alike, "parts_ptr": "fp32", "a_q_ptr": "fp32", "a_k_ptr": "fp32"}
+        yield f"queries_keys' K {K}", backward, given, types, 4
+        yield f"queries_keys' K {K}, no sums", backward, given | {"parts_ptr": None}, types, 4
+    summed = {"K": K, **queries_keys.SUMMED}
+    yield "sum of parts", queries_keys._sum_parts_kernel, summed, {"all": "fp32"}, 4
+    given = {"N": 1024, "UNIT": 8, **tile(1024, gates.TILE)}
+    forward, backward = gates._output_gate_fwd_kernel, gates._output_gate_bwd_kernel
+    missing = {"g_ptr": None, "x_ptr": None}
+    yield "output_gate", forward, given, alike, 4
+    yield "output_gate'", backward, given, alike, 4
+    yield "silu", forward, given | missing, alike, 4
+    yield "silu'", backward, given | missing | {"dg_ptr": None, "dx_ptr": None}, alike, 4
+
+
+def main() -> None:
+    print(f"Triton {triton.__version__}, sm_90, unit 8; ' is a backward")
+    for dtype in ("bf16", "fp32"):
+        for name, kernel, values, types, warps in every(dtype):
+            found = compiled(kernel, values, types, warps)
+            vectors = re.findall(r"(?:ld|st)\.global((?:\.v\d)?\.b\d+)", found.asm["ptx"])
+            counts = " ".join(f"{x} {vectors.count(x)}" for x in sorted(set(vectors)))
+            print(f"{name:26} {dtype} {facts(found)}   {counts}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

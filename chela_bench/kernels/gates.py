@@ -1,0 +1,215 @@
+"""Pointwise products of the CHELA layer, a pass over memory each: norm and gate, and output gate.
+
+    norm and gate   m = n * act(a)    n = o * r    r = 1 / sqrt(mean(o^2) + eps)
+                    do = r * (dm act(a) - n mean(dm act(a) n))      da = dm n act'(a)
+                    without a, m = n
+    output gate     y = sigmoid(g) SiLU(h) + (1 - sigmoid(g)) x     without g, y = SiLU(h) + x;
+                                                                    without x too, y = SiLU(h)
+
+All are [..., N]. A program of norm and gate owns whole rows, N <= 4096, and makes n again in the
+backward: grid (ceil(R / rows)). The output gate's owns a tile: grid (ceil(R / rows) * ceil(N /
+columns)). Bytes an element in 16 bits, forward and backward: norm and gate 6 and 10, without a 4
+and 6; output gate 8 and 14, without g 6 and 6; SiLU 4 and 6.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from chela_bench.kernels.launching import Launcher, cdiv, on_device_of
+from chela_bench.kernels.rows import _activated, _load, _mask, _sigmoids, _store, rows_of, tile
+
+MAX_V = 4096  # a row of norm and gate lies in the registers of one program
+TILE = 2048  # elements of 4 warps: two vectors of 16 bytes a thread, in 16 bits
+RUNTIME = ["R", "root_eps", *(f"stride_{x}" for x in ("o", "a", "dm", "h", "g", "x", "dy"))]
+
+
+@triton.jit
+def _normed(o, root_eps, N: tl.constexpr):
+    """n and r [rows, 1]. Rows shrink by the power of two at the largest of |o| and sqrt(eps) before
+    they are squared, so that no square overflows, nor all vanish."""
+    largest = tl.maximum(tl.max(tl.abs(o), axis=1, keep_dims=True), root_eps)
+    exponent = largest.to(tl.int32, bitcast=True) >> 23  # of NaN and infinity, 255
+    exponent = tl.minimum(tl.maximum(exponent, 1), 253)
+    shrink = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    o, root_eps = o * shrink, root_eps * shrink
+    inverse = tl.rsqrt(tl.sum(o * o, axis=1, keep_dims=True) / N + root_eps * root_eps)
+    return o * inverse, inverse * shrink
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _norm_gate_fwd_kernel(
+    o_ptr, a_ptr, m_ptr,  # [R, V], a may be missing
+    stride_o: tl.int64, stride_a: tl.int64,  # in units of UNIT
+    R: tl.int64, root_eps,
+    V: tl.constexpr, ACTIVATION: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    v = tl.arange(0, BLOCK_N)
+    mask = _mask(r, v, R, V)
+    m, _ = _normed(_load(o_ptr, r, v, stride_o * UNIT, mask), root_eps, V)
+    if a_ptr is not None:
+        gate, _ = _activated(_load(a_ptr, r, v, stride_a * UNIT, mask), ACTIVATION)
+        m *= gate
+    _store(m_ptr, r, v, V, mask, m)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _norm_gate_bwd_kernel(
+    o_ptr, a_ptr, dm_ptr, do_ptr, da_ptr,  # [R, V]; a, do and da may be missing
+    stride_o: tl.int64, stride_a: tl.int64, stride_dm: tl.int64,  # in units of UNIT
+    R: tl.int64, root_eps,
+    V: tl.constexpr, ACTIVATION: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    v = tl.arange(0, BLOCK_N)
+    mask = _mask(r, v, R, V)
+    normed, inverse = _normed(_load(o_ptr, r, v, stride_o * UNIT, mask), root_eps, V)
+    dn = _load(dm_ptr, r, v, stride_dm * UNIT, mask)
+    if a_ptr is not None:
+        gate, slope = _activated(_load(a_ptr, r, v, stride_a * UNIT, mask), ACTIVATION)
+        if da_ptr is not None:
+            _store(da_ptr, r, v, V, mask, dn * normed * slope)
+        dn *= gate
+    if do_ptr is not None:
+        along = tl.sum(dn * normed, axis=1, keep_dims=True) / V
+        _store(do_ptr, r, v, V, mask, inverse * (dn - normed * along))
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _output_gate_fwd_kernel(
+    h_ptr, g_ptr, x_ptr, y_ptr,  # [R, N]; g, or g and x may be missing
+    stride_h: tl.int64, stride_g: tl.int64, stride_x: tl.int64,  # in units of UNIT
+    R: tl.int64,
+    N: tl.constexpr, UNIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    NB: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    pid = tl.program_id(0).to(tl.int64)
+    r = pid // NB * BLOCK_R + tl.arange(0, BLOCK_R)
+    n = (pid % NB).to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = _mask(r, n, R, N)
+    y, _ = _activated(_load(h_ptr, r, n, stride_h * UNIT, mask), "silu")
+    if x_ptr is not None:
+        x = _load(x_ptr, r, n, stride_x * UNIT, mask)
+        if g_ptr is not None:
+            gate, rest = _sigmoids(_load(g_ptr, r, n, stride_g * UNIT, mask))
+            y, x = gate * y, rest * x
+        y += x
+    _store(y_ptr, r, n, N, mask, y)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _output_gate_bwd_kernel(
+    h_ptr, g_ptr, x_ptr, dy_ptr, dh_ptr, dg_ptr, dx_ptr,  # [R, N]; without g neither x, dg nor dx
+    stride_h: tl.int64, stride_g: tl.int64, stride_x: tl.int64,  # in units of UNIT
+    stride_dy: tl.int64, R: tl.int64,
+    N: tl.constexpr, UNIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    NB: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    pid = tl.program_id(0).to(tl.int64)
+    r = pid // NB * BLOCK_R + tl.arange(0, BLOCK_R)
+    n = (pid % NB).to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = _mask(r, n, R, N)
+    dh = _load(dy_ptr, r, n, stride_dy * UNIT, mask)
+    value, slope = _activated(_load(h_ptr, r, n, stride_h * UNIT, mask), "silu")
+    if g_ptr is not None:
+        gate, rest = _sigmoids(_load(g_ptr, r, n, stride_g * UNIT, mask))
+        if dx_ptr is not None:
+            _store(dx_ptr, r, n, N, mask, dh * rest)
+        dh *= gate
+        if dg_ptr is not None:
+            x = _load(x_ptr, r, n, stride_x * UNIT, mask)
+            _store(dg_ptr, r, n, N, mask, dh * rest * (value - x))
+    if dh_ptr is not None:
+        _store(dh_ptr, r, n, N, mask, dh * slope)
+
+
+_norm_gate_fwd, _norm_gate_bwd = Launcher(_norm_gate_fwd_kernel), Launcher(_norm_gate_bwd_kernel)
+_output_gate_fwd = Launcher(_output_gate_fwd_kernel)
+_output_gate_bwd = Launcher(_output_gate_bwd_kernel)
+
+
+def norm_gate_forward(
+    o: Tensor, a: Tensor | None, m: Tensor, *, eps: float, activation: str | None
+) -> None:
+    """Writes m. All [..., V]; m contiguous."""
+    if o.numel() > 0:
+        _norm_gate(_norm_gate_fwd, o, (a,), (m,), eps, activation)
+
+
+def norm_gate_backward(
+    o: Tensor,
+    a: Tensor | None,
+    dm: Tensor,
+    do: Tensor | None,
+    da: Tensor | None,
+    *,
+    eps: float,
+    activation: str | None,
+) -> None:
+    """Writes do and da, if given. All [..., V]; do and da contiguous."""
+    if o.numel() > 0:
+        _norm_gate(_norm_gate_bwd, o, (a, dm), (do, da), eps, activation)
+
+
+def _norm_gate(
+    launcher: Launcher,
+    o: Tensor,
+    others: tuple[Tensor | None, ...],
+    outputs: tuple[Tensor | None, ...],
+    eps: float,
+    activation: str | None,
+) -> None:
+    tensors, strides, unit, R, V = rows_of(o, *others)
+    blocks = tile(V, TILE, columns=MAX_V)
+    constants = launcher.constants(V=V, ACTIVATION=activation, UNIT=unit, **blocks)
+    programs, columns = cdiv(R, blocks["BLOCK_R"]), blocks["BLOCK_N"]
+    scalars = (*strides, R, math.sqrt(eps))
+    with on_device_of(o):
+        launcher(programs, (*tensors, *outputs), scalars, constants, warps(columns), 1)
+
+
+def warps(columns: int) -> int:
+    """Of a program of norm and gate."""
+    return 4 if columns <= TILE else 8
+
+
+def output_gate_forward(h: Tensor, g: Tensor | None, x: Tensor | None, y: Tensor) -> None:
+    """Writes y. All [..., N]; y contiguous."""
+    if h.numel() > 0:
+        _output_gate(_output_gate_fwd, h, (g, x), (y,))
+
+
+def output_gate_backward(
+    h: Tensor,
+    g: Tensor | None,
+    x: Tensor | None,
+    dy: Tensor,
+    dh: Tensor | None,
+    dg: Tensor | None,
+    dx: Tensor | None,
+) -> None:
+    """Writes dh, dg and dx, if given. All [..., N]; those contiguous. Without g, x is not read and
+    dx is dy: neither is given."""
+    if h.numel() > 0:
+        _output_gate(_output_gate_bwd, h, (g, x, dy), (dh, dg, dx))
+
+
+def _output_gate(
+    launcher: Launcher,
+    h: Tensor,
+    others: tuple[Tensor | None, ...],
+    outputs: tuple[Tensor | None, ...],
+) -> None:
+    tensors, strides, unit, R, N = rows_of(h, *others)
+    blocks = tile(N, TILE)
+    constants = launcher.constants(N=N, UNIT=unit, **blocks)
+    programs = cdiv(R, blocks["BLOCK_R"]) * cdiv(N, blocks["BLOCK_N"])
+    with on_device_of(h):
+        launcher(programs, (*tensors, *outputs), (*strides, R), constants, 4, 1)
