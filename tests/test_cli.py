@@ -148,7 +148,7 @@ def _assert_all_right(done, document, *, groups, direction=None):
     outcomes = {p["key"]: (p["outcome"], p["reason"]) for p in document["points"]}
     once = sum(p["op"] == "reparameterization" for p in document["points"])
     assert once == (4 * 2 * groups if direction == "fwdbwd" else 4 * 2)
-    assert len(outcomes) == groups * (9 + 1 + 4 * 2 + 3 + 2 + 2) + once
+    assert len(outcomes) == groups * (9 + 1 + 4 * 2 + 3 + 3 + 2) + once
     for key, (outcome, reason) in outcomes.items():
         if key.startswith(NEED_A_GPU):
             assert (outcome, reason) == ("skipped", "needs a GPU")

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "chela_bench"
 # Room -> what its files may import: rooms of ours, and heavy packages of others.
 ARROWS = {
     "reference": {"errors", "torch"},
-    "kernels": {"errors", "torch", "triton"},
+    "kernels": {"reference", "errors", "torch", "triton"},
     "profiles": {"errors", "records", "torch"},
     "bench": {"kernels", "reference", "profiles", "records", "errors", "torch", "triton"},
     "reports": {"records", "errors"},
@@ -66,6 +66,11 @@ def test_arrows_point_down(path):
     room = _room(path)
     allowed = ARROWS[room] | {room}
     assert _imports(path) <= allowed
+
+
+def test_kernels_but_the_layer_know_no_reference():
+    kernels = [path for path in FILES if _room(path) == "kernels"]
+    assert [path.name for path in kernels if "reference" in _imports(path)] == ["chela.py"]
 
 
 def test_every_room_is_in_the_map():

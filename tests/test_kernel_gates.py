@@ -175,7 +175,7 @@ def test_matches_the_formula(name, dtype, shape):
             "queries_keys_True",
             {
                 "p": torch.bfloat16,
-                "m_q": torch.float16,
+                "a_q": torch.float16,
                 "a_k": torch.float64,
                 "m_k": torch.bfloat16,
             },
@@ -239,7 +239,8 @@ def test_huge_values_pass_the_gates(dtype, size):
         pairs = [*zip(outputs, exact, strict=True)]
         pairs += [(y, exact_gradients[i]) for i, y in gradients.items()]
         for y, y_exact in pairs:
-            torch.testing.assert_close(y.double(), y_exact, rtol=2 * ROUNDING[y.dtype], atol=1e-30)
+            rtol = ROUNDING[y.dtype] + ARITHMETIC
+            torch.testing.assert_close(y.double(), y_exact, rtol=rtol, atol=1e-30)
 
 
 def test_nan_stays_in_its_row():
@@ -283,7 +284,8 @@ LAYOUTS = {
 
 @functions
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_strides_give_the_same_bits(name, layout):
+def test_any_strides_give_the_same(name, layout):
+    """But for the order of sums, where a GPU's threads hold fewer neighbours."""
     inputs = inputs_of(name, (2, 5, 24), torch.float16)
     outputs, gradients, upstream = with_gradients(FUNCTIONS[name][0], inputs)
     moved = {x: LAYOUTS[layout](tensor) for x, tensor in inputs.items()}
@@ -291,8 +293,10 @@ def test_any_strides_give_the_same_bits(name, layout):
     found, moved_gradients, _ = with_gradients(
         FUNCTIONS[name][0], moved, [LAYOUTS[layout](dy) for dy in upstream]
     )
-    assert all(map(torch.equal, found, outputs))
-    assert all(map(torch.equal, moved_gradients.values(), gradients.values()))
+    pairs = [*zip(found, outputs, strict=True)]
+    pairs += [(gradient, gradients[x]) for x, gradient in moved_gradients.items()]
+    for y, wanted in pairs:
+        torch.testing.assert_close(y, wanted, rtol=2 * ROUNDING[y.dtype], atol=1e-5)
 
 
 @functions
@@ -323,7 +327,7 @@ def test_only_what_is_trained_gets_a_gradient(name):
     for x, wanted in every.items():
         _, alone, _ = with_gradients(FUNCTIONS[name][0], inputs, upstream, trained=[x])
         assert list(alone) == [x]
-        assert torch.equal(alone[x], wanted)
+        torch.testing.assert_close(alone[x], wanted)
 
 
 def test_keys_alone_are_trained():
@@ -341,7 +345,10 @@ def test_sums_over_rows_have_the_same_bits_each_time():
     assert all(map(torch.equal, first.values(), second.values()))
 
 
-def test_sums_over_many_rows():
+@pytest.mark.parametrize("walks", [1, 64])
+def test_sums_over_many_rows(monkeypatch, walks):
+    """Programs that walk far, and more of them than one step of their sum."""
+    monkeypatch.setattr(ops.shared, "WALKS", walks)
     check("queries_keys_True", inputs_of("queries_keys_True", (1, 3000, 40)))
 
 
@@ -362,6 +369,21 @@ def test_the_operators_keep_pytorchs_rules(trained):
     opcheck(ops._output_gate, x(), x(), x(dtype=torch.float16))
     opcheck(ops._output_gate, x().transpose(0, 1), None, x())
     opcheck(ops._output_gate, x(), None, None)
+
+
+@pytest.mark.parametrize("needed", [(True, True, True), (False, True, False)])
+def test_the_gradients_operators_keep_pytorchs_rules(needed):
+    operators = torch.ops.chela_bench
+    half, x, moved = drawn(2, 3, 8).half(), drawn(2, 3, 8), drawn(3, 2, 8).transpose(0, 1)
+    for operator, arguments in (
+        (operators.norm_gate_backward, (moved, half, x, EPS, "silu", *needed[:2])),
+        (
+            operators.queries_keys_backward,
+            (half, x[0, 0], half[0, 0], x, moved, True, torch.bfloat16, torch.float32, *needed[:2]),
+        ),
+        (operators.output_gate_backward, (moved, half, x, half, *needed)),
+    ):
+        torch.library.opcheck(operator.default, arguments)
 
 
 @functions
@@ -401,8 +423,8 @@ def test_a_second_derivative_is_refused(name):
         first.sum().backward()
 
 
-X = torch.zeros(2, 3, 8)
-ROW = torch.zeros(8)
+X = torch.zeros(2, 3, 8, device=DEVICE)
+ROW = X[0, 0]
 WRONG = [
     (lambda: norm_gate(X, X[:1], eps=EPS), r"wanted o, a \[\.\.\., N\] of one shape .*\[1, 3, 8\]"),
     (lambda: norm_gate(X.double(), X, eps=EPS), r"wanted o in float32, .*float64.*reference"),
@@ -412,7 +434,7 @@ WRONG = [
     (lambda: norm_gate(X, X, eps=EPS, activation="tanh"), "no activation 'tanh'; .*'sigmoid'"),
     (lambda: norm_gate(X, X, eps=EPS, dtype=torch.float64), "wanted dtype float32, .*float64"),
     (lambda: norm_gate(X[0, 0, 0], None, eps=EPS), r"\[\.\.\., N\]"),
-    (lambda: norm_gate(torch.zeros(1, 4097), None, eps=EPS), r"V <= 4096, got \[1, 4097\]"),
+    (lambda: norm_gate(X.new_zeros(1, 4097), None, eps=EPS), r"V <= 4096, got \[1, 4097\]"),
     (lambda: norm_gate(X, X.to("meta"), eps=EPS), "on one device, .*meta"),
     (lambda: queries_keys(X, ROW, ROW, ROW[:7], ROW, activation=True), r"wanted a_k \[8\].*\[7\]"),
     (lambda: queries_keys(X, ROW, ROW.int(), ROW, ROW, activation=True), "wanted m_q .*int32"),
@@ -425,14 +447,14 @@ WRONG = [
 
 @pytest.mark.parametrize(("call", "message"), WRONG)
 def test_rejects(call, message):
-    with torch.device(DEVICE), pytest.raises(ArgumentError, match=message):
+    with pytest.raises(ArgumentError, match=message):
         call()
 
 
 def test_a_cpu_without_the_interpreter_is_refused(monkeypatch):
     monkeypatch.setattr(ops.gates._norm_gate_fwd, "interpreted", False)
     with pytest.raises(ArgumentError, match=r"wanted p on a GPU, got cpu; .*TRITON_INTERPRET=1"):
-        silu(X)
+        silu(X.cpu())
 
 
 @pytest.mark.gpu

@@ -53,7 +53,7 @@ def test_bad_lengths_say_what_came_and_the_way_out(text):
 
 def test_the_default_plan_has_every_implementation_at_every_length(config):
     cases = _cases(config)
-    assert len({case.key for case in cases}) == len(cases) == 7 * (2 * (10 + 1 + 4 + 3 + 2 + 2) + 4)
+    assert len({case.key for case in cases}) == len(cases) == 7 * (2 * (10 + 1 + 4 + 3 + 3 + 2) + 4)
     assert {case.shape["T"] for case in cases} == {1 << n for n in range(10, 17)}
 
 

@@ -180,6 +180,22 @@ def layer_module(width: int, key: int, value: int, tokens: int, device: str) -> 
         return ChelaLayer(width, d_key=key, d_value=value, max_length=tokens)
 
 
+def fused_layer(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    taps = parameters["long_kernel"].shape[-1]
+    key, value = parameters["a_q"].shape[0], parameters["w_v.weight"].shape[0]
+    module = _fused_module(x.shape[-1], key, value, taps)
+    output: Tensor = torch.func.functional_call(module, parameters, (x,))
+    return output
+
+
+@functools.lru_cache(maxsize=8)
+def _fused_module(width: int, key: int, value: int, tokens: int) -> ChelaLayer:
+    from chela_bench.kernels.chela import ChelaLayer as Fused
+
+    with torch.device("meta"):
+        return Fused(width, d_key=key, d_value=value, max_length=tokens, implementation="triton")
+
+
 def reference_softmax_layer(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
     return softmax_module(x.shape[-1], softmax_attention)(x, parameters)
 

@@ -339,6 +339,13 @@ OPS: tuple[Op, ...] = (
                 "reference module, default switches",
             ),
             Impl(
+                "chela",
+                f"{_ADAPTERS}:fused_layer",
+                "Triton: convolution, attention and gates fused; matrix products by cuBLAS",
+                devices=("cuda",),
+                fp32_operands="tf32",
+            ),
+            Impl(
                 "composed",
                 f"{_PEERS}:composed_layer",
                 "what a user writes today: torch's rfft and fla's chunk_linear_attn",

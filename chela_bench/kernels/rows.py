@@ -8,6 +8,7 @@ compiled, R is not. What is computed is in float32, and rounds where it is store
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import triton
@@ -92,6 +93,7 @@ def _rows_of(x: Tensor | None, N: int) -> tuple[Tensor | None, int]:
     return rows, rows.stride(0)
 
 
+@cache  # Triton's next_power_of_2 takes the host a microsecond and more
 def tile(N: int, elements: int, *, columns: int = COLUMNS) -> dict[str, int]:
     """Rows and columns of a tile, powers of two."""
     block: int = min(triton.next_power_of_2(N), columns)

@@ -182,33 +182,35 @@ def short_conv(
     *,
     activation: Activation = "silu",
     identity: bool = True,
+    causal: bool = True,
     layout: Layout = "btd",
     state: Tensor | None = None,
 ) -> Tensor:
-    """act(x + sum_i k_i * x), causal.
+    """act(x + sum_i k_i * x); causal=False centres the kernels, whose widths are odd then.
 
     x, y [B, T, D] (or [B, D, T] if layout="bdt"), any strides; kernels, each [D, W]; float32,
     bfloat16 or float16, y in x's. `state` [B, D, W_max - 1] holds the inputs before x, oldest
     first, and is updated in place, without gradient, to those before the next call: zeros at a
-    sequence's start. 4 bytes an element in 16-bit. Raises ArgumentError.
+    sequence's start; causal only. 4 bytes an element in 16-bit. Raises ArgumentError.
     """
     (x,) = autocast(x)
     B, D, T = _check_inputs(x, layout, kernels)
+    _check_centred(kernels, causal)
     _check_option("activation", activation, ("silu", None))
     _check_serial(kernels, identity)
     _check_tensors(
         x=x, state=state, **{f"kernels[{i}]": kernel for i, kernel in enumerate(kernels)}
     )
     if state is not None:
-        _check_state(state, (B, D, _widest(kernels) - 1))
+        _check_state(state, (B, D, _widest(kernels) - 1), causal)
     tokens = layout == "btd"
     u = x.mT if tokens else x
-    weight, _ = _merged(kernels, identity, True, D, x)
+    weight, ahead = _merged(kernels, identity, causal, D, x)
     past = None
     if state is not None:  # a backward reads it after it was updated
         past = state.detach()
         past = past.clone() if _is_trained(x, *kernels) else past
-    y = short(u, weight, past, activation == "silu", 0, tokens, tokens)
+    y = short(u, weight, past, activation == "silu", ahead, tokens, tokens)
     if state is not None:
         with torch.no_grad():
             known = torch.cat([state[..., T:], u[..., max(T - state.shape[2], 0) :]], dim=2)
@@ -455,12 +457,16 @@ def _check_kernels(kernels: Sequence[Tensor], D: int) -> None:
             )
 
 
-def _check_two_sided(kernels: Sequence[Tensor], future: Tensor | None, causal: bool) -> None:
+def _check_centred(kernels: Sequence[Tensor], causal: bool) -> None:
     even = [kernel.shape[1] for kernel in kernels if kernel.shape[1] % 2 == 0]
     if even and not causal:
         raise ArgumentError(
             f"causal=False centres short kernels, so widths are odd, got {even}; pad with a zero"
         )
+
+
+def _check_two_sided(kernels: Sequence[Tensor], future: Tensor | None, causal: bool) -> None:
+    _check_centred(kernels, causal)
     if causal == (future is not None):
         raise ArgumentError(
             "long_kernel_future [D, T_f] is the half that causal=False needs and causal=True has "
@@ -492,7 +498,11 @@ def _check_gate(gate: Tensor | None, x: Tensor) -> None:
         )
 
 
-def _check_state(state: Tensor, wanted: tuple[int, int, int]) -> None:
+def _check_state(state: Tensor, wanted: tuple[int, int, int], causal: bool) -> None:
+    if not causal:
+        raise ArgumentError(
+            "wanted causal=True for a state, which holds the past, got causal=False; leave it out"
+        )
     if state.shape != wanted:
         raise ArgumentError(
             f"wanted state [B, D, W_max - 1] = {list(wanted)}, got {list(state.shape)}; "

@@ -147,14 +147,14 @@ class ChelaLayer(nn.Module):
         padding may hold anything, and y is zero there. Raises ArgumentError for a longer T.
         """
         self._check_input(x, mask)
-        x = _zero_padding(x, mask)
+        x = zero_padding(x, mask)
         before = self.norm_position == "before"
-        normed = _zero_padding(_normalize(self.norm, x), mask) if before else x  # X~
+        normed = zero_padding(_normalize(self.norm, x), mask) if before else x  # X~
         z = self._convolve(normed, mask)
         m = self._attend(normed, z, mask)
         h = self.dropout(F.silu(self.w_h(z) + self.u_h(m)))
         y = self._gate_output(h, z, x)
-        return _zero_padding(y if before else _normalize(self.norm, y), mask)
+        return zero_padding(y if before else _normalize(self.norm, y), mask)
 
     def _convolve(self, normed: Tensor, mask: Tensor | None) -> Tensor:
         """Z [B, T, D]: short_long_conv, whose parts "serial" runs apart to mask what lies between.
@@ -163,7 +163,7 @@ class ChelaLayer(nn.Module):
         """
         u, shorts = normed, list(self.short_kernels)
         if self.order == "serial":
-            u, shorts = _zero_padding(short_conv(u, shorts, causal=self.causal), mask), []
+            u, shorts = zero_padding(short_conv(u, shorts, causal=self.causal), mask), []
         future = self.long_kernel_future
         return short_long_conv(
             u,
@@ -179,7 +179,7 @@ class ChelaLayer(nn.Module):
         """M [B, T, V]. Masked values leave nothing of the padding in K^T V."""
         shared = z if self.w_z is None else F.silu(self.w_z(z))  # Z' [B, T, K]
         q, k = self.a_q * shared + self.m_q, self.a_k * shared + self.m_k  # [B, T, K]
-        v = _zero_padding(F.silu(self.w_v(normed)), mask)  # [B, T, V]
+        v = zero_padding(F.silu(self.w_v(normed)), mask)  # [B, T, V]
         q, k, v = (
             u.unflatten(2, (self.num_heads, u.shape[2] // self.num_heads)) for u in (q, k, v)
         )
@@ -220,6 +220,8 @@ class ChelaBlock(nn.Module):
     which forgets; without it H + x adds up, to about 3.
     """
 
+    layer_type: type[ChelaLayer] = ChelaLayer
+
     def __init__(
         self,
         d_model: int,
@@ -235,7 +237,7 @@ class ChelaBlock(nn.Module):
         if d_ff < 1:
             raise ArgumentError(f"d_ff is a width, got {d_ff}; pass 1 or more")
         self.ff_activation = ff_activation
-        self.layer = ChelaLayer(d_model, **layer_options)
+        self.layer = self.layer_type(d_model, **layer_options)
         self.norm = type(self.layer.norm)(d_model, eps=self.layer.eps)
         self.w_1, self.w_2 = nn.Linear(d_model, d_ff), nn.Linear(d_ff, d_model)
         self.dropout = nn.Dropout(self.layer.dropout.p)
@@ -250,7 +252,7 @@ class ChelaBlock(nn.Module):
             y = u + self._feed_forward(_normalize(self.norm, u))
         else:
             y = _normalize(self.norm, u + self._feed_forward(u))
-        return _zero_padding(y, mask)
+        return zero_padding(y, mask)
 
     def _feed_forward(self, u: Tensor) -> Tensor:
         hidden = self.dropout(_ACTIVATIONS[self.ff_activation](self.w_1(u)))  # [B, T, F]
@@ -274,7 +276,7 @@ def _normalize(norm: nn.LayerNorm | nn.RMSNorm, x: Tensor) -> Tensor:
     return y.to(x.dtype)
 
 
-def _zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
+def zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
     """x [B, T, ...] with zeros where mask [B, T] has no token, whatever was there."""
     return x if mask is None else x.masked_fill(~mask[:, :, None], 0)
 

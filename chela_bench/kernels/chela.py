@@ -1,0 +1,148 @@
+"""The CHELA layer (arXiv 2406.08128) by Triton kernels: another forward of the reference's.
+
+    X~ = norm(x)                                    torch                     4 D
+    Z = short_long_conv(X~)                         short_long_conv.py       16 D
+    Q, K = a * SiLU(Z W_z + b_z) + m                queries_keys              6 K
+    V = SiLU(X~ W_v + b_v)                          silu                      4 V
+    O = linear_attention(Q, K, V)                   linear_attention.py       4 V + 8 K
+    M = norm_rms(O) * act(Z W_a + b_a)              norm_gate                 6 V
+    H = Z W_h + b_h + M U_h                         cuBLAS, one after the other into one sum
+    y = sigmoid(Z W_o + b_o) SiLU(H) + ..           output_gate               8 D
+
+Bytes a token in 16 bits of what is not a product of matrices, which are cuBLAS's. The class is the
+reference's own with its steps replaced, so that there is one set of parameters and one meaning of
+every option (docs/decisions/0008).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from chela_bench.errors import ArgumentError
+from chela_bench.kernels import gates
+from chela_bench.kernels.gates_ops import DTYPES, norm_gate, output_gate, queries_keys, silu
+from chela_bench.kernels.linear_attention import linear_attention
+from chela_bench.kernels.short_long_conv import long_conv, short_conv, short_long_conv
+from chela_bench.reference import chela as reference
+from chela_bench.reference.chela import zero_padding
+from chela_bench.reference.long_kernels import taps_of
+
+Implementation = Literal["auto", "triton", "reference"]
+
+
+class ChelaLayer(reference.ChelaLayer):
+    """x [B, T, D] -> y [B, T, D], as chela_bench.reference.chela.ChelaLayer, whose options it takes
+    and whose state_dict it shares.
+
+    implementation: "triton", "reference", or "auto", which is Triton for float32, bfloat16 and
+    float16 on a GPU and d_value up to 4096, and else the reference; the repr says which. What
+    rounds besides each product: X~, Z, Q, K, V, O, M and y, in the module's dtype. In float16 the
+    attention of token t is kept in range by 1 / sqrt(t + 1), which the norm after it cancels.
+    """
+
+    def __init__(
+        self, d_model: int, *, implementation: Implementation = "auto", **options: Any
+    ) -> None:
+        """Raises ArgumentError for an unknown option or sizes that do not fit each other."""
+        super().__init__(d_model, **options)
+        if implementation not in get_args(Implementation):
+            raise ArgumentError(
+                f"no implementation {implementation!r}; it is one of "
+                f"{', '.join(map(repr, get_args(Implementation)))}"
+            )
+        self.implementation = implementation
+        self._check_value_width()
+
+    def extra_repr(self) -> str:
+        chosen = self._chosen(self.a_q)
+        how = f"auto: {chosen}" if self.implementation == "auto" else chosen
+        return f"implementation={how!r}"
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """As the reference's. Raises ArgumentError for a longer T, and on a CPU if "triton"."""
+        if self._chosen(x) == "reference":
+            return super().forward(x, mask)
+        self._check_input(x, mask)
+        x = zero_padding(x, mask)
+        before = self.norm_position == "before"
+        normed = zero_padding(_normalize(self.norm, x), mask) if before else x  # X~
+        z = self._convolved(normed, mask)
+        m = self._attended(normed, z, mask)
+        h = self.w_h(z)
+        h = torch.addmm(h.flatten(0, 1), m.flatten(0, 1), self.u_h.weight.to(h.dtype).T).view_as(h)
+        if self.training and self.dropout.p > 0:
+            y = self._gate_output(self.dropout(silu(h)), z, x)
+        else:
+            y = output_gate(h, None if self.w_o is None else self.w_o(z), x)
+        return zero_padding(y if before else _normalize(self.norm, y), mask)
+
+    def _convolved(self, normed: Tensor, mask: Tensor | None) -> Tensor:
+        """Z [B, T, D]."""
+        shorts, long = list(self.short_kernels), taps_of(self.long_kernel)
+        future = self.long_kernel_future
+        options: dict[str, Any] = {
+            "causal": self.causal,
+            "long_kernel_future": None if future is None else taps_of(future),
+        }
+        if mask is None or self.order == "parallel":
+            return short_long_conv(normed, shorts, long, order=self.order, **options)
+        u = zero_padding(short_conv(normed, shorts, causal=self.causal), mask)
+        if self.causal:
+            return long_conv(u, long)
+        return short_long_conv(u, [], long, order="parallel", identity=False, **options)
+
+    def _attended(self, normed: Tensor, z: Tensor, mask: Tensor | None) -> Tensor:
+        """M [B, T, V]."""
+        p = z if self.w_z is None else self.w_z(z)
+        q, k = queries_keys(
+            p, self.a_q, self.m_q, self.a_k, self.m_k, activation=self.w_z is not None
+        )
+        v = zero_padding(silu(self.w_v(normed)), mask)
+        if q.dtype == torch.float16:
+            q = q * self._shrink(q)
+        q, k, v = (u.unflatten(2, (self.num_heads, -1)) for u in (q, k, v))
+        o, _ = linear_attention(q, k, v, causal=self.causal)
+        a = None if self.w_a is None else self.w_a(z)
+        return norm_gate(
+            o.flatten(2), a, eps=self.eps, activation=self.gate_activation, dtype=z.dtype
+        )
+
+    def _shrink(self, q: Tensor) -> Tensor:
+        """1 / sqrt of how many tokens each one attends to [T, 1]."""
+        T = q.shape[1]
+        tokens = torch.arange(1, T + 1, device=q.device, dtype=torch.float32)
+        seen = tokens if self.causal else tokens.new_full((T,), T)
+        return seen.rsqrt().to(q.dtype)[:, None]
+
+    def _chosen(self, x: Tensor) -> Literal["triton", "reference"]:
+        if self.implementation == "auto":
+            fits = x.is_cuda and x.dtype in DTYPES and self.w_v.out_features <= gates.MAX_V
+            return "triton" if fits else "reference"
+        return self.implementation
+
+    def _check_value_width(self) -> None:
+        V = self.w_v.out_features
+        if self.implementation == "triton" and V > gates.MAX_V:
+            raise ArgumentError(
+                f"wanted d_value <= {gates.MAX_V} for implementation='triton', got {V}; "
+                'take a smaller one, or "reference"'
+            )
+
+
+class ChelaBlock(reference.ChelaBlock):
+    """The reference's ChelaBlock around this file's ChelaLayer: the same options, `implementation`
+    too, and the same state_dict."""
+
+    layer_type = ChelaLayer
+
+
+def _normalize(norm: nn.LayerNorm | nn.RMSNorm, x: Tensor) -> Tensor:
+    """norm(x), computed in float32 whatever x is, in x's dtype."""
+    weight, width = norm.weight.to(x.dtype), x.shape[-1:]
+    if isinstance(norm, nn.LayerNorm):
+        return F.layer_norm(x, width, weight, norm.bias.to(x.dtype), norm.eps)
+    return F.rms_norm(x, width, weight, norm.eps)

@@ -1,0 +1,158 @@
+"""kernels/chela.py against the reference layer in float64: interpreted, or on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from chela_bench.bench.check import error_of
+from chela_bench.errors import ArgumentError
+from chela_bench.kernels.chela import ChelaBlock, ChelaLayer
+from chela_bench.reference import chela as reference
+from tests.attention import DEVICE
+from tests.pairwise import pairwise
+
+BFLOAT16 = [] if DEVICE == "cpu" else [torch.bfloat16]  # the interpreter cannot multiply it
+FACTORS = {
+    "dtype": [torch.float32, torch.float16, *BFLOAT16],
+    "causal": [True, False],
+    "order": ["serial", "parallel"],
+    "projection": ["shared", "none"],
+    "num_heads": [1, 2],
+    "gate_activation": ["sigmoid", "silu"],
+    "attention_gate": [True, False],
+    "output_gate": [True, False],
+    "norm": ["layer", "rms"],
+    "norm_position": ["before", "after"],
+    "short_sizes": [None, (), (5,)],
+    "long_kernel": ["explicit", "multiscale"],
+    "masked": [False, True],
+}
+# Roundings in a row, forward and back, of the layer's steps, at half a spacing each; with so few
+# tokens sums for parameters cancel besides.
+BUDGET = {torch.float32: 2e-4, torch.float16: 64 * 2.0**-11, torch.bfloat16: 64 * 2.0**-8}
+
+
+def layers(D=8, dtype=torch.float32, made=ChelaLayer, like=reference.ChelaLayer, **options):
+    """One of ours and the reference in float64, with the same parameters, rounded to dtype."""
+    torch.manual_seed(0)
+    ours = made(D, max_length=40, implementation="triton", **options)
+    for parameter in ours.parameters():  # so that no a is 1, no m or bias 0
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    ours = ours.to(dtype).to(DEVICE)
+    exact = like(D, max_length=40, **options).to(DEVICE)
+    exact.load_state_dict(ours.state_dict())
+    return ours, exact.double()
+
+
+def inputs(D=8, dtype=torch.float32, T=37):
+    x, dy = torch.randn(2, 2, T, D, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return x.to(DEVICE), dy.to(DEVICE)
+
+
+def results(module, x, dy, mask=None):
+    x = x.clone().requires_grad_()
+    y = module(x, mask)
+    names = [name for name, _ in module.named_parameters()]
+    gradients = torch.autograd.grad(y, [x, *module.parameters()], dy, allow_unused=True)
+    return {"y": y.detach(), **dict(zip(["x", *names], gradients, strict=True))}
+
+
+def assert_near(found, exact, budget):
+    errors = {}
+    for name, right in exact.items():
+        if right is None or right.norm() == 0:
+            assert found[name] is None or found[name].norm() == 0
+            continue
+        kind = "tokens" if name in ("y", "x") else "whole"
+        errors[name] = error_of(found[name], right, kind)
+    assert max(errors.values()) <= budget, errors
+
+
+@pytest.mark.parametrize(
+    "case", pairwise(FACTORS), ids=lambda case: "-".join(map(str, case.values()))
+)
+def test_matches_the_reference_with_all_gradients(case):
+    options = dict(case)
+    dtype, masked = options.pop("dtype"), options.pop("masked")
+    key = {"d_key": 4} if options["projection"] == "shared" else {}
+    ours, exact = layers(dtype=dtype, d_value=12, **key, **options)
+    x, dy = inputs(dtype=dtype)
+    mask = None
+    if masked:
+        mask = torch.arange(37, device=DEVICE) < torch.tensor([[37], [29]], device=DEVICE)
+        dy = dy * mask[:, :, None]
+    found = results(ours, x, dy, mask)
+    assert all(g is None or g.dtype == dtype for g in found.values())
+    assert_near(found, results(exact, x.double(), dy.double(), mask), BUDGET[dtype])
+
+
+@pytest.mark.parametrize("norm_position", ["before", "after"])
+def test_a_block_matches_the_reference(norm_position):
+    ours, exact = layers(
+        made=ChelaBlock, like=reference.ChelaBlock, d_key=4, d_ff=20, norm_position=norm_position
+    )
+    assert isinstance(ours.layer, ChelaLayer)
+    x, dy = inputs()
+    assert_near(results(ours, x, dy), results(exact, x.double(), dy.double()), 5e-4)
+
+
+def test_one_state_dict_loads_into_the_other():
+    ours, exact = layers(d_key=4)
+    assert list(ours.state_dict()) == list(exact.state_dict())
+    ours.load_state_dict(exact.state_dict())
+
+
+def test_a_longer_past_leaves_the_output_as_it_is():
+    """Bits too: a token sees nothing that comes after it."""
+    ours, _ = layers(d_key=4, d_value=12)
+    x, _ = inputs()
+    y = ours(x)
+    x[:, 20:] = 1e3
+    torch.testing.assert_close(ours(x)[:, :20], y[:, :20], rtol=0, atol=2e-3)
+
+
+def test_float16_stays_finite_where_the_attention_would_not():
+    ours, exact = layers(dtype=torch.float16, d_key=4, d_value=12)
+    for module in (ours, exact):
+        module.m_q.data.fill_(60.0)
+        module.m_k.data.fill_(60.0)
+    x, dy = inputs(dtype=torch.float16)
+    found = results(ours, x, dy)
+    assert all(g.isfinite().all() for g in found.values())
+    right = exact(x.double()).detach()
+    assert error_of(found["y"], right, "tokens") <= BUDGET[torch.float16]
+
+
+def test_same_inputs_same_bits():
+    ours, _ = layers(d_key=4, d_value=12)
+    x, dy = inputs()
+    first, second = results(ours, x, dy), results(ours, x, dy)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_dropout_is_in_training_alone():
+    ours, _ = layers(d_key=4, dropout=0.5)
+    x, _ = inputs()
+    assert not torch.equal(ours(x), ours(x))
+    ours.eval()
+    assert torch.equal(ours(x), ours(x))
+
+
+def test_auto_shows_what_it_chose():
+    layer = ChelaLayer(8, d_key=4, max_length=40)
+    assert "implementation='auto: reference'" in repr(layer)
+    x = torch.randn(1, 5, 8)
+    torch.testing.assert_close(layer(x), reference.ChelaLayer.forward(layer, x))
+    assert "implementation='triton'" in repr(
+        ChelaLayer(8, d_key=4, max_length=40, implementation="triton")
+    )
+
+
+def test_rejects_what_cannot_be():
+    with pytest.raises(ArgumentError, match="no implementation 'cuda'; it is one of 'auto'"):
+        ChelaLayer(8, max_length=40, implementation="cuda")
+    with pytest.raises(ArgumentError, match=r"wanted d_value <= 4096 .*got 5000"):
+        ChelaLayer(8, max_length=40, d_value=5000, implementation="triton")
+    with pytest.raises(ArgumentError, match=r"wanted x \[B, T <= 40, 8\]"):
+        ChelaLayer(8, max_length=40, implementation="triton")(torch.randn(1, 41, 8))
