@@ -31,6 +31,8 @@ FACTORS = {
 # Roundings in a row, forward and back, of the layer's steps, at half a spacing each; with so few
 # tokens sums for parameters cancel besides.
 BUDGET = {torch.float32: 2e-4, torch.float16: 64 * 2.0**-11, torch.bfloat16: 64 * 2.0**-8}
+if DEVICE != "cpu":  # products of float32 are rounded to tf32
+    BUDGET[torch.float32] = BUDGET[torch.float16]
 
 
 def layers(D=8, dtype=torch.float32, made=ChelaLayer, like=reference.ChelaLayer, **options):
@@ -39,6 +41,11 @@ def layers(D=8, dtype=torch.float32, made=ChelaLayer, like=reference.ChelaLayer,
     ours = made(D, max_length=40, implementation="triton", **options)
     for parameter in ours.parameters():  # so that no a is 1, no m or bias 0
         parameter.data += 0.1 * torch.randn_like(parameter)
+    for layer in (module for module in ours.modules() if isinstance(module, ChelaLayer)):
+        layer.m_q.data -= (
+            0.2  # SiLU's mean: else the state is nearly of rank one, see the docstring
+        )
+        layer.m_k.data -= 0.2
     ours = ours.to(dtype).to(DEVICE)
     exact = like(D, max_length=40, **options).to(DEVICE)
     exact.load_state_dict(ours.state_dict())
@@ -94,7 +101,9 @@ def test_a_block_matches_the_reference(norm_position):
     )
     assert isinstance(ours.layer, ChelaLayer)
     x, dy = inputs()
-    assert_near(results(ours, x, dy), results(exact, x.double(), dy.double()), 5e-4)
+    assert_near(
+        results(ours, x, dy), results(exact, x.double(), dy.double()), BUDGET[torch.float32]
+    )
 
 
 def test_one_state_dict_loads_into_the_other():
