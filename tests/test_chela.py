@@ -367,7 +367,7 @@ def test_a_state_dict_makes_another_module_the_same(kind, switches):
         ({"long_kernel": "multiscale"}, {"long_kernel"}, {"long_kernel.sub_kernels"}),
         ({"num_heads": 2, "norm_position": "after", "dropout": 0.5}, set(), set()),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "",  # sets have no order
 )
 def test_a_switch_takes_its_parameters_along(options, gone, new):
     before, after = set(layer().state_dict()), set(layer(**options).state_dict())
