@@ -37,7 +37,7 @@ docs: $(ENVIRONMENT)  ## The pages that the code itself knows: records, bench.to
 test-gpu: $(ENVIRONMENT)  ## The tests that need a GPU. ARGS="-n 8": kernels compile side by side.
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/test_gpu.py
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu --ignore tests/test_gpu.py $(ARGS)
-	PYTHONPATH=. $(PYTHON) -m pytest -m "not gpu" $(wildcard tests/test_*conv*.py) $(ARGS)
+	PYTHONPATH=. $(PYTHON) -m pytest -m "not gpu" $(wildcard tests/test_*conv*.py) tests/test_kernel_chela.py tests/test_kernel_gates.py $(ARGS)
 
 .venv: $(VENV)/.ready  ## The environment alone.
 
