@@ -24,7 +24,8 @@ def test_every_kernel_compiles_for_hopper():
         ended.stdout, re.MULTILINE,
     )  # fmt: skip
     assert len(rows) == 12 + 2 + 4 + 3 + 6 + 3 + 1, ended.stdout
-    for name, _, stack, shared, old_products in rows:
+    for name, dtype, stack, shared, old_products in rows:
         assert int(shared) <= 113 and old_products == "0", ended.stdout
         if name.startswith("row") or name.endswith("blocks"):
-            assert int(stack) <= 224, ended.stdout
+            most = 224 if (name, dtype) == ("rows", "float16") else 136
+            assert int(stack) <= most, ended.stdout

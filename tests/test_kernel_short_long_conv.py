@@ -174,6 +174,30 @@ def test_matches_the_reference_with_all_gradients(case):
     assert max(errors.values()) <= call.budget, errors
 
 
+LENGTHS_ASKED = (1, 2, 3, 63, 64, 100, 1000, 1024, 4095, 4096, 5000, 12000, 16000, 16384, 65536)
+
+
+def sizes(T):
+    """B, D and options: all of them on a GPU, few and without the slow walk where interpreted."""
+    if DEVICE == "cpu":
+        wide = [(3, 3)] if T <= 1024 else []
+        return [((B, D), {"dtype": "float32"}) for B, D in [(1, 1), *wide]]
+    return [
+        ((B, D), {"dtype": dtype, "order": order, "gate": gate, "layout": layout})
+        for B, D in itertools.product((1, 3), (1, 3, 64))
+        for dtype in DTYPES
+        for order, gate, layout in (("serial", "trained", "btd"), ("parallel", None, "bdt"))
+    ]
+
+
+@pytest.mark.parametrize("T", LENGTHS_ASKED)
+def test_every_length_asked_for_with_all_gradients(T):
+    for (B, D), options in sizes(T):
+        call = Call({"shape": (B, T, D), **options})
+        errors = call.errors(call.run(), call.exact())
+        assert max(errors.values()) <= call.budget, (B, D, options, errors)
+
+
 def test_the_comparison_sees_what_is_missing():
     call = Call({"shape": (1, 200, 2), "dtype": "float16", "order": "serial"})
     exact = call(reference.short_long_conv, {n: x.double() for n, x in call.tensors.items()})
