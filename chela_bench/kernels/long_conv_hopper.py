@@ -54,14 +54,6 @@ def _registers(tile, N2: gl.constexpr):
 
 
 @gluon.jit
-def _planes(ptr, N2: gl.constexpr):
-    """Re and Im, float32."""
-    offs = gl.arange(0, 64 * N2, _FLAT)
-    re, im = gl.load(ptr + offs), gl.load(ptr + 64 * N2 + offs)
-    return _tile(re, N2).to(gl.float32), _tile(im, N2).to(gl.float32)
-
-
-@gluon.jit
 def _table(ptr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
     """Into shared memory, for products."""
     offs = gl.arange(0, ROWS * COLUMNS, _FLAT)

@@ -25,6 +25,7 @@ from chela_bench.kernels.long_conv_hopper import (
     _half_there,
     _load,
     _next,
+    _none,
     _numbers,
     _registers,
     _room,
@@ -219,11 +220,6 @@ def _gradient_rows_wgmma_kernel(
             re, im = warpgroup_mma_wait(0, deps=[re, im])
             _store_row(sum_ptr + (d * J + f1) * (2 * N), re, im, N2)
         b, d = _next(b, d, B)
-
-
-@gluon.jit
-def _none():
-    return ()
 
 
 @gluon.jit
