@@ -225,6 +225,16 @@ def test_no_tokens_give_no_output(method):
     assert short_long_conv(x, short, long, method=method, **future).shape == (2, 0, 3)
 
 
+@METHODS
+@pytest.mark.parametrize("shape", [(0, 5, 3), (2, 0, 3)])
+def test_no_tokens_give_gradients_of_zero(method, shape):
+    """Not none at all: processes that train together wait for each other's gradients."""
+    x, short, long, future = randn(*shape), kernels(3, 3), randn(3, 8), randn(3, 8)
+    leaves = [leaf.requires_grad_() for leaf in (x, *short, long, future)]
+    z = short_long_conv(x, short, long, causal=False, long_kernel_future=future, method=method)
+    assert not any(g.any() for g in torch.autograd.grad(z.sum(), leaves))
+
+
 def test_the_dtype_rule():
     x, short, long = randn(1, 9, 2).bfloat16(), [randn(2, 3).float()], randn(2, 9).half()
     assert short_long_conv(x, short, long).dtype == torch.float32

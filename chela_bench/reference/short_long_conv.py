@@ -233,7 +233,7 @@ def _direct(u: Tensor, kernel: Tensor, *, ahead: int = 0) -> Tensor:
     """The sum of the taps; tap `ahead` meets the current token."""
     D, W = kernel.shape
     if u.numel() == 0:
-        return u
+        return u + kernel.to(u.dtype).sum()  # empty, and a gradient of zeros
     weight = kernel.to(u.dtype).flip(-1)[:, None]  # conv1d correlates
     return F.conv1d(F.pad(u, (W - 1 - ahead, ahead)), weight, groups=D)
 
@@ -267,7 +267,7 @@ def _long(
             "make it with kernel_spectrum(kernel, T) of this kernel, T and dtype"
         )
     if u.numel() == 0:
-        return u
+        return u + kernel.to(u.dtype).sum()  # empty, and a gradient of zeros
     z: Tensor = torch.fft.irfft(torch.fft.rfft(u, n=spectrum.n) * spectrum.values, n=spectrum.n)
     return z[..., :T]
 
