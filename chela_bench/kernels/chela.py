@@ -24,11 +24,13 @@ from torch import Tensor, nn
 
 from chela_bench.errors import ArgumentError
 from chela_bench.kernels import gates
+from chela_bench.kernels.chela_decode import StateCache
 from chela_bench.kernels.gates_ops import DTYPES, norm_gate, output_gate, queries_keys, silu
 from chela_bench.kernels.linear_attention import linear_attention
 from chela_bench.kernels.short_long_conv import long_conv, short_conv, short_long_conv
 from chela_bench.reference import chela as reference
 from chela_bench.reference.chela import zero_padding
+from chela_bench.reference.chela_decode import ChelaCache
 from chela_bench.reference.long_kernels import taps_of
 
 Implementation = Literal["auto", "triton", "reference"]
@@ -46,6 +48,9 @@ class ChelaLayer(reference.ChelaLayer):
     The norm's gradient is orthogonal to O. Where few tokens or few keys leave the attention's state
     nearly of rank one, dQ and dK are what is left of that, and rounding O to 16 bits, which the
     reference does after the norm, costs them more than it costs y.
+
+    `prefill` and `step` are the reference's, with a StateCache (chela_decode.py) where Triton
+    computes: a token then costs O(log^2 T) amortised.
     """
 
     def __init__(
@@ -71,11 +76,15 @@ class ChelaLayer(reference.ChelaLayer):
         if self._chosen(x) == "reference":
             return super().forward(x, mask)
         self._check_input(x, mask)
+        return self._computed(x, mask, None)
+
+    def _computed(self, x: Tensor, mask: Tensor | None, cache: StateCache | None) -> Tensor:
+        """y [B, T, D] of a whole sequence, or with a cache, of its next tokens."""
         x = zero_padding(x, mask)
         before = self.norm_position == "before"
         normed = zero_padding(_normalize(self.norm, x), mask) if before else x  # X~
-        z = self._convolved(normed, mask)
-        m = self._attended(normed, z, mask)
+        z = self._convolved(normed, mask) if cache is None else cache.convolve(normed)
+        m = self._attended(normed, z, mask, cache)
         h = self.w_h(z)
         h = torch.addmm(h.flatten(0, 1), m.flatten(0, 1), self.u_h.weight.to(h.dtype).T).view_as(h)
         if self.training and self.dropout.p > 0:
@@ -99,7 +108,9 @@ class ChelaLayer(reference.ChelaLayer):
             return long_conv(u, long)
         return short_long_conv(u, [], long, order="parallel", identity=False, **options)
 
-    def _attended(self, normed: Tensor, z: Tensor, mask: Tensor | None) -> Tensor:
+    def _attended(
+        self, normed: Tensor, z: Tensor, mask: Tensor | None, cache: StateCache | None = None
+    ) -> Tensor:
         """M [B, T, V]."""
         p = z if self.w_z is None else self.w_z(z)
         q, k = queries_keys(
@@ -107,20 +118,44 @@ class ChelaLayer(reference.ChelaLayer):
         )
         v = zero_padding(silu(self.w_v(normed)), mask)
         if q.dtype == torch.float16:
-            q = q * self._shrink(q)
+            q = q * self._shrink(q, 0 if cache is None else cache.position)
         q, k, v = (u.unflatten(2, (self.num_heads, -1)) for u in (q, k, v))
-        o, _ = linear_attention(q, k, v, causal=self.causal)
+        if cache is None:
+            o, _ = linear_attention(q, k, v, causal=self.causal)
+        else:
+            o = cache.attend(q, k, v)
         a = None if self.w_a is None else self.w_a(z)
         return norm_gate(
             o.flatten(2), a, eps=self.eps, activation=self.gate_activation, dtype=z.dtype
         )
 
-    def _shrink(self, q: Tensor) -> Tensor:
-        """1 / sqrt of how many tokens each one attends to [T, 1]."""
+    def _shrink(self, q: Tensor, before: int = 0) -> Tensor:
+        """1 / sqrt of how many tokens each one attends to [T, 1]; `before` came before q."""
         T = q.shape[1]
-        tokens = torch.arange(1, T + 1, device=q.device, dtype=torch.float32)
+        tokens = torch.arange(before + 1, before + T + 1, device=q.device, dtype=torch.float32)
         seen = tokens if self.causal else tokens.new_full((T,), T)
         return seen.rsqrt().to(q.dtype)[:, None]
+
+    def _new_cache(self, x: Tensor) -> ChelaCache:
+        if self._chosen(x) == "reference":
+            return super()._new_cache(x)
+        H, K, V = self.num_heads, self.a_q.shape[0], self.w_v.out_features
+        return StateCache(
+            self,
+            x,
+            short_kernels=list(self.short_kernels),
+            long_kernel=taps_of(self.long_kernel),
+            order=self.order,
+            max_length=self.max_length,
+            state=(H, K // H, V // H),
+        )
+
+    def _extend(self, x: Tensor, cache: ChelaCache) -> Tensor:
+        if not isinstance(cache, StateCache):
+            return super()._extend(x, cache)
+        y = self._computed(x, None, cache)
+        cache.advance(x.shape[1])
+        return y
 
     def _chosen(self, x: Tensor) -> Literal["triton", "reference"]:
         if self.implementation == "auto":
