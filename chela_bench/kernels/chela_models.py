@@ -190,11 +190,12 @@ class ChelaForCausalLM(_ChelaModel):
         Each is drawn from softmax(logits / temperature) among the top_k likeliest (all of them
         unless given) by generator, torch's global one unless given; temperature 0 takes the
         likeliest. pad_token_id is never drawn, and the prompts have none: they are of one length.
-        Dropout is off. One pass over the prompts, then a step of every block a token. Raises
-        ArgumentError before any of that if the result would be longer than max_length.
+        Dropout is off. One pass over the prompts, then a step of every block a token: see
+        ChelaLayer.prefill for what it costs and keeps. Raises ArgumentError before any of that if
+        the result would be longer than max_length.
         """
         self._check_request(input_ids, max_new_tokens, temperature, top_k)
-        training = self.training
+        modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
             found = [input_ids]
@@ -203,7 +204,8 @@ class ChelaForCausalLM(_ChelaModel):
                 found.append(drawn.to(input_ids.dtype)[:, None])
             return torch.cat(found, dim=1)
         finally:
-            self.train(training)
+            for module, training in modes:
+                module.training = training
 
     def _next_logits(self, found: list[Tensor], count: int) -> Iterator[Tensor]:
         """logits [B, vocab_size] after the ids in found, which grows in between, count times."""
@@ -292,8 +294,10 @@ class ChelaForSequenceClassification(_ChelaModel):
         """
         mask = self._mask_of(input_ids, mask)
         h = _wide(zero_padding(self._encode(input_ids, mask), mask))
-        tokens = h.shape[1] if mask is None else mask.sum(dim=1, keepdim=True)
-        pooled = h.sum(dim=1) / torch.as_tensor(tokens, device=h.device).clamp(min=1)
+        if mask is None:
+            pooled = h.sum(dim=1) / max(1, h.shape[1])
+        else:
+            pooled = h.sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
         logits = self.classifier(pooled.to(self.classifier.weight.dtype))
         if labels is None:
             return ModelOutput(logits, None)
