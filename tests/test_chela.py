@@ -345,6 +345,24 @@ def test_a_block_in_few_bits_is_near_float64(dtype, options):
     assert (y - exact).norm() / exact.norm() < 8 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("order", ["serial", "parallel"])
+@KINDS
+def test_autocast_rounds_projections_alone(kind, order, dtype):
+    """The first tokens' attention is so small that in float16 its norm's gradient is not finite."""
+    exact = layer(64, kind=kind, order=order, max_length=512)
+    m = layer(64, kind=kind, order=order, max_length=512).float()
+    x = x_like(m, 1, 512).float().requires_grad_()
+    with torch.autocast("cpu", dtype):
+        y = m(x)
+    dy = torch.randn_like(y)
+    found = torch.autograd.grad(y, [x, *m.parameters()], dy)
+    right = torch.autograd.grad(exact(x.double()), [x, *exact.parameters()], dy.double())
+    assert y.dtype == torch.float32 and all(g.isfinite().all() for g in found)
+    distance = torch.stack([(f - r).norm() for f, r in zip(found, right, strict=True)]).norm()
+    assert distance < 2 * torch.finfo(dtype).eps * torch.stack([r.norm() for r in right]).norm()
+
+
 @EVERY_SWITCH
 @KINDS
 def test_a_state_dict_makes_another_module_the_same(kind, switches):

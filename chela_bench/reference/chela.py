@@ -1,6 +1,7 @@
 """The CHELA layer and block (arXiv 2406.08128) in plain PyTorch: convolution, attention, gates."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -63,10 +64,11 @@ class ChelaLayer(nn.Module):
                                  Z = K_long * SiLU(X~) if serial, X~ + K_long * X~ if parallel
         long_kernel="multiscale" `MultiscaleKernel`: parameters grow with log(max_length)
 
-    Products with W run in the module's dtype; norms, convolution and attention in float32 (float64
-    in a float64 module), then round. norm_rms(h) = h / sqrt(mean(h^2) + eps) has no parameters and
-    comes before that rounding, because the attention grows with t and would overflow float16. Its
-    mean runs over all V, the heads together: one scale a row commutes with the product by U_h.
+    Products with W run in the module's dtype, or torch.autocast's; norms, convolution and attention
+    in float32 (float64 in a float64 module), then round. norm_rms(h) = h / sqrt(mean(h^2) + eps)
+    has no parameters and comes before that rounding, because the attention grows with t and would
+    overflow float16. Its mean runs over all V, the heads together: one scale a row commutes with
+    the product by U_h.
 
     Initialisation, our choice, the paper gives none: each channel sees z of about its input's
     variance (short taps white, of unit energy together; `init_long_kernels`); a_q = a_k = 1 and
@@ -194,18 +196,19 @@ class ChelaLayer(nn.Module):
         The taps of short kernels reach into the padding, and a long one would carry that back.
         """
         u, shorts = normed, list(self.short_kernels)
-        if self.order == "serial":
-            u, shorts = zero_padding(short_conv(u, shorts, causal=self.causal), mask), []
         future = self.long_kernel_future
-        return short_long_conv(
-            u,
-            shorts,
-            taps_of(self.long_kernel),
-            order="parallel",
-            identity=self.order == "parallel",
-            causal=self.causal,
-            long_kernel_future=None if future is None else taps_of(future),
-        ).to(normed.dtype)
+        with _no_autocast(normed):
+            if self.order == "serial":
+                u, shorts = zero_padding(short_conv(u, shorts, causal=self.causal), mask), []
+            return short_long_conv(
+                u,
+                shorts,
+                taps_of(self.long_kernel),
+                order="parallel",
+                identity=self.order == "parallel",
+                causal=self.causal,
+                long_kernel_future=None if future is None else taps_of(future),
+            ).to(normed.dtype)
 
     def _attend(self, normed: Tensor, z: Tensor, mask: Tensor | None) -> Tensor:
         """M [B, T, V]. Masked values leave nothing of the padding in K^T V."""
@@ -215,8 +218,9 @@ class ChelaLayer(nn.Module):
         q, k, v = (
             u.unflatten(2, (self.num_heads, u.shape[2] // self.num_heads)) for u in (q, k, v)
         )
-        o, _ = linear_attention(q, k, v, causal=self.causal)  # [B, T, H, V / H]
-        m = norm_rms(o.flatten(2), eps=self.eps).to(z.dtype)  # [B, T, V]
+        with _no_autocast(q):
+            o, _ = linear_attention(q, k, v, causal=self.causal)  # [B, T, H, V / H]
+            m = norm_rms(o.flatten(2), eps=self.eps).to(z.dtype)  # [B, T, V]
         return m if self.w_a is None else m * _ACTIVATIONS[self.gate_activation](self.w_a(z))
 
     def _gate_output(self, h: Tensor, z: Tensor, x: Tensor) -> Tensor:
@@ -340,6 +344,13 @@ def _normalize(norm: nn.LayerNorm | nn.RMSNorm, x: Tensor) -> Tensor:
     else:
         y = F.rms_norm(x.to(dtype), width, weight, norm.eps)
     return y.to(x.dtype)
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Within, products are of the dtype that they are given in."""
+    kind = x.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 def zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
