@@ -3,8 +3,9 @@
 model.safetensors carries the text of config.json in its metadata. Weights are read with the config
 they were saved with, or refused: their shapes alone would not tell order="serial" from "parallel".
 A save writes both files aside, flushes them to the disk and moves them into place one after the
-other, each at once. A kill between the two moves leaves new weights beside an old config.json,
-which is refused as any other that does not fit.
+other, each at once. A killed save may leave a folder .saving-*, which nothing needs. Killed between
+the two moves it leaves new weights beside an old config.json, which is refused as any other that
+does not fit, unless both say the same.
 """
 
 from __future__ import annotations
