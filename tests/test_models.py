@@ -3,10 +3,10 @@
 import pytest
 
 from chela_bench.bench import models
-from chela_bench.bench.adapters import layer_module
 from chela_bench.bench.bounds import floor_ns
 from chela_bench.bench.ops import OPS
 from chela_bench.records import Ceilings
+from chela_bench.reference.chela import ChelaLayer
 from chela_bench.reference.short_long_conv import default_short_sizes
 from chela_bench.reference.softmax_layer import SoftmaxLayer
 
@@ -64,7 +64,7 @@ def test_fla_fused_chunk_pays_for_cutting_the_key_dimension():
 
 def test_the_layers_parameters_are_counted_as_the_module_has_them():
     shape = {"B": 2, "T": 300, "D": 24, "K": 8, "V": 48}
-    module = layer_module(24, 8, 48, 300, "cpu")
+    module = ChelaLayer(24, d_key=8, d_value=48, max_length=300)
     assert models.chela_layer_parameters(shape) == sum(p.numel() for p in module.parameters())
 
 

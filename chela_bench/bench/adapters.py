@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -27,6 +27,8 @@ from chela_bench.reference.softmax_layer import Attention, SoftmaxLayer
 if TYPE_CHECKING:
     from chela_bench.kernels.linear_attention_config import Schedule
 
+
+ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
 _CHANNELS = 64  # of a convolution's oracle at once
 
@@ -148,7 +150,8 @@ def triton_merged(
         short, long = reparameterize(list(short_kernels), long_kernel, order=order)
         return short, long, kernel_spectrum(long, x.shape[1], dtype=x.dtype)
 
-    short, long, spectrum = kept(long_kernel, ("merged", order, x.shape[1], x.dtype), merge)
+    what = ("merged", order, x.shape[1], x.dtype)
+    short, long, spectrum = kept(long_kernel, what, merge, *short_kernels)
     shorts = [] if short is None else [short]
     return convolve(x, shorts, long, order=order, identity=False, spectrum=spectrum)
 
@@ -156,61 +159,85 @@ def triton_merged(
 _KEPT: Any = WeakTensorKeyDictionary()
 
 
-def kept(tensor: Tensor, what: object, make: Callable[[], Any]) -> Any:
-    """make(), of the last call with this tensor, unless the tensor was changed since."""
-    versions = _KEPT.setdefault(tensor, {})
-    if what not in versions or versions[what][0] != tensor._version:
+def kept(tensor: Tensor, what: object, make: Callable[[], Any], *others: Tensor) -> Any:
+    """make(), of the last call with this tensor, unless it or one of the others is another now, or
+    was changed since."""
+    made = _KEPT.setdefault(tensor, {})
+    versions = tensor._version, *((id(other), other._version) for other in others)
+    if what not in made or made[what][0] != versions:
         with torch.no_grad():
-            versions[what] = tensor._version, make()
-    return versions[what][1]
+            made[what] = versions, make()
+    return made[what][1]
+
+
+Kind = Literal["reference", "triton"]
 
 
 def reference_layer(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
     """The reference ChelaLayer as a function of its parameters, so that any dtype may be given."""
-    taps = parameters["long_kernel"].shape[-1]
-    key, value = parameters["a_q"].shape[0], parameters["w_v.weight"].shape[0]
-    module = layer_module(x.shape[-1], key, value, taps, "meta")
-    output: Tensor = torch.func.functional_call(module, parameters, (x,))
-    return output
-
-
-@functools.lru_cache(maxsize=8)  # building a module costs milliseconds of host time
-def layer_module(width: int, key: int, value: int, tokens: int, device: str) -> ChelaLayer:
-    with torch.device(device):
-        return ChelaLayer(width, d_key=key, d_value=value, max_length=tokens)
+    return _called(_chela_module("reference", *_chela_sizes(parameters)), x, parameters)
 
 
 def fused_layer(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-    taps = parameters["long_kernel"].shape[-1]
-    key, value = parameters["a_q"].shape[0], parameters["w_v.weight"].shape[0]
-    module = _fused_module(x.shape[-1], key, value, taps)
+    return _called(_chela_module("triton", *_chela_sizes(parameters)), x, parameters)
+
+
+def merged_layer(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    """The branches merged, and what is made of them, before the first call."""
+    layer = kept(
+        parameters["long_kernel"],
+        "merged layer",
+        lambda: _merged(_holding(_new_chela("triton", *_chela_sizes(parameters)), parameters)),
+        *parameters.values(),
+    )
+    output: Tensor = layer(x)
+    return output
+
+
+def reference_softmax_layer(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    return softmax_layer(x, parameters, softmax_attention)
+
+
+def softmax_layer(x: Tensor, parameters: dict[str, Tensor], attention: Attention) -> Tensor:
+    """The layer with heads of 128 or fewer numbers."""
+    return _called(_softmax_module(x.shape[-1], attention), x, parameters)
+
+
+def _called(module: nn.Module, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    """module(x) with these parameters for its own, gradients to them."""
     output: Tensor = torch.func.functional_call(module, parameters, (x,))
     return output
 
 
-@functools.lru_cache(maxsize=8)
-def _fused_module(width: int, key: int, value: int, tokens: int) -> ChelaLayer:
-    from chela_bench.kernels.chela import ChelaLayer as Fused
+def _holding(module: ModuleType, parameters: dict[str, Tensor]) -> ModuleType:
+    """The module, made on "meta", with these parameters' very memory for its own."""
+    module.load_state_dict(parameters, assign=True)
+    return module.eval().requires_grad_(False)
 
+
+def _merged(layer: Any) -> Any:
+    layer.reparameterize()
+    return layer
+
+
+def _chela_sizes(parameters: dict[str, Tensor]) -> tuple[int, int, int, int]:
+    """D, K, V and max_length."""
+    width, taps = parameters["long_kernel"].shape
+    return width, parameters["a_q"].shape[0], parameters["w_v.weight"].shape[0], taps
+
+
+def _new_chela(kind: Kind, width: int, key: int, value: int, max_length: int) -> ChelaLayer:
+    sizes: dict[str, Any] = {"d_key": key, "d_value": value, "max_length": max_length}
     with torch.device("meta"):
-        return Fused(width, d_key=key, d_value=value, max_length=tokens, implementation="triton")
+        if kind == "reference":
+            return ChelaLayer(width, **sizes)
+        from chela_bench.kernels.chela import ChelaLayer as Fused
+
+        return Fused(width, **sizes, implementation="triton")
 
 
-def reference_softmax_layer(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-    return softmax_module(x.shape[-1], softmax_attention)(x, parameters)
-
-
-def softmax_module(
-    width: int, attention: Attention
-) -> Callable[[Tensor, dict[str, Tensor]], Tensor]:
-    """The layer with heads of 128 or fewer numbers, as a function of x and its parameters."""
-    module = _softmax_module(width, attention)
-
-    def call(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-        output: Tensor = torch.func.functional_call(module, parameters, (x,))
-        return output
-
-    return call
+# Building a module costs milliseconds of host time; one without numbers of its own serves all.
+_chela_module = functools.lru_cache(maxsize=8)(_new_chela)
 
 
 @functools.lru_cache(maxsize=8)

@@ -346,6 +346,14 @@ OPS: tuple[Op, ...] = (
                 fp32_operands="tf32",
             ),
             Impl(
+                "chela_merged",
+                f"{_ADAPTERS}:merged_layer",
+                "Triton, to infer with: short kernels merged, they and the spectrum kept",
+                directions=("fwd",),
+                devices=("cuda",),
+                fp32_operands="tf32",
+            ),
+            Impl(
                 "composed",
                 f"{_PEERS}:composed_layer",
                 "what a user writes today: torch's rfft and fla's chunk_linear_attn",

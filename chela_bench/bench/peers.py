@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from chela_bench.bench.adapters import kept, softmax_module
+from chela_bench.bench.adapters import kept, softmax_layer
 from chela_bench.reference.linear_attention import chunked
 from chela_bench.reference.short_long_conv import Order, reparameterize
 
@@ -74,11 +74,11 @@ def sdpa_cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def sdpa_flash_layer(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-    return softmax_module(x.shape[-1], sdpa_flash)(x, parameters)
+    return softmax_layer(x, parameters, sdpa_flash)
 
 
 def sdpa_cudnn_layer(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-    return softmax_module(x.shape[-1], sdpa_cudnn)(x, parameters)
+    return softmax_layer(x, parameters, sdpa_cudnn)
 
 
 def composed_layer(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
@@ -129,7 +129,7 @@ def torch_merged(
     def merge() -> tuple[Tensor | None, Tensor]:
         return reparameterize(list(short_kernels), long_kernel.float(), order=order)
 
-    short, long = kept(long_kernel, ("torch", order), merge)
+    short, long = kept(long_kernel, ("torch", order), merge, *short_kernels)
     tokens = x.shape[1]
     u = x.mT.contiguous()
     if short is not None:
