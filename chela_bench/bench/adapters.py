@@ -9,28 +9,25 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from chela_bench.bench.models import softmax_heads
 from chela_bench.reference import linear_attention as attention
 from chela_bench.reference.chela import ChelaLayer
 from chela_bench.reference.short_long_conv import Order, long_conv, short_long_conv
-from chela_bench.reference.softmax_attention import softmax_attention
+from chela_bench.reference.softmax_attention import (
+    softmax_attention,
+    softmax_attention_step,
+)
 from chela_bench.reference.softmax_layer import Attention, SoftmaxLayer
 
 if TYPE_CHECKING:
     from chela_bench.kernels.linear_attention_config import Schedule
-
-
-ModuleType = TypeVar("ModuleType", bound=nn.Module)
-
-_CHANNELS = 64  # of a convolution's oracle at once
 
 
 def naive_cumsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -88,13 +85,6 @@ def triton_conv(
     from chela_bench.kernels.short_long_conv import short_long_conv
 
     return short_long_conv(x, list(short_kernels), long_kernel, order=order, config=config or None)
-
-
-def oracle_long_conv(x: Tensor, kernel: Tensor) -> Tensor:
-    """By slices of channels, again in the backward: all float64 spectra at once need not fit."""
-    convolve = functools.partial(long_conv, layout="bdt")
-    slices = zip(x.split(_CHANNELS, dim=1), kernel.split(_CHANNELS), strict=True)
-    return torch.cat([checkpoint(convolve, *each, use_reentrant=False) for each in slices], dim=1)
 
 
 def fft_long_conv(x: Tensor, kernel: Tensor) -> Tensor:
@@ -175,21 +165,22 @@ Kind = Literal["reference", "triton"]
 
 def reference_layer(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
     """The reference ChelaLayer as a function of its parameters, so that any dtype may be given."""
-    return _called(_chela_module("reference", *_chela_sizes(parameters)), x, parameters)
+    return called_with(_chela_module("reference", *chela_sizes(parameters)), x, parameters)
 
 
 def fused_layer(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-    return _called(_chela_module("triton", *_chela_sizes(parameters)), x, parameters)
+    return called_with(_chela_module("triton", *chela_sizes(parameters)), x, parameters)
 
 
 def merged_layer(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
     """The branches merged, and what is made of them, before the first call."""
-    layer = kept(
-        parameters["long_kernel"],
-        "merged layer",
-        lambda: _merged(_holding(_new_chela("triton", *_chela_sizes(parameters)), parameters)),
-        *parameters.values(),
-    )
+
+    def merge() -> Any:
+        layer = _chela_holding("triton", parameters)
+        layer.reparameterize()
+        return layer
+
+    layer = kept(parameters["long_kernel"], "merged layer", merge, *parameters.values())
     output: Tensor = layer(x)
     return output
 
@@ -200,27 +191,62 @@ def reference_softmax_layer(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
 
 def softmax_layer(x: Tensor, parameters: dict[str, Tensor], attention: Attention) -> Tensor:
     """The layer with heads of 128 or fewer numbers."""
-    return _called(_softmax_module(x.shape[-1], attention), x, parameters)
+    return called_with(_softmax_module(x.shape[-1], attention), x, parameters)
 
 
-def _called(module: nn.Module, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+Step = Callable[[Tensor, Any], Tensor]  # x [B, D], cache -> y [B, D]
+Decoder = tuple[Step, Any]  # and the cache, with the prompt in it
+
+
+def softmax_decoder(
+    x: Tensor,
+    max_length: int,
+    parameters: dict[str, Tensor],
+    step_attention: Attention = softmax_attention_step,
+) -> Decoder:
+    with torch.device("meta"):
+        heads = softmax_heads(x.shape[-1])
+        layer = SoftmaxLayer(x.shape[-1], heads, step_attention=step_attention)
+    _hold(layer, parameters)
+    return layer.step, layer.cache(x, max_length)
+
+
+def reference_chela_decoder(x: Tensor, max_length: int, parameters: dict[str, Tensor]) -> Decoder:
+    return _chela_decoder("reference", x, max_length, parameters)
+
+
+def chela_decoder(x: Tensor, max_length: int, parameters: dict[str, Tensor]) -> Decoder:
+    return _chela_decoder("triton", x, max_length, parameters)
+
+
+def _chela_decoder(
+    kind: Kind, x: Tensor, max_length: int, parameters: dict[str, Tensor]
+) -> Decoder:
+    layer = _chela_holding(kind, parameters)
+    assert layer.max_length == max_length
+    _, cache = layer.prefill(x)
+    return layer.step, cache
+
+
+def called_with(module: nn.Module, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
     """module(x) with these parameters for its own, gradients to them."""
     output: Tensor = torch.func.functional_call(module, parameters, (x,))
     return output
 
 
-def _holding(module: ModuleType, parameters: dict[str, Tensor]) -> ModuleType:
-    """The module, made on "meta", with these parameters' very memory for its own."""
-    module.load_state_dict(parameters, assign=True)
-    return module.eval().requires_grad_(False)
-
-
-def _merged(layer: Any) -> Any:
-    layer.reparameterize()
+def _chela_holding(kind: Kind, parameters: dict[str, Tensor]) -> Any:
+    """A layer whose parameters are these: the very memory, not copies."""
+    layer = _new_chela(kind, *chela_sizes(parameters))
+    _hold(layer, parameters)
     return layer
 
 
-def _chela_sizes(parameters: dict[str, Tensor]) -> tuple[int, int, int, int]:
+def _hold(module: nn.Module, parameters: dict[str, Tensor]) -> None:
+    module.load_state_dict(parameters, assign=True)
+    module.eval().requires_grad_(False)
+
+
+def chela_sizes(parameters: dict[str, Tensor]) -> tuple[int, int, int, int]:
     """D, K, V and max_length."""
     width, taps = parameters["long_kernel"].shape
     return width, parameters["a_q"].shape[0], parameters["w_v.weight"].shape[0], taps
