@@ -34,10 +34,12 @@ if DEVICE != "cpu":  # products of float32 are rounded to tf32
     BUDGET[torch.float32] = BUDGET[torch.float16]
 
 
-def layers(D=8, dtype=torch.float32, made=ChelaLayer, like=reference.ChelaLayer, **options):
+def layers(
+    D=8, dtype=torch.float32, made=ChelaLayer, like=reference.ChelaLayer, max_length=40, **options
+):
     """One of ours and the reference in float64, with the same parameters, rounded to dtype."""
     torch.manual_seed(0)
-    ours = made(D, max_length=40, implementation="triton", **options)
+    ours = made(D, max_length=max_length, implementation="triton", **options)
     for parameter in ours.parameters():  # so that no a is 1, no m or bias 0
         parameter.data += 0.1 * torch.randn_like(parameter)
     for layer in (module for module in ours.modules() if isinstance(module, ChelaLayer)):
@@ -46,7 +48,7 @@ def layers(D=8, dtype=torch.float32, made=ChelaLayer, like=reference.ChelaLayer,
         )
         layer.m_k.data -= 0.2
     ours = ours.to(dtype).to(DEVICE)
-    exact = like(D, max_length=40, **options).to(DEVICE)
+    exact = like(D, max_length=max_length, **options).to(DEVICE)
     exact.load_state_dict(ours.state_dict())
     return ours, exact.double()
 

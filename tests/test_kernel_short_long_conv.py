@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from chela_bench.bench.check import error_of, relative_error, worst_block_error
 from chela_bench.bench.models import short_long_conv_bytes
@@ -28,6 +29,7 @@ from chela_bench.kernels.short_long_conv import (
     kernel_spectrum,
     long_conv,
     reparameterize,
+    reparameterize_two_sided,
     short_conv,
     short_long_conv,
 )
@@ -145,6 +147,9 @@ class Call:
         if self.case.known:
             long, T = self.tensors["long"], self.case.shape[1]
             options["spectrum"] = kernel_spectrum(long, T, config=self.config)
+            if not self.case.causal:
+                shifted = F.pad(self.tensors["future"], (1, 0))
+                options["spectrum_future"] = kernel_spectrum(shifted, T, config=self.config)
         with new_memory_is_nan():
             return self.with_gradients(short_long_conv, self.dtype, **options)
 
@@ -674,6 +679,39 @@ def test_a_spectrum_replaces_the_kernels_transform(way, dtype):
     assert not spectrum.values.requires_grad
 
 
+@all_ways
+@pytest.mark.parametrize("T", [1, 30])
+def test_two_spectra_replace_the_transforms_of_a_pair(way, T):
+    x, config = drawn(1, T, 2, seed=1), WAYS[way]
+    long, future = drawn(2, 50, seed=3), drawn(2, 29, seed=4)
+    options = {"causal": False, "order": "parallel", "identity": False}
+    pair = {
+        "spectrum": kernel_spectrum(long, T, config=config),
+        "spectrum_future": kernel_spectrum(F.pad(future, (1, 0)), T, config=config),
+    }
+    z = short_long_conv(x, [], long, long_kernel_future=future, config=config, **options)
+    zeros = torch.zeros_like(long), torch.zeros_like(future)  # nothing is read of them
+    found = short_long_conv(x, [], zeros[0], long_kernel_future=zeros[1], **options, **pair)
+    assert torch.equal(found, z)
+
+
+def test_rejects_half_a_pair_of_spectra():
+    x, long = drawn(1, 30, 2, seed=1), drawn(2, 30, seed=2)
+    spectrum = kernel_spectrum(long, 30)
+    with pytest.raises(ArgumentError, match="got no spectrum and a long_kernel_future"):
+        short_long_conv(
+            x, [], long, causal=False, long_kernel_future=long, spectrum_future=spectrum
+        )
+    with pytest.raises(ArgumentError, match="got a spectrum and no long_kernel_future"):
+        short_long_conv(x, [], long, spectrum=spectrum, spectrum_future=spectrum)
+    other = kernel_spectrum(long, 30, config=WAYS["monarch"])
+    with pytest.raises(ArgumentError, match=r"wanted a spectrum .* got .*monarch"):
+        short_long_conv(
+            x, [], long, causal=False, long_kernel_future=long,
+            spectrum=spectrum, spectrum_future=other,
+        )  # fmt: skip
+
+
 def test_rejects_a_spectrum_of_another_call():
     x, long = drawn(2, 30, 3, seed=1), drawn(3, 50, seed=2)
     monarch = kernel_spectrum(long, 30, config=WAYS["monarch"])
@@ -715,6 +753,30 @@ def test_merged_equals_unmerged(order, widths, identity):
     kernels = [] if merged is None else [merged]
     again = short_long_conv(x, kernels, long_merged, identity=False, order=order)
     assert relative_error(again, z.double()) <= 2e-5
+
+
+@pytest.mark.parametrize("order", ["serial", "parallel"])
+@pytest.mark.parametrize(
+    ("widths", "identity"), [((), True), ((3, 1, 7), True), ((5, 3), False), ((), False)]
+)
+def test_reparameterized_pairs_give_the_same_output(widths, identity, order):
+    if order == "serial" and not widths and not identity:
+        return  # nothing reaches the long kernels
+    x, long, future = drawn(1, 20, 2, seed=1), drawn(2, 15, seed=2), drawn(2, 2, seed=3)
+    short = [drawn(2, width, seed=4 + i) for i, width in enumerate(widths)]
+    exact = reference.short_long_conv(
+        x.double(), short, long, order=order, identity=identity, causal=False,
+        long_kernel_future=future,
+    )  # fmt: skip
+    merged, past, ahead = reparameterize_two_sided(
+        short, long, future, order=order, identity=identity
+    )
+    assert (merged is None) == (order == "parallel")
+    z = short_long_conv(
+        x, [] if merged is None else [merged], past, order=order, identity=False, causal=False,
+        long_kernel_future=ahead,
+    )  # fmt: skip
+    assert relative_error(z, exact) <= 2e-5
 
 
 # --- the short convolution alone ------------------------------------------------------------------
@@ -824,6 +886,12 @@ def test_rejects_what_does_not_fit():
         "no order '": lambda: reparameterize(short, long, order="both"),
         "at 0": lambda: reparameterize([long[:2]], long, order="serial"),
         "wanted long_kernel .D": lambda: reparameterize(short, long[0], order="serial"),
+        "so widths are odd, got .2.": lambda: reparameterize_two_sided(
+            [long[:, :2]], long, long, order="serial"
+        ),
+        "wanted long_kernel_future .D, taps": lambda: reparameterize_two_sided(
+            short, long, long[:1], order="serial"
+        ),
         "exact_head .* got -1": lambda: long_conv(x, long, exact_head=-1),
         "causal=True for exact_head": lambda: short_long_conv(
             x, short, long, causal=False, long_kernel_future=long, exact_head=1

@@ -130,6 +130,17 @@ def test_steps_and_prompts_leave_the_same_state():
         assert_near(one._state, other._state)
 
 
+def test_tokens_without_their_outputs_leave_the_same_state():
+    x, kernel = inputs(2, 200, 3, 200)
+    one, other = (LongConvDecoder(kernel, 2, max_length=200, block=16) for _ in range(2))
+    for start, end in [(0, 0), (0, 112), (112, 113), (113, 170)]:
+        one.prefill(x[:, start:end])
+        assert other.append(x[:, start:end].mT.contiguous().mT) is None
+        assert one.position == other.position == end
+        assert_near(one._state, other._state)
+    assert error(steps(other, x[:, 170:]), exact_of(x, kernel)[:, 170:]) <= ERROR
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_16_bits_round_once(dtype):
     x, kernel = inputs(2, 80, 5, 80, dtype)
@@ -330,6 +341,7 @@ def test_what_does_not_fit_changes_nothing():
         "as the kernel, got meta": lambda: decoder.step(x[:, 0].to("meta")),
         "no gradient": lambda: decoder.step(x[:, 0].clone().requires_grad_()),
         "at most max_length = 18 tokens, got 2 more after 17": lambda: decoder.prefill(x[:, 18:]),
+        "tokens, got 3 more after 17": lambda: decoder.append(x[:, 17:]),
     }.items():
         with pytest.raises(ArgumentError, match=match):
             bad()

@@ -16,7 +16,7 @@ every option (docs/decisions/0008).
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +24,15 @@ from torch import Tensor, nn
 
 from chela_bench.errors import ArgumentError
 from chela_bench.kernels import gates
+from chela_bench.kernels.chela_decode import StateCache
+from chela_bench.kernels.chela_merged import MergedKernels
+from chela_bench.kernels.dispatch import autocast
 from chela_bench.kernels.gates_ops import DTYPES, norm_gate, output_gate, queries_keys, silu
 from chela_bench.kernels.linear_attention import linear_attention
-from chela_bench.kernels.short_long_conv import long_conv, short_conv, short_long_conv
+from chela_bench.kernels.short_long_conv import short_conv, short_long_conv
 from chela_bench.reference import chela as reference
 from chela_bench.reference.chela import zero_padding
+from chela_bench.reference.chela_decode import ChelaCache
 from chela_bench.reference.long_kernels import taps_of
 
 Implementation = Literal["auto", "triton", "reference"]
@@ -46,6 +50,9 @@ class ChelaLayer(reference.ChelaLayer):
     The norm's gradient is orthogonal to O. Where few tokens or few keys leave the attention's state
     nearly of rank one, dQ and dK are what is left of that, and rounding O to 16 bits, which the
     reference does after the norm, costs them more than it costs y.
+
+    `prefill` and `step` are the reference's, with a StateCache (chela_decode.py) where Triton
+    computes: a token then costs O(log^2 T) amortised.
     """
 
     def __init__(
@@ -60,22 +67,52 @@ class ChelaLayer(reference.ChelaLayer):
             )
         self.implementation = implementation
         self._check_value_width()
+        self._is_reparameterized = False
+        self._merged: MergedKernels | None = None
+        self.register_load_state_dict_post_hook(_merge_again)
 
     def extra_repr(self) -> str:
         chosen = self._chosen(self.a_q)
         how = f"auto: {chosen}" if self.implementation == "auto" else chosen
-        return f"implementation={how!r}"
+        return f"implementation={how!r}{', reparameterized' * self._is_reparameterized}"
+
+    def reparameterize(self) -> None:
+        """For inference: forward convolves by merged kernels, whose spectra it keeps for two T.
+
+        The same output, within rounding; parameters and state_dict stay as they are. What is merged
+        follows the parameters when they are loaded, moved, converted or changed in place, but for
+        changes through `.data`, which nobody sees: call it again after those. A forward for which
+        gradients are on and a parameter of the convolution requires one is an ArgumentError.
+        `prefill` and `step` always merge. Where the reference computes, nothing is merged.
+
+        Memory: the merged kernels in float32, [D, W] and [D, max_length], and two spectra of 4
+        bytes a tap [D, T], in float32 8; two-sided twice all of it. A CUDA graph reads the spectrum
+        of its T, so capture no more than two T. Compiled by torch.compile, forward looks for no
+        changes in place and keeps no spectra: after those call this again, and first run it once,
+        uncompiled, at each T. `restore` ends it all.
+        """
+        self._is_reparameterized = True
+        self._merge()
+
+    def restore(self) -> None:
+        """Undo `reparameterize`: forward trains again."""
+        self._is_reparameterized, self._merged = False, None
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """As the reference's. Raises ArgumentError for a longer T, and on a CPU if "triton"."""
+        self._check_gradients()
         if self._chosen(x) == "reference":
             return super().forward(x, mask)
         self._check_input(x, mask)
+        return self._computed(x, mask, None)
+
+    def _computed(self, x: Tensor, mask: Tensor | None, cache: StateCache | None) -> Tensor:
+        """y [B, T, D] of a whole sequence, or with a cache, of its next tokens."""
         x = zero_padding(x, mask)
         before = self.norm_position == "before"
         normed = zero_padding(_normalize(self.norm, x), mask) if before else x  # X~
-        z = self._convolved(normed, mask)
-        m = self._attended(normed, z, mask)
+        z = self._convolved(normed, mask) if cache is None else cache.convolve(normed)
+        m = self._attended(normed, z, mask, cache)
         h = self.w_h(z)
         h = torch.addmm(h.flatten(0, 1), m.flatten(0, 1), self.u_h.weight.to(h.dtype).T).view_as(h)
         if self.training and self.dropout.p > 0:
@@ -86,20 +123,33 @@ class ChelaLayer(reference.ChelaLayer):
 
     def _convolved(self, normed: Tensor, mask: Tensor | None) -> Tensor:
         """Z [B, T, D]."""
-        shorts, long = list(self.short_kernels), taps_of(self.long_kernel)
+        (normed,) = autocast(normed)
+        shorts, long, identity, options = self._kernels(normed)
+        if mask is None or self.order == "parallel":
+            return short_long_conv(
+                normed, shorts, long, order=self.order, identity=identity, **options
+            )
+        u = zero_padding(short_conv(normed, shorts, identity=identity, causal=self.causal), mask)
+        return short_long_conv(u, [], long, order="parallel", identity=False, **options)
+
+    def _kernels(self, x: Tensor) -> tuple[list[Tensor], Tensor, bool, dict[str, Any]]:
+        """Short kernels, the long one, whether there is a unit tap, and more options of
+        short_long_conv, for rows like x [B, T, D]."""
+        if self._is_reparameterized:
+            merged = self._merged_kernels()
+            options = merged.spectra(x.shape[1], x.dtype)
+            options |= {"causal": self.causal, "long_kernel_future": merged.future}
+            return merged.shorts, merged.long, False, options
         future = self.long_kernel_future
-        options: dict[str, Any] = {
+        options = {
             "causal": self.causal,
             "long_kernel_future": None if future is None else taps_of(future),
         }
-        if mask is None or self.order == "parallel":
-            return short_long_conv(normed, shorts, long, order=self.order, **options)
-        u = zero_padding(short_conv(normed, shorts, causal=self.causal), mask)
-        if self.causal:
-            return long_conv(u, long)
-        return short_long_conv(u, [], long, order="parallel", identity=False, **options)
+        return list(self.short_kernels), taps_of(self.long_kernel), True, options
 
-    def _attended(self, normed: Tensor, z: Tensor, mask: Tensor | None) -> Tensor:
+    def _attended(
+        self, normed: Tensor, z: Tensor, mask: Tensor | None, cache: StateCache | None = None
+    ) -> Tensor:
         """M [B, T, V]."""
         p = z if self.w_z is None else self.w_z(z)
         q, k = queries_keys(
@@ -107,20 +157,95 @@ class ChelaLayer(reference.ChelaLayer):
         )
         v = zero_padding(silu(self.w_v(normed)), mask)
         if q.dtype == torch.float16:
-            q = q * self._shrink(q)
+            q = q * self._shrink(q, 0 if cache is None else cache.position)
         q, k, v = (u.unflatten(2, (self.num_heads, -1)) for u in (q, k, v))
-        o, _ = linear_attention(q, k, v, causal=self.causal)
+        if cache is None:
+            o, _ = linear_attention(q, k, v, causal=self.causal)
+        else:
+            o = cache.attend(q, k, v)
         a = None if self.w_a is None else self.w_a(z)
         return norm_gate(
             o.flatten(2), a, eps=self.eps, activation=self.gate_activation, dtype=z.dtype
         )
 
-    def _shrink(self, q: Tensor) -> Tensor:
-        """1 / sqrt of how many tokens each one attends to [T, 1]."""
+    def _shrink(self, q: Tensor, before: int = 0) -> Tensor:
+        """1 / sqrt of how many tokens each one attends to [T, 1]; `before` came before q."""
         T = q.shape[1]
-        tokens = torch.arange(1, T + 1, device=q.device, dtype=torch.float32)
+        tokens = torch.arange(before + 1, before + T + 1, device=q.device, dtype=torch.float32)
         seen = tokens if self.causal else tokens.new_full((T,), T)
         return seen.rsqrt().to(q.dtype)[:, None]
+
+    def _new_cache(self, x: Tensor) -> ChelaCache:
+        if self._chosen(x) == "reference":
+            return super()._new_cache(x)
+        H, K, V = self.num_heads, self.a_q.shape[0], self.w_v.out_features
+        return StateCache(
+            self,
+            x,
+            short_kernels=list(self.short_kernels),
+            long_kernel=taps_of(self.long_kernel),
+            order=self.order,
+            max_length=self.max_length,
+            state=(H, K // H, V // H),
+        )
+
+    def _extend(self, x: Tensor, cache: ChelaCache) -> Tensor:
+        if not isinstance(cache, StateCache):
+            return super()._extend(x, cache)
+        y = self._computed(x, None, cache)
+        cache.advance(x.shape[1])
+        return y
+
+    def _merged_kernels(self) -> MergedKernels:
+        """Those of the parameters as they are now."""
+        merged = self._merged
+        is_known = torch.compiler.is_compiling()  # which traces no check
+        if merged is None or not (is_known or merged.is_of(self._convolution())):
+            merged = self._merged = self._new_merged()
+        return merged
+
+    def _merge(self) -> None:
+        """Anew, if reparameterized."""
+        wanted = self._is_reparameterized and self._chosen(self.a_q) == "triton"
+        self._merged = self._new_merged() if wanted else None
+
+    def _new_merged(self) -> MergedKernels:
+        future = self.long_kernel_future
+        # Outside inference mode, what it makes can be used inside and outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            return MergedKernels(
+                list(self.short_kernels),
+                taps_of(self.long_kernel),
+                None if future is None else taps_of(future),
+                order=self.order,
+                parameters=self._convolution(),
+            )
+
+    def _convolution(self) -> list[nn.Parameter]:
+        """Parameters of the convolution."""
+        longs = [
+            kernel for kernel in (self.long_kernel, self.long_kernel_future) if kernel is not None
+        ]
+        found = [*self.short_kernels]
+        for kernel in longs:
+            found += [kernel] if isinstance(kernel, nn.Parameter) else kernel.parameters()
+        return found
+
+    def _apply(self, *arguments: Any, **options: Any) -> Self:
+        """What .to(), .half(), .cuda() and the like call."""
+        super()._apply(*arguments, **options)
+        self._merge()
+        return self
+
+    def _check_gradients(self) -> None:
+        if not self._is_reparameterized or not torch.is_grad_enabled():
+            return
+        if any(parameter.requires_grad for parameter in self._convolution()):
+            raise ArgumentError(
+                "a reparameterized layer has no gradients for its convolution, whose parameters "
+                "require them; restore() it for training, use torch.no_grad(), or set "
+                "requires_grad to False on short_kernels and long_kernel"
+            )
 
     def _chosen(self, x: Tensor) -> Literal["triton", "reference"]:
         if self.implementation == "auto":
@@ -142,6 +267,20 @@ class ChelaBlock(reference.ChelaBlock):
     too, and the same state_dict."""
 
     layer_type = ChelaLayer
+    layer: ChelaLayer
+
+    def reparameterize(self) -> None:
+        """The layer's."""
+        self.layer.reparameterize()
+
+    def restore(self) -> None:
+        """The layer's."""
+        self.layer.restore()
+
+
+def _merge_again(layer: ChelaLayer, incompatible_keys: object) -> None:
+    """After load_state_dict."""
+    layer._merge()
 
 
 def _normalize(norm: nn.LayerNorm | nn.RMSNorm, x: Tensor) -> Tensor:

@@ -202,6 +202,11 @@ class LongConvDecoder:
         return self._position
 
     @property
+    def kernel(self) -> Tensor:
+        """The taps in use [D, L], float32."""
+        return self._kernel
+
+    @property
     def state_bytes(self) -> int:
         """Bytes that are held between steps: see the formula above."""
         held = (self._state, self._kernel, *self._spectra.values())
@@ -228,17 +233,31 @@ class LongConvDecoder:
         T = x.shape[1] if x.ndim == 3 else 1
         self._check_tokens(x, "[B, T, D]", (B, T, D), T)
         z = torch.empty((B, T, D), dtype=x.dtype, device=x.device)
-        done = 0
-        while done < T:
-            tokens = span(self._position, T - done, self.block)
-            piece = slice(done, done + tokens)
-            if tokens <= self.block:
+        for piece in self._spans(T):
+            if piece.stop - piece.start <= self.block:
                 self._sum(x[:, piece], z[:, piece])
             else:
                 self._convolve(x[:, piece], z[:, piece])
+        return z
+
+    def append(self, x: Tensor) -> None:
+        """As prefill, for whom has z of these tokens from elsewhere: half of its FFTs, those of
+        squares, are left."""
+        B, D, _ = self._state.shape
+        T = x.shape[1] if x.ndim == 3 else 1
+        self._check_tokens(x, "[B, T, D]", (B, T, D), T)
+        for piece in self._spans(T):
+            here = self._state[..., self._position : self._position + piece.stop - piece.start]
+            here.copy_(x.detach()[:, piece].mT)
+
+    def _spans(self, T: int) -> Iterator[slice]:
+        """Pieces of T tokens, each of which is to be in the state before the next is asked for."""
+        done = 0
+        while done < T:
+            tokens = span(self._position, T - done, self.block)
+            yield slice(done, done + tokens)
             self._advance(tokens)
             done += tokens
-        return z
 
     def _sum(self, x: Tensor, z: Tensor) -> None:
         """The strips of tokens x [B, T, D] of one block into z; their inputs into the state."""
@@ -285,7 +304,7 @@ class LongConvDecoder:
         if x.shape != wanted:
             raise ArgumentError(
                 f"wanted x {named} = {list(wanted)}, got {list(x.shape)}; batch and width are "
-                "those of the decoder, step takes one token and prefill many"
+                "those of the decoder, step takes one token, prefill and append many"
             )
         if x.dtype not in DTYPES:
             raise ArgumentError(

@@ -87,6 +87,7 @@ def short_long_conv(
     gate: Tensor | None = None,
     layout: Layout = "btd",
     spectrum: Spectrum | None = None,
+    spectrum_future: Spectrum | None = None,
     exact_head: int = 0,
     config: Config | None = None,
 ) -> Tensor:
@@ -132,6 +133,9 @@ def short_long_conv(
         **{f"short_kernels[{i}]": kernel for i, kernel in enumerate(short_kernels)},
     )
     plan = _plan(x, D, T, spectrum, config)
+    if spectrum_future is not None:
+        _check_pair(spectrum, long_kernel_future)
+        _plan(x, D, T, spectrum_future, _config_of(plan.method, plan.N2))
 
     tokens = layout == "btd"
     inner = tokens and plan.method == "direct"  # whether the long convolution is token-major
@@ -165,8 +169,14 @@ def short_long_conv(
         fused = None
     z = long(u, long_kernel, values, scale, fused, plan.method, False, inner, exact_head)
     if future is not None:
-        shifted = F.pad(future, (1, 0))  # its tap 0 meets the current token
-        values, scale = spectrum_of(shifted, T, N2, plan.method, x.dtype)
+        shifted = future
+        if spectrum_future is None or _is_trained(future):
+            shifted = F.pad(future, (1, 0))  # its tap 0 meets the current token
+        values, scale = (
+            spectrum_of(shifted, T, N2, plan.method, x.dtype)
+            if spectrum_future is None
+            else (spectrum_future.values, spectrum_future.scale)
+        )
         z = z + long(u, shifted, values, scale, None, plan.method, True, inner, 0)
     if beside is not None:
         z = z + beside
@@ -314,6 +324,44 @@ def reparameterize(
     return None, _added(kernel, total)
 
 
+def reparameterize_two_sided(
+    short_kernels: Sequence[Tensor],
+    long_kernel: Tensor,
+    long_kernel_future: Tensor,
+    *,
+    order: Order,
+    identity: bool = True,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """As `reparameterize`, for causal=False: short kernels, of odd widths, are centred.
+
+    order="serial": one short kernel [D, W_max], narrow ones padded on both sides, the unit tap in
+    the middle; the long pair as it is. order="parallel": no short kernel; taps of the current token
+    and of those before it are added to long_kernel's first, taps of tokens to come to those of
+    long_kernel_future.
+    """
+    _check_option("order", order, ("serial", "parallel"))
+    D = long_kernel.shape[0]
+    _check_kernels(short_kernels, D)
+    _check_centred(short_kernels, False)
+    for kernel, name in ((long_kernel, "long_kernel"), (long_kernel_future, "long_kernel_future")):
+        _check_long(kernel, D, name)
+    if order == "serial":
+        _check_serial(short_kernels, identity)
+    past, future = long_kernel.to(torch.float32), long_kernel_future.to(torch.float32)
+    unit = [long_kernel.new_ones(D, 1)] if identity else []
+    branches = [kernel.to(torch.float32) for kernel in (*short_kernels, *unit)]
+    if not branches:
+        return None, past, future
+    ahead = _widest(short_kernels) // 2
+    total = sum(
+        (F.pad(kernel, [ahead - kernel.shape[1] // 2] * 2) for kernel in branches),
+        start=past.new_zeros(D, 2 * ahead + 1),
+    )
+    if order == "serial":
+        return total.mT.contiguous().mT, past, future
+    return None, _added(past, total[:, ahead:]), _added(future, total[:, :ahead].flip(1))
+
+
 def hbm_bytes(
     shape: Mapping[str, int], config: Mapping[str, int | str] | None = None, *, itemsize: int = 2
 ) -> int:
@@ -393,8 +441,7 @@ def _plan(x: Tensor, D: int, T: int, spectrum: Spectrum | None, config: Config |
             f"{spectrum.method} with N2 = {spectrum.N2}; make it with kernel_spectrum(kernel, T, "
             "dtype=x.dtype) of this kernel, T, dtype and config"
         )
-    asked = {"method": spectrum.method, **({"N2": spectrum.N2} if spectrum.N2 else {})}
-    plan = plan_for(T, asked, by_hand=by_hand)
+    plan = plan_for(T, _config_of(spectrum.method, spectrum.N2), by_hand=by_hand)
     shape = spectrum_shape(D, T, plan.N2) if plan.N2 else None
     values, scale = spectrum.values, spectrum.scale
     if shape is None or scale is None:
@@ -410,6 +457,10 @@ def _plan(x: Tensor, D: int, T: int, spectrum: Spectrum | None, config: Config |
             "with kernel_spectrum(kernel, T)"
         )
     return plan
+
+
+def _config_of(method: Method, N2: int) -> Config:
+    return {"method": method, "N2": N2} if N2 else {"method": method}
 
 
 def _is_trained(*tensors: Tensor | None) -> bool:
@@ -472,6 +523,16 @@ def _check_two_sided(kernels: Sequence[Tensor], future: Tensor | None, causal: b
             "long_kernel_future [D, T_f] is the half that causal=False needs and causal=True has "
             f"no place for; got causal={causal} and "
             f"{'none' if future is None else list(future.shape)}"
+        )
+
+
+def _check_pair(spectrum: Spectrum | None, future: Tensor | None) -> None:
+    if spectrum is None or future is None:
+        raise ArgumentError(
+            "spectrum_future is the second half of a two-sided kernel's spectrum: wanted it beside "
+            f"spectrum and long_kernel_future, got {'no' if spectrum is None else 'a'} spectrum "
+            f"and {'no' if future is None else 'a'} long_kernel_future; pass all three, or leave "
+            "it out"
         )
 
 

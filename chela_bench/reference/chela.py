@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chela_bench.errors import ArgumentError
+from chela_bench.reference.chela_decode import ChelaCache, HistoryCache, check_decoding
 from chela_bench.reference.linear_attention import compute_dtype, linear_attention
 from chela_bench.reference.long_kernels import (
     LongKernelForm,
@@ -156,6 +157,37 @@ class ChelaLayer(nn.Module):
         y = self._gate_output(h, z, x)
         return zero_padding(y if before else _normalize(self.norm, y), mask)
 
+    def prefill(self, x: Tensor, cache: ChelaCache | None = None) -> tuple[Tensor, ChelaCache]:
+        """y [B, T, D] of a prompt x [B, T, D], as forward has it, and the cache for what follows.
+
+        With a cache, the prompt goes on after its tokens, so that a long one may come in pieces;
+        T may be 0. Causal layers only. There is no mask: all sequences are equally long, and such
+        of other lengths take other caches. Without gradient: an x that requires one is an error,
+        unless gradients are off. Dropout is as in forward, so call eval() first. Raises
+        ArgumentError for what does not fit, and then the cache is as it was.
+        """
+        self._check_tokens(x, "[B, T, D]", cache)
+        with torch.no_grad():
+            cache = self._new_cache(x) if cache is None else cache
+            return self._extend(x, cache), cache
+
+    def step(self, x: Tensor, cache: ChelaCache) -> Tensor:
+        """y [B, D] of the next token, x [B, D], which joins the cache: as `prefill` of one."""
+        self._check_tokens(x, "[B, D]", cache)
+        with torch.no_grad():
+            return self._extend(x[:, None], cache)[:, 0]
+
+    def _new_cache(self, x: Tensor) -> ChelaCache:
+        return HistoryCache(self, x)
+
+    def _extend(self, x: Tensor, cache: ChelaCache) -> Tensor:
+        """y [B, T, D] of the next tokens x [B, T, D], which join the cache."""
+        assert isinstance(cache, HistoryCache)
+        tokens = torch.cat([cache.tokens, x], dim=1)
+        y = ChelaLayer.forward(self, tokens)[:, cache.position :]
+        cache.tokens = tokens
+        return y
+
     def _convolve(self, normed: Tensor, mask: Tensor | None) -> Tensor:
         """Z [B, T, D]: short_long_conv, whose parts "serial" runs apart to mask what lies between.
 
@@ -209,6 +241,27 @@ class ChelaLayer(nn.Module):
                 f"in {mask.dtype}; it is True where there is a token"
             )
 
+    def _check_tokens(self, x: Tensor, named: str, cache: ChelaCache | None) -> None:
+        """x [B, T, D] of `prefill` or [B, D] of `step`."""
+        if not self.causal:
+            raise ArgumentError(
+                "wanted causal=True for prefill and step, got a two-sided layer, whose output "
+                "reads tokens to come; call it with the whole sequence"
+            )
+        is_step = named == "[B, D]"
+        if x.ndim != 3 - is_step or x.shape[-1] != self.d_model:
+            raise ArgumentError(
+                f"wanted x {named} with D = {self.d_model}, got {list(x.shape)}; step takes one "
+                "token of each sequence and prefill many"
+            )
+        check_decoding(self, x, self.w_v.weight, cache)
+        tokens, seen = 1 if is_step else x.shape[1], 0 if cache is None else cache.position
+        if seen + tokens > self.max_length:
+            raise ArgumentError(
+                f"wanted at most max_length = {self.max_length} tokens, got {tokens} after {seen}; "
+                "build the layer with a larger max_length, or reset() the cache"
+            )
+
 
 class ChelaBlock(nn.Module):
     """A ChelaLayer, then a feed-forward network with its own norm and residual. F = d_ff (2 D).
@@ -250,12 +303,25 @@ class ChelaBlock(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """y [B, T, D], as ChelaLayer.forward."""
-        u = self.layer(x, mask)
+        return zero_padding(self._fed_forward(self.layer(x, mask)), mask)
+
+    def prefill(self, x: Tensor, cache: ChelaCache | None = None) -> tuple[Tensor, ChelaCache]:
+        """y [B, T, D], and the layer's cache, as ChelaLayer.prefill."""
+        u, cache = self.layer.prefill(x, cache)
+        with torch.no_grad():
+            return self._fed_forward(u), cache
+
+    def step(self, x: Tensor, cache: ChelaCache) -> Tensor:
+        """y [B, D], as ChelaLayer.step."""
+        u = self.layer.step(x, cache)
+        with torch.no_grad():
+            return self._fed_forward(u)
+
+    def _fed_forward(self, u: Tensor) -> Tensor:
+        """y [..., D] of the layer's output."""
         if self.layer.norm_position == "before":
-            y = u + self._feed_forward(_normalize(self.norm, u))
-        else:
-            y = _normalize(self.norm, u + self._feed_forward(u))
-        return zero_padding(y, mask)
+            return u + self._feed_forward(_normalize(self.norm, u))
+        return _normalize(self.norm, u + self._feed_forward(u))
 
     def _feed_forward(self, u: Tensor) -> Tensor:
         hidden = self.dropout(_ACTIVATIONS[self.ff_activation](self.w_1(u)))  # [B, T, F]
