@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from itertools import pairwise
-from math import exp, log
+from math import log
 from typing import NamedTuple
 
 from chela_bench.reports.fit import Slope, fitted_slope
@@ -30,6 +30,12 @@ class Crossing(NamedTuple):
     def place(self) -> str:
         """`9.12k`."""
         return _about(self.tokens)
+
+    @property
+    def measured(self) -> str:
+        """` (between 8k and 10k)`, unless they met at a measured length."""
+        before, after = self.between
+        return "" if before == after else f" (between {length(before)} and {length(after)})"
 
 
 def crossings(group: Group, beside: Group) -> list[Crossing]:
@@ -60,8 +66,7 @@ def comparison(group: Group, beside: Group | None) -> list[str]:
     if beside is None:
         return []
     said = [
-        f"{each.faster.label} overtakes {each.slower.label} at T = {each.place} "
-        f"(between {length(each.between[0])} and {length(each.between[1])})."
+        f"{each.faster.label} overtakes {each.slower.label} at T = {each.place}{each.measured}."
         for each in crossings(group, beside)
     ]
     throughout: dict[tuple[str, bool, str], list[str]] = defaultdict(list)
@@ -90,10 +95,13 @@ def _crossings(ours: Series, theirs: Series) -> list[Crossing]:
     for (before, first), (after, last) in pairwise(apart):
         if (first > 0) == (last > 0):
             continue
+        equal = [tokens for tokens in ratios if before < tokens < after]
+        if equal:  # measured so: where they part
+            before, after, first, last = equal[-1], equal[-1], 0.0, -first
         share = first / (first - last)
-        tokens = exp(log(before) + share * (log(after) - log(before)))
-        ends = [_kernel_seconds(ours)[tokens] for tokens in (before, after)]
-        seconds = ends[0] * (ends[1] / ends[0]) ** share
+        tokens = before * (after / before) ** share
+        start, end = (_kernel_seconds(ours)[tokens] for tokens in (before, after))
+        seconds = start * (end / start) ** share
         faster, slower = (ours, theirs) if last < 0 else (theirs, ours)
         found.append(Crossing(tokens, seconds, faster, slower, (before, after)))
     return found

@@ -184,7 +184,7 @@ def _draw_floor(axes: Axes, floor: Sequence[tuple[int, float]], name: str) -> No
 
 
 def _draw_marks(axes: Axes, marks: Sequence[Mark]) -> None:
-    """A ring, and its name beneath, unless it would stand on another's."""
+    """A ring, and its name above, unless it would stand on another's."""
     named: list[float] = []
     for mark in sorted(marks, key=lambda mark: mark.tokens):
         axes.plot(
@@ -194,8 +194,8 @@ def _draw_marks(axes: Axes, marks: Sequence[Mark]) -> None:
         if not named or mark.tokens > 1.5 * named[-1]:
             named.append(mark.tokens)
             axes.annotate(
-                mark.name, (mark.tokens, mark.value), (4, -11), textcoords="offset points",
-                ha="left", va="top", zorder=4,
+                mark.name, (mark.tokens, mark.value), (-5, 8), textcoords="offset points",
+                ha="right", va="bottom", zorder=4,
             )  # fmt: skip
 
 

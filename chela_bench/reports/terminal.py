@@ -85,8 +85,12 @@ def _blocks(group: Group, width: int) -> Iterator[RenderableType]:
         )
     tried = [s for s in group.series if any(p.outcome != "skipped" for p in s.points)]
     waiting = [(series.label, _cells(group, series)) for series in tried or group.series]
+    if group.is_layer and waiting and _room(leading, width) < _column_width(*waiting[0]):
+        yield _table(leading, width)
+        yield Text()
+        leading = leading[:1]
     while waiting:
-        block, room = leading, width - sum(_column_width(*column) + _GAP for column in leading)
+        block, room = leading, _room(leading, width)
         while waiting and (room >= _column_width(*waiting[0]) or block is leading):
             room -= _column_width(*waiting[0]) + _GAP
             block = [*block, waiting.pop(0)]
@@ -108,6 +112,11 @@ def _rates(group: Group) -> Iterator[str]:
                 size = COLUMNS["bytes/token"].cell(point)[1]
                 moved = f", {size} HBM a token" if size else ""
                 yield f"{length(tokens)}: {series.label} {rate} tokens/s{moved}"
+
+
+def _room(columns: Sequence[tuple[str, Sequence[Text]]], width: int) -> int:
+    """What is left beside the columns."""
+    return width - sum(_column_width(*column) + _GAP for column in columns)
 
 
 def _column_width(name: str, cells: Sequence[Text]) -> int:
