@@ -60,16 +60,17 @@ def test_a_prompt_and_steps_are_the_whole(case):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("pieces", [[0, 1, 63, 70, 0, 36], [140, 29, 1]], ids=str)
 @both_orders
-def test_a_prompt_in_pieces_is_the_whole(order, dtype):
+def test_a_prompt_in_pieces_is_the_whole(order, pieces, dtype):
     ours, exact = layers(dtype=dtype, max_length=N, order=order, **SMALL)
     x = drawn(N, dtype)
-    cache, pieces = None, []
-    for piece in x.split([0, 1, 63, 70, 0, 36], dim=1):
+    cache, outputs = None, []
+    for piece in x.split(pieces, dim=1):
         y, cache = ours.prefill(piece, cache)
         assert y.shape == piece.shape
-        pieces.append(y)
-    y = torch.cat(pieces, dim=1)
+        outputs.append(y)
+    y = torch.cat(outputs, dim=1)
     assert_near({"y": y}, {"y": exact(x.double()).detach()}, BUDGET[dtype])
 
 
@@ -120,6 +121,9 @@ def test_states_stay_where_they_are_and_start_anew(order):
     again = torch.cat([again, steps(ours, x[:, 70:], cache)], dim=1)
     assert same is cache and [state.data_ptr() for state in states(cache)] == addresses
     assert torch.equal(again, y)  # bits
+    cache.reset()
+    fresh = ours.prefill(x[:, :0])[1]
+    assert torch.equal(ours.step(x[:, 0], cache), ours.step(x[:, 0], fresh))
 
 
 def test_a_copy_goes_on_by_itself():
