@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 
+from chela_bench.records import Point
 from chela_bench.reports.crossings import comparison, crossings, slope_label
 from chela_bench.reports.figures import figures
 from chela_bench.reports.fit import Slope
@@ -14,6 +16,7 @@ from chela_bench.reports.html import page
 from chela_bench.reports.markdown import summary
 from chela_bench.reports.pictures import sweeps, time_picture
 from tests.factories import decode_sweep, layer_sweep, make_failure, make_point, make_run
+from tests.running import ROOT
 from tests.test_reports import printed
 
 LAYER = {"op": "chela_layer", "direction": "fwd"}
@@ -186,6 +189,15 @@ def test_an_older_record_of_a_layer_has_a_dash():
     points = [p for p in points if p.impl != "chela_merged"]
     row = next(line for line in printed(make_run(), points, width=120).splitlines() if "1k" in line)
     assert row.split()[:5] == ["1k", "23.0", "us", "-", "19.0"]
+
+
+def test_older_records_are_read():
+    lines = (ROOT / "docs/results/h100/points.jsonl").read_text().splitlines()
+    assert all("parameters" not in json.loads(line) for line in lines)
+    points = [Point.model_validate_json(line) for line in lines]
+    assert {point.parameters for point in points} == {None}
+    assert any(point.hbm_bytes_per_token for point in points)
+    assert "params" not in printed(make_run(), points, width=120)
 
 
 def test_steps_show_tokens_a_second_and_bytes_a_token():

@@ -156,6 +156,20 @@ def test_a_decoder_passes_before_and_after(op, impl, dtype):
     assert columns["errors"].keys() == {"o"}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run in Triton's interpreter")
+@pytest.mark.parametrize(("impl", "direction"), [("chela", "decode"), ("chela_merged", "fwd")])
+def test_the_kernels_layer_passes_as_the_bench_calls_it(impl, direction):
+    op = get_op("chela_layer")
+    job, columns = job_of(op, op.impl(impl), T=20), {}
+    job.case = job.case.model_copy(update={"direction": direction})
+    inputs = job.draw()
+    judge.judge_first(job, inputs, columns)
+    call = job.call(inputs)
+    assert all(torch.equal(one, other) for one, other in zip(call(), call(), strict=True))
+    judge.judge_again(job, inputs, call, columns)
+    assert 0 < columns["error_rel"] <= columns["error_budget"]
+
+
 def test_a_call_is_as_many_steps_as_the_window_has():
     job = softmax_job()
     call = job.call(job.draw())
