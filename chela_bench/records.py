@@ -66,6 +66,13 @@ class Hbm(_Record):
     source: Literal["ncu", "gpm", "model"] | None = None
     """ncu: performance counters; gpm: NVML, coarse; model: the formula alone. Null: no figure."""
 
+    @property
+    def total_bytes(self) -> int | None:
+        """Measured, read plus written; else modelled; else None."""
+        if self.read_bytes is None or self.write_bytes is None:
+            return self.model_bytes
+        return self.read_bytes + self.write_bytes
+
 
 class Static(_Record):
     """What the compiler says of a kernel. Null: it was not asked."""
@@ -119,7 +126,9 @@ class Point(_Record):
     impl: str
     """The implementation of it; `file.py:function` for a user's own."""
     direction: Direction
-    """fwd: forward; bwd: backward alone; fwdbwd: both in one call; decode: one token's step."""
+    """fwd: forward; bwd: backward alone; fwdbwd: both in one call; decode: a step of one token of
+    each sequence, with a cache of nearly T tokens: the mean over 64 steps, one block of the
+    streaming convolution, at whose end the share that is due of larger transforms."""
     dtype: DType
     """Of inputs and outputs."""
     shape: dict[str, Annotated[int, Field(ge=1)]]
@@ -140,8 +149,8 @@ class Point(_Record):
     reason: str | None = None
     """One line, why it failed. Null: the outcome is ok."""
     time_ns: Quantiles | None = None
-    """Time of a call: kernel time on a GPU, wall time on a CPU. Null: failed, or no kernel time
-    could be taken; then wall_ns stands alone."""
+    """Time of a call (decode: of a step, as everything below): kernel time on a GPU, wall time on
+    a CPU. Null: failed, or no kernel time could be taken; then wall_ns stands alone."""
     wall_ns: Nanoseconds | None = None
     """One call from launch to synchronised end, nanoseconds, median. Null: failed."""
     wall_n: Count | None = None
@@ -156,12 +165,16 @@ class Point(_Record):
     """Least time on this card, nanoseconds: compulsory_bytes over copy bandwidth, or flops over
     matmul rate if that is longer. Null: on a CPU, or the ceilings were not measured."""
     compulsory_bytes: Count | None = None
-    """Every input read once and every output written once, bytes. Null: decode."""
+    """Every input read once and every output written once, bytes; of a step what it needs of the
+    state too. Null: decode of an op that has no such model, as in older records."""
     flops: Count | None = None
-    """Least floating-point operations of any algorithm for the function. Null: decode."""
+    """Least floating-point operations of any algorithm for the function. Null: as
+    compulsory_bytes."""
+    parameters: Count | None = None
+    """Numbers that the layer learns. Null: the op is no layer, or an older record."""
     peak_bytes: Count | None = None
-    """Peak memory of a call beyond its live inputs, bytes. Null: failed before it was read, or on
-    a CPU."""
+    """Peak memory of a call beyond its live inputs, of a step beyond its cache too, bytes. Null:
+    failed before it was read, or on a CPU."""
     hbm: Hbm = Hbm()
     """Bytes through device memory."""
     oracle: str | None = None
@@ -233,9 +246,16 @@ class Point(_Record):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def tokens_per_s(self) -> float | None:
-        """B * T over time."""
+        """B * T over time; decode: B over time."""
         seconds = self.seconds
-        return None if seconds is None else self.shape["B"] * self.shape["T"] / seconds
+        return None if seconds is None else self.tokens / seconds
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def hbm_bytes_per_token(self) -> float | None:
+        """Bytes through device memory, measured, else modelled, over B * T; decode: over B."""
+        moved = self.hbm.total_bytes
+        return None if moved is None else moved / self.tokens
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -262,6 +282,11 @@ class Point(_Record):
         if self.time_ns is None or self.floor_ns is None:
             return None
         return self.time_ns.median / self.floor_ns
+
+    @property
+    def tokens(self) -> int:
+        """That a call computes."""
+        return self.shape["B"] * (1 if self.direction == "decode" else self.shape["T"])
 
     @property
     def seconds(self) -> float | None:

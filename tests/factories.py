@@ -231,6 +231,62 @@ def conv_sweep() -> list[Point]:
     return points
 
 
+LAYER_LENGTHS = tuple(1024 * k for k in (1, 2, 4, 6, 8, 10, 12, 16, 32, 64, 128, 256))
+
+
+def layer_sweep(direction: str = "fwd") -> list[Point]:
+    """chela_layer and softmax_layer, B = 1, D = 1024, in an H100's magnitudes: each one's time is
+    linear, and quadratic, beside a constant."""
+    backward = {"fwd": 1.0, "fwdbwd": 3.1}[direction]
+    points = []
+    for T in LAYER_LENGTHS:
+        k = T / 1024
+        chela: dict[str, Any] = {
+            "op": "chela_layer",
+            "shape": {"B": 1, "T": T, "D": 1024, "K": 128, "V": 2048},
+            "direction": direction,
+            "floor_ns": round(2.3e4 * k * backward),
+            "parameters": 8_548_864 + 1024 * T,
+            "flops": round(1.9e10 * k * backward),
+        }
+        softmax: dict[str, Any] = {
+            "op": "softmax_layer",
+            "shape": {"B": 1, "T": T, "D": 1024},
+            "direction": direction,
+            "floor_ns": round((1.2e4 * k + 2.5e3 * k * k) * backward),
+            "parameters": 4_200_448,
+            "flops": round((8.6e9 * k + 1e9 * k * k) * backward),
+        }
+        points.append(make_point(impl="chela", time_ns=(1e5 + 6e4 * k) * backward, **chela))
+        if direction == "fwd":
+            points.append(make_point(impl="chela_merged", time_ns=5e4 + 5.6e4 * k, **chela))
+        time_ns = (4e4 + 2.2e4 * k + 3.5e3 * k * k) * backward
+        points.append(make_point(impl="sdpa_cudnn", time_ns=time_ns, **softmax))
+        if T == 262144 and direction == "fwdbwd":
+            reason = "estimated 2.4 s > limit 2 s"
+            points.append(make_failure("skipped", reason, impl="sdpa_flash", **softmax))
+        else:
+            points.append(make_point(impl="sdpa_flash", time_ns=1.6 * time_ns, **softmax))
+    return points
+
+
+def decode_sweep() -> list[Point]:
+    """A step of both layers, B = 64 and 16k tokens."""
+    common: dict[str, Any] = {"direction": "decode", "shape": {"B": 64, "T": 16384, "D": 1024}}
+    layer = {**common["shape"], "K": 128, "V": 2048}
+    return [
+        make_point(
+            time_ns=8e4, op="chela_layer", impl="chela", parameters=25_318_016, flops=1_192_000_000,
+            hbm=Hbm(model_bytes=200_000_000, source="model"), **{**common, "shape": layer},
+        ),
+        make_point(
+            time_ns=1.6e6, op="softmax_layer", impl="sdpa_flash", parameters=4_200_448,
+            hbm=Hbm(model_bytes=4_230_000_000, source="model"), **common,
+        ),
+        make_failure("oom", "CUDA out of memory", op="softmax_layer", impl="products", **common),
+    ]  # fmt: skip
+
+
 SWEEPS = {
     "h100": (make_run(), h100_sweep()),
     "fwdbwd": (make_run(), h100_sweep("fwdbwd")),
@@ -245,6 +301,8 @@ SWEEPS = {
     "long names": (make_run(), [make_point(T, impl=LONG, floor_ns=T) for T in LENGTHS]),
     "odd lengths": (make_run(), [make_point(T) for T in (1000, 1024, 3072, 8000, 50000)]),
     "conv": (make_run(), conv_sweep()),
+    "layers": (make_run(), [*layer_sweep(), *layer_sweep("fwdbwd")]),
+    "decode": (make_run(), decode_sweep()),
     "no memory used": (make_run(), [make_point(T, peak_bytes=T - 1024) for T in LENGTHS]),
 }
 sweeps = pytest.mark.parametrize(("run", "points"), SWEEPS.values(), ids=SWEEPS)

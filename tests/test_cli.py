@@ -119,6 +119,10 @@ NEED_A_GPU = tuple(
     f"{op.name}/{impl.name}/" for op in OPS for impl in op.impls if impl.devices == ("cuda",)
 )
 
+STEP_ALONE = tuple(
+    f"{op.name}/{impl.name}/" for op in OPS for impl in op.impls if impl.directions == ("decode",)
+)
+
 
 def _everything(folder, *arguments):
     """Every op and implementation on the CPU, at an odd length."""
@@ -138,7 +142,7 @@ def _draw_nothing(monkeypatch):
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
-    return _everything(tmp_path_factory.mktemp("all"), "--direction", "fwd,bwd,fwdbwd")
+    return _everything(tmp_path_factory.mktemp("all"), "--direction", "fwd,bwd,fwdbwd,decode")
 
 
 def _assert_all_right(done, document, *, groups, direction=None):
@@ -148,12 +152,15 @@ def _assert_all_right(done, document, *, groups, direction=None):
     outcomes = {p["key"]: (p["outcome"], p["reason"]) for p in document["points"]}
     once = sum(p["op"] == "reparameterization" for p in document["points"])
     assert once == (4 * 2 * groups if direction == "fwdbwd" else 4 * 2)
-    assert len(outcomes) == groups * (9 + 1 + 4 * 2 + 3 + 3 + 2) + once
+    steps = 0 if direction == "fwdbwd" else 4 + 5
+    assert len(outcomes) == groups * (9 + 1 + 4 * 2 + 3 + 4 + 5) + steps + once
     for key, (outcome, reason) in outcomes.items():
         if key.startswith(NEED_A_GPU):
             assert (outcome, reason) == ("skipped", "needs a GPU")
         elif key.startswith("reparameterization/") and "/fwd/" not in key:
             assert outcome == "skipped" and "merged has no" in reason
+        elif key.startswith(STEP_ALONE) and "/decode/" not in key:
+            assert outcome == "skipped" and reason.endswith("; it has: decode")
         else:
             assert outcome == "ok", (key, reason)
 
@@ -184,7 +191,7 @@ def test_errors_are_real_and_within_budget(everything):
         if point["outcome"] == "ok":
             assert 0 < point["error_rel"] <= point["error_budget"]
             gradients = set(point["errors"]) - {"o"}
-            assert bool(gradients) == (point["direction"] != "fwd")
+            assert bool(gradients) == (point["direction"] in ("bwd", "fwdbwd"))
             assert point["oracle"].startswith("float64 ")
 
 

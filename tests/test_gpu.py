@@ -115,13 +115,29 @@ def test_an_autotuned_kernel_is_tuned_at_every_shape(monkeypatch):
     assert tuned_at == ["T1024"] * 2 + ["T4096"] * 2  # two candidates each
 
 
-def _sweep(config, *arguments):
+def _sweep(config, *arguments, op="linear_attention"):
     done = chela_bench(
         "sweep", "--json", "--device", "cuda", "--config", config,
-        "--out", config.parent / "runs", "--op", "linear_attention", *arguments, **GPU,
+        "--out", config.parent / "runs", "--op", op, *arguments, **GPU,
     )  # fmt: skip
     assert done.stdout, done.stderr
     return done, json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("timer", ["event", "profiler"])
+def test_steps_on_the_card_have_kernel_time_and_are_right(tmp_path, timer):
+    config = tiny_config(tmp_path, sample_s=1.0, build_s=120.0)
+    done, document = _sweep(
+        config, "--direction", "decode", "--dtype", "bf16", "--lens", "300", "--timer", timer,
+        "--impl", "chela,sdpa_flash,products", op="chela_layer,softmax_layer",
+    )  # fmt: skip
+    points = {point["impl"]: point for point in document["points"]}
+    assert {point["outcome"] for point in points.values()} == {"ok"}, points
+    assert done.returncode == 0 and len(points) == 3
+    for point in points.values():
+        assert 0 < point["time_ns"]["median"] < point["wall_ns"] * 1.5
+        assert 3 <= point["launches"] < 100 and point["host_ns"] and point["floor_ns"]
+        assert point["hbm_bytes_per_token"] > 0 and point["parameters"] > 0
 
 
 def test_faults_on_the_card_are_outcomes(tmp_path):

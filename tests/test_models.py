@@ -1,12 +1,16 @@
 """The counted bytes and FLOPs against counts made another way."""
 
 import pytest
+import torch
 
 from chela_bench.bench import models
-from chela_bench.bench.adapters import layer_module
-from chela_bench.bench.bounds import floor_ns
+from chela_bench.bench.bounds import bounds, floor_ns
+from chela_bench.bench.cases import Case
+from chela_bench.bench.inputs import Draw
+from chela_bench.bench.load import load
 from chela_bench.bench.ops import OPS
 from chela_bench.records import Ceilings
+from chela_bench.reference.chela import ChelaLayer
 from chela_bench.reference.short_long_conv import default_short_sizes
 from chela_bench.reference.softmax_layer import SoftmaxLayer
 
@@ -64,7 +68,7 @@ def test_fla_fused_chunk_pays_for_cutting_the_key_dimension():
 
 def test_the_layers_parameters_are_counted_as_the_module_has_them():
     shape = {"B": 2, "T": 300, "D": 24, "K": 8, "V": 48}
-    module = layer_module(24, 8, 48, 300, "cpu")
+    module = ChelaLayer(24, d_key=8, d_value=48, max_length=300)
     assert models.chela_layer_parameters(shape) == sum(p.numel() for p in module.parameters())
 
 
@@ -73,6 +77,27 @@ def test_the_softmax_layers_parameters_are_counted_as_the_module_has_them():
         assert models.softmax_heads(width) == heads
         parameters = SoftmaxLayer(width, heads).parameters()
         assert models.softmax_layer_parameters({"D": width}) == sum(p.numel() for p in parameters)
+
+
+@pytest.mark.parametrize("direction", ["fwd", "fwdbwd", "decode"])
+def test_a_layers_points_have_the_parameters_that_were_drawn(direction):
+    for op in (op for op in OPS if op.parameters is not None):
+        shape = {"B": 2, "T": 300, "D": 24} | {dim: 8 for dim in ("K", "V") if dim in op.dims}
+        drawn = load(op.inputs)(Draw(shape, torch.bfloat16, torch.device("cpu"), 0, "randn"))
+        numbers = sum(tensor.numel() for tensor in drawn.tensors.values()) - 2 * 300 * 24  # x
+        case = Case(op=op.name, impl="x", direction=direction, dtype="bf16", shape=shape)
+        assert bounds(Ceilings(), case)["parameters"] == numbers
+        assert bounds(Ceilings(), case)["flops"] == op.flops(shape, direction) > 0
+    assert [op.name for op in OPS if op.parameters] == ["chela_layer", "softmax_layer"]
+
+
+def test_a_step_computes_about_its_share_of_a_forward():
+    """All but attention and convolutions is of one token alone; softmax's grows with the cache."""
+    shape = {"B": 2, "T": 65536, "D": 64, "K": 16, "V": 128}
+    for flops in (models.chela_layer_flops, models.softmax_layer_flops):
+        step, forward = flops(shape, "decode"), flops(shape, "fwd") / 65536
+        softmax = flops is models.softmax_layer_flops
+        assert (1.9 if softmax else 0.9) < step / forward < (2.1 if softmax else 4)
 
 
 def test_the_layers_matmuls_at_the_papers_size():

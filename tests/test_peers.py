@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from chela_bench.bench import peers
-from chela_bench.bench.adapters import layer_module, reference_layer, reference_softmax_layer
+from chela_bench.bench.adapters import reference_layer, reference_softmax_layer
+from chela_bench.reference.chela import ChelaLayer
 from chela_bench.reference.linear_attention import chunked
 from chela_bench.reference.softmax_attention import softmax_attention
 from chela_bench.reference.softmax_layer import SoftmaxLayer
@@ -20,7 +21,8 @@ def parameters_of(module):
 
 def test_the_composed_layer_is_the_layer(monkeypatch):
     monkeypatch.setattr(peers, "fla_chunk", lambda q, k, v: chunked(q, k, v)[0])
-    parameters, x = parameters_of(layer_module(16, 4, 32, 50, "cpu")), torch.randn(2, 50, 16)
+    layer = ChelaLayer(16, d_key=4, d_value=32, max_length=50)
+    parameters, x = parameters_of(layer), torch.randn(2, 50, 16)
     exact = reference_layer(x.double(), {name: p.double() for name, p in parameters.items()})
     torch.testing.assert_close(
         peers.composed_layer(x, parameters).double(), exact, atol=1e-4, rtol=0

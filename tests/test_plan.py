@@ -8,6 +8,7 @@ from chela_bench.bench import plan
 from chela_bench.bench.config import load_config
 from chela_bench.bench.lengths import parse_lengths
 from chela_bench.bench.load import refuse_changed_files
+from chela_bench.bench.registry import get_op
 from chela_bench.cli.sweep import _Names as Names
 from chela_bench.errors import RecordError, UsageError
 from tests.running import ROOT
@@ -53,7 +54,7 @@ def test_bad_lengths_say_what_came_and_the_way_out(text):
 
 def test_the_default_plan_has_every_implementation_at_every_length(config):
     cases = _cases(config)
-    assert len({case.key for case in cases}) == len(cases) == 7 * (2 * (10 + 1 + 4 + 3 + 3 + 2) + 4)
+    assert len({case.key for case in cases}) == len(cases) == 7 * (2 * (10 + 1 + 4 + 3 + 4 + 2) + 4)
     assert {case.shape["T"] for case in cases} == {1 << n for n in range(10, 17)}
 
 
@@ -104,6 +105,52 @@ def test_an_op_without_gradients_is_not_planned_backward_unless_that_is_all(conf
 
     assert directions("fwd", "fwdbwd") == {"fwd"}
     assert directions("fwdbwd") == {"fwdbwd"}  # and every row says why not
+
+
+def test_an_implementation_without_a_direction_asked_for_is_planned_only_by_name(config):
+    def planned(**asked):
+        cases = _cases(config, ops=["softmax_layer", "chela_layer"], lens="1k", **asked)
+        return {f"{case.op}/{case.impl}/{case.direction}" for case in cases}
+
+    stepping = ["reference", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "products"]
+    steps = {f"softmax_layer/{name}/decode" for name in stepping}
+    assert planned(directions=["decode"]) == {
+        *steps, "chela_layer/reference/decode", "chela_layer/chela/decode",
+    }  # fmt: skip
+    forward = planned(directions=["fwd"])
+    assert "softmax_layer/products/fwd" not in forward
+    assert "chela_layer/chela_merged/fwd" in forward
+    assert planned(directions=["fwd"], impls=["products", "chela"]) == {
+        "softmax_layer/products/fwd", "chela_layer/chela/fwd",
+    }  # fmt: skip
+
+
+def test_where_none_has_the_direction_every_row_says_so(config):
+    cases = _cases(config, ops=["softmax_attention"], lens="1k", directions=["decode"])
+    assert [case.impl for case in cases] == ["sdpa_flash"]
+
+
+def test_the_crossover_compares_two_layers_over_length(config):
+    flags = {"preset": "crossover", "impls": ["chela", "sdpa_cudnn"]}
+    cases = _cases(config, **flags)
+    assert {(c.op, c.impl) for c in cases} == {
+        ("chela_layer", "chela"), ("softmax_layer", "sdpa_cudnn"),
+    }  # fmt: skip
+    assert {c.direction for c in cases} == {"fwd", "fwdbwd"}
+    assert {c.shape["B"] for c in cases} == {1} and {c.shape["D"] for c in cases} == {1024}
+    wanted = [1024 * k for k in (1, 2, 4, 6, 8, 10, 12, 16, 32, 64, 128, 256)]
+    assert sorted({c.shape["T"] for c in cases}) == wanted
+    settings = plan.resolve(config, plan.Flags(**flags), ["cuda"])
+    assert (settings.timer, settings.l2) == ("profiler", "warm")
+    assert settings.limits.call_s == 2.0 and settings.limits.phase_s == 300.0
+
+
+def test_the_decode_preset_is_one_step_of_many_sequences(config):
+    cases = _cases(config, preset="decode")
+    assert {c.op for c in cases} == {"chela_layer", "softmax_layer"}
+    assert {c.direction for c in cases} == {"decode"}
+    assert {(c.shape["B"], c.shape["T"], c.shape["D"]) for c in cases} == {(64, 16384, 1024)}
+    assert all("decode" in get_op(c.op).impl(c.impl).directions for c in cases)
 
 
 def test_options_have_a_default_and_can_be_swept(config):

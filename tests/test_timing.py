@@ -88,7 +88,7 @@ def _job(known, *, tokens, growth=1.0, limit_s=1.0, seconds_at=None):
     return SimpleNamespace(
         tokens=tokens,
         known_seconds=known,
-        impl=SimpleNamespace(growth=growth),
+        growth=growth,
         bench=SimpleNamespace(
             session=session,
             announce=lambda phase: None,

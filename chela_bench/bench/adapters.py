@@ -13,22 +13,21 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from chela_bench.bench.models import softmax_heads
 from chela_bench.reference import linear_attention as attention
 from chela_bench.reference.chela import ChelaLayer
 from chela_bench.reference.short_long_conv import Order, long_conv, short_long_conv
-from chela_bench.reference.softmax_attention import softmax_attention
+from chela_bench.reference.softmax_attention import (
+    softmax_attention,
+    softmax_attention_step,
+)
 from chela_bench.reference.softmax_layer import Attention, SoftmaxLayer
 
 if TYPE_CHECKING:
     from chela_bench.kernels.linear_attention_config import Schedule
-
-
-_CHANNELS = 64  # of a convolution's oracle at once
 
 
 def naive_cumsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -88,13 +87,6 @@ def triton_conv(
     return short_long_conv(x, list(short_kernels), long_kernel, order=order, config=config or None)
 
 
-def oracle_long_conv(x: Tensor, kernel: Tensor) -> Tensor:
-    """By slices of channels, again in the backward: all float64 spectra at once need not fit."""
-    convolve = functools.partial(long_conv, layout="bdt")
-    slices = zip(x.split(_CHANNELS, dim=1), kernel.split(_CHANNELS), strict=True)
-    return torch.cat([checkpoint(convolve, *each, use_reentrant=False) for each in slices], dim=1)
-
-
 def fft_long_conv(x: Tensor, kernel: Tensor) -> Tensor:
     return long_conv(x, kernel, layout="bdt").to(x.dtype)
 
@@ -148,7 +140,8 @@ def triton_merged(
         short, long = reparameterize(list(short_kernels), long_kernel, order=order)
         return short, long, kernel_spectrum(long, x.shape[1], dtype=x.dtype)
 
-    short, long, spectrum = kept(long_kernel, ("merged", order, x.shape[1], x.dtype), merge)
+    what = ("merged", order, x.shape[1], x.dtype)
+    short, long, spectrum = kept(long_kernel, what, merge, *short_kernels)
     shorts = [] if short is None else [short]
     return convolve(x, shorts, long, order=order, identity=False, spectrum=spectrum)
 
@@ -156,61 +149,121 @@ def triton_merged(
 _KEPT: Any = WeakTensorKeyDictionary()
 
 
-def kept(tensor: Tensor, what: object, make: Callable[[], Any]) -> Any:
-    """make(), of the last call with this tensor, unless the tensor was changed since."""
-    versions = _KEPT.setdefault(tensor, {})
-    if what not in versions or versions[what][0] != tensor._version:
+def kept(tensor: Tensor, what: object, make: Callable[[], Any], *others: Tensor) -> Any:
+    """make(), of the last call with this tensor, unless it or one of the others is another now, or
+    was changed since."""
+    made = _KEPT.setdefault(tensor, {})
+    versions = tensor._version, *((id(other), other._version) for other in others)
+    if what not in made or made[what][0] != versions:
         with torch.no_grad():
-            versions[what] = tensor._version, make()
-    return versions[what][1]
+            made[what] = versions, make()
+    return made[what][1]
+
+
+Kind = Literal["reference", "triton"]
 
 
 def reference_layer(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
     """The reference ChelaLayer as a function of its parameters, so that any dtype may be given."""
-    taps = parameters["long_kernel"].shape[-1]
-    key, value = parameters["a_q"].shape[0], parameters["w_v.weight"].shape[0]
-    module = layer_module(x.shape[-1], key, value, taps, "meta")
-    output: Tensor = torch.func.functional_call(module, parameters, (x,))
-    return output
-
-
-@functools.lru_cache(maxsize=8)  # building a module costs milliseconds of host time
-def layer_module(width: int, key: int, value: int, tokens: int, device: str) -> ChelaLayer:
-    with torch.device(device):
-        return ChelaLayer(width, d_key=key, d_value=value, max_length=tokens)
+    return called_with(_chela_module("reference", *chela_sizes(parameters)), x, parameters)
 
 
 def fused_layer(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-    taps = parameters["long_kernel"].shape[-1]
-    key, value = parameters["a_q"].shape[0], parameters["w_v.weight"].shape[0]
-    module = _fused_module(x.shape[-1], key, value, taps)
+    return called_with(_chela_module("triton", *chela_sizes(parameters)), x, parameters)
+
+
+def merged_layer(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    """The branches merged, and what is made of them, before the first call."""
+
+    def merge() -> Any:
+        layer = _chela_holding("triton", parameters)
+        layer.reparameterize()
+        return layer
+
+    layer = kept(parameters["long_kernel"], "merged layer", merge, *parameters.values())
+    output: Tensor = layer(x)
+    return output
+
+
+def reference_softmax_layer(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    return softmax_layer(x, parameters, softmax_attention)
+
+
+def softmax_layer(x: Tensor, parameters: dict[str, Tensor], attention: Attention) -> Tensor:
+    """The layer with heads of 128 or fewer numbers."""
+    return called_with(_softmax_module(x.shape[-1], attention), x, parameters)
+
+
+Step = Callable[[Tensor, Any], Tensor]  # x [B, D], cache -> y [B, D]
+Decoder = tuple[Step, Any]  # and the cache, with the prompt in it
+
+
+def softmax_decoder(
+    x: Tensor,
+    max_length: int,
+    parameters: dict[str, Tensor],
+    step_attention: Attention = softmax_attention_step,
+) -> Decoder:
+    with torch.device("meta"):
+        heads = softmax_heads(x.shape[-1])
+        layer = SoftmaxLayer(x.shape[-1], heads, step_attention=step_attention)
+    _hold(layer, parameters)
+    return layer.step, layer.cache(x, max_length)
+
+
+def reference_chela_decoder(x: Tensor, max_length: int, parameters: dict[str, Tensor]) -> Decoder:
+    return _chela_decoder("reference", x, max_length, parameters)
+
+
+def chela_decoder(x: Tensor, max_length: int, parameters: dict[str, Tensor]) -> Decoder:
+    return _chela_decoder("triton", x, max_length, parameters)
+
+
+def _chela_decoder(
+    kind: Kind, x: Tensor, max_length: int, parameters: dict[str, Tensor]
+) -> Decoder:
+    layer = _chela_holding(kind, parameters)
+    assert layer.max_length == max_length
+    _, cache = layer.prefill(x)
+    return layer.step, cache
+
+
+def called_with(module: nn.Module, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    """module(x) with these parameters for its own, gradients to them."""
     output: Tensor = torch.func.functional_call(module, parameters, (x,))
     return output
 
 
-@functools.lru_cache(maxsize=8)
-def _fused_module(width: int, key: int, value: int, tokens: int) -> ChelaLayer:
-    from chela_bench.kernels.chela import ChelaLayer as Fused
+def _chela_holding(kind: Kind, parameters: dict[str, Tensor]) -> Any:
+    """A layer whose parameters are these: the very memory, not copies."""
+    layer = _new_chela(kind, *chela_sizes(parameters))
+    _hold(layer, parameters)
+    return layer
 
+
+def _hold(module: nn.Module, parameters: dict[str, Tensor]) -> None:
+    module.load_state_dict(parameters, assign=True)
+    module.eval().requires_grad_(False)
+
+
+def chela_sizes(parameters: dict[str, Tensor]) -> tuple[int, int, int, int]:
+    """D, K, V and max_length."""
+    width, taps = parameters["long_kernel"].shape
+    return width, parameters["a_q"].shape[0], parameters["w_v.weight"].shape[0], taps
+
+
+def _new_chela(kind: Kind, width: int, key: int, value: int, max_length: int) -> ChelaLayer:
+    sizes: dict[str, Any] = {"d_key": key, "d_value": value, "max_length": max_length}
     with torch.device("meta"):
-        return Fused(width, d_key=key, d_value=value, max_length=tokens, implementation="triton")
+        if kind == "reference":
+            return ChelaLayer(width, **sizes)
+        from chela_bench.kernels.chela import ChelaLayer as Fused
+
+        return Fused(width, **sizes, implementation="triton")
 
 
-def reference_softmax_layer(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-    return softmax_module(x.shape[-1], softmax_attention)(x, parameters)
-
-
-def softmax_module(
-    width: int, attention: Attention
-) -> Callable[[Tensor, dict[str, Tensor]], Tensor]:
-    """The layer with heads of 128 or fewer numbers, as a function of x and its parameters."""
-    module = _softmax_module(width, attention)
-
-    def call(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-        output: Tensor = torch.func.functional_call(module, parameters, (x,))
-        return output
-
-    return call
+# Building a module costs milliseconds of host time; one without numbers of its own serves all.
+_chela_module = functools.lru_cache(maxsize=8)(_new_chela)
 
 
 @functools.lru_cache(maxsize=8)

@@ -12,13 +12,15 @@ ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def bounds(ceilings: Ceilings, case: Case) -> dict[str, Any]:
-    """Compulsory bytes, FLOPs, and the floor they make on this card, under Point's names."""
-    if case.direction == "decode":
-        return {}
+    """Parameters, compulsory bytes, FLOPs, and the floor that these make on this card, under
+    Point's names."""
     op = get_op(case.op)
+    parameters = {} if op.parameters is None else {"parameters": op.parameters(case.shape)}
+    if case.direction == "decode" and not op.decodes:
+        return parameters
     moved = sum(op.compulsory_bytes(case.shape, ITEMSIZE[case.dtype], case.direction))
     flops = op.flops(case.shape, case.direction)
-    columns: dict[str, Any] = {"compulsory_bytes": moved, "flops": flops}
+    columns: dict[str, Any] = {"compulsory_bytes": moved, "flops": flops, **parameters}
     floor = floor_ns(ceilings, case.dtype, moved, flops)
     if floor:
         columns["floor_ns"] = max(1, round(floor))
@@ -40,13 +42,14 @@ def shortest_ns(ceilings: Ceilings, case: Case, l2_bytes: int, *, cold: bool) ->
     """A time below 0.9x of this did not do the work.
 
     Less than the floor: the inputs that forward and backward share are counted once, and taken off
-    are writes that L2 may still hold at the end and, warm, inputs that it may hold already.
+    are writes that L2 may still hold at the end and, warm or after another step, inputs that it may
+    hold already.
     """
     op, itemsize = get_op(case.op), ITEMSIZE[case.dtype]
     read, written = op.compulsory_bytes(case.shape, itemsize, case.direction)
     if case.direction == "fwdbwd":
         read, _ = op.compulsory_bytes(case.shape, itemsize, "bwd")  # forward's inputs among them
-    cacheable = written if cold else read + written
+    cacheable = written if cold and case.direction != "decode" else read + written
     moved = read + written - min(cacheable, l2_bytes)
     return floor_ns(ceilings, case.dtype, moved, op.flops(case.shape, case.direction))
 

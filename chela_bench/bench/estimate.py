@@ -46,14 +46,14 @@ def _estimated_seconds(job: Job, tokens: int) -> float | None:
 
 
 def _grown(job: Job, seconds: float, shorter: int, tokens: int) -> float:
-    growth: float = (tokens / shorter) ** job.impl.growth
+    growth: float = (tokens / shorter) ** job.growth
     return seconds * growth
 
 
 def _probed_seconds(job: Job, tokens: int) -> float | None:
     try:
         with job.at(tokens) as call, job.bench.spending("timing"):
-            return timing.fastest_ns(call) / 1e9
+            return timing.seconds_of(call)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise Finished("oom", f"out of memory already at T = {tokens}: {error}") from error
     except Exception:  # it may take the length asked for all the same: that decides

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -15,6 +16,7 @@ from chela_bench.bench import timing
 from chela_bench.bench.cases import Case, Session
 from chela_bench.bench.inputs import DTYPES, Draw, Inputs
 from chela_bench.bench.load import load
+from chela_bench.bench.models import decode_window
 from chela_bench.bench.ops import Impl, Op
 from chela_bench.bench.tuning import Tunings
 from chela_bench.records import Ceilings, Outcome, Telemetry, shape_label
@@ -82,6 +84,20 @@ class Job:
         return self.case.shape["T"]
 
     @property
+    def decodes(self) -> bool:
+        """Whether a call is steps of one token each."""
+        return self.case.direction == "decode"
+
+    @property
+    def gradients(self) -> bool:
+        return self.case.direction in ("bwd", "fwdbwd")
+
+    @property
+    def growth(self) -> float:
+        """p of time ~ T**p: what a step reads of a cache grows with T, not with its square."""
+        return 1.0 if self.decodes else self.impl.growth
+
+    @property
     def series(self) -> tuple[str, ...]:
         """All that identifies the case but its length."""
         dims = tuple(f"{k}{v}" for k, v in self.case.shape.items() if k != "T")
@@ -140,7 +156,10 @@ class Job:
 
     def call(self, inputs: Inputs) -> Results:
         """The timed call: `fwd` without autograd; `fwdbwd` forward and every input's gradient for
-        a fixed do; `bwd` the gradients alone, of a forward run once here."""
+        a fixed do; `bwd` the gradients alone, of a forward run once here; `decode` the steps of
+        `decode_window`, the same each time, after a prompt taken in once here."""
+        if self.decodes:
+            return self._decoding(inputs)
         if self.case.direction == "fwd":
             inputs.requires_grad_(False)
 
@@ -163,12 +182,45 @@ class Job:
         return forward_backward
 
     def results(self, inputs: Inputs) -> Sequence[Tensor]:
-        """Output and, unless the direction is fwd, every input's gradient, computed once."""
-        if self.case.direction == "fwd":
+        """Output and, with a backward, every input's gradient, computed once. Of steps, their
+        outputs [B, steps, D]."""
+        if self.decodes:
+            return [torch.stack(self._decoding(inputs)(), dim=1)]
+        if not self.gradients:
             return self.call(inputs)()
         leaves = list(inputs.requires_grad_(True).tensors.values())
         output = self.output(inputs)
         return [output, *torch.autograd.grad(output, leaves, self.output_gradient(output))]
+
+    def _decoding(self, inputs: Inputs) -> Decoding:
+        inputs.requires_grad_(False)
+        x, *others = inputs.arguments(inputs.tensors)
+        window = decode_window(x.shape[1])
+        begin: Function = load(self.impl.decoder or "")
+        with torch.no_grad():
+            prompt = x[:, : window.start]
+            step, cache = begin(prompt, x.shape[1], *others, **self.case.config)
+            tokens = x[:, window.start : window.stop].transpose(0, 1).contiguous().unbind()
+        return Decoding(step, cache, tokens)
+
+
+class Decoding(timing.Steps):
+    """Steps from one cache, again and again: each call copies it, and takes the same tokens in."""
+
+    def __init__(self, step: Function, cache: object, tokens: Sequence[Tensor]) -> None:
+        super().__init__(self._rewind, self._next, len(tokens))
+        self._function, self._begin, self._tokens = step, cache, tokens
+        self._cache: object = None
+        self._left: Iterator[Tensor] = iter(())
+
+    def _rewind(self) -> None:
+        self._cache = None  # two may not fit beside the one that is copied
+        self._cache = copy.deepcopy(self._begin)
+        self._left = iter(self._tokens)
+
+    def _next(self) -> Tensor:
+        with torch.no_grad():
+            return first(self._function(next(self._left), self._cache))
 
 
 def first(result: Any) -> Tensor:

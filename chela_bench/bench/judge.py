@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from chela_bench.bench import check
 from chela_bench.bench.inputs import DTYPES, Inputs
 from chela_bench.bench.job import Activity, Finished, Function, Job, Results, first
 from chela_bench.bench.load import load
+from chela_bench.bench.models import decode_window
 
 _SMALL_BLOCKS = 64  # of 1 MiB, the largest that the caching allocator's small pool serves
 
@@ -29,14 +31,15 @@ def judge_again(job: Job, inputs: Inputs, call: Results, columns: dict[str, Any]
     """After timing: fresh numbers of the other distribution in the timed tensors, the timed call.
 
     What remembers results, by shape or by tensor, is found out here. A `bwd` call keeps a forward
-    pass of the old numbers, so there forward and backward are computed once more.
+    pass of the old numbers, and a `decode` call their cache: there all is computed once more.
     """
     fresh = job.draw(seed=1, other=True)
     with torch.no_grad():
         for name, tensor in inputs.tensors.items():
             tensor.copy_(fresh.tensors[name])
     del fresh
-    results = call if job.case.direction != "bwd" else lambda: job.results(inputs)
+    stale = job.case.direction in ("bwd", "decode")
+    results = call if not stale else lambda: job.results(inputs)
     _judge(job, inputs, results, columns, "checking", when="after timing, on fresh inputs, ")
 
 
@@ -86,10 +89,10 @@ def _judge(
 
 
 def _errors(job: Job, actual: Sequence[Tensor], inputs: Inputs, *, when: str) -> dict[str, float]:
-    """Error of the output and, unless the direction is fwd, of every gradient, by name."""
+    """Error of the output and, with a backward, of every gradient, by name."""
     names: list[str] = ["o"]
     kinds: list[check.ErrorKind] = [job.op.output_kind]
-    if job.case.direction != "fwd":
+    if job.gradients:
         names += [f"d{name}" for name in inputs.tensors]
         kinds += inputs.kinds.values()
     errors: dict[str, float] = {}
@@ -109,13 +112,25 @@ def _oracle(job: Job, inputs: Inputs) -> Sequence[Tensor]:
     """Output and gradients in float64 by the op's oracle, of the same rounded inputs and do."""
     function: Function = load(job.op.oracle)
     options = {name: value for name, value in job.case.config.items() if name in job.op.options}
-    if job.case.direction == "fwd":
+    if job.decodes:
+        whole = functools.partial(function, **options)
+        return [_stepped(whole, *inputs.arguments(inputs.tensors))]
+    if not job.gradients:
         with torch.no_grad():
             return [first(function(*inputs.arguments(inputs.tensors), **options))]
     leaves = list(inputs.requires_grad_(True).tensors.values())
     output = first(function(*inputs.arguments(inputs.tensors), **options))
     gradient = job.output_gradient(output).to(torch.float64)
     return [output.detach(), *torch.autograd.grad(output, leaves, gradient)]
+
+
+@torch.no_grad()
+def _stepped(function: Function, x: Tensor, *others: Any) -> Tensor:
+    """Of the whole forward what steps compute. One sequence after another: the intermediate results
+    of a batch need not fit in float64."""
+    window = decode_window(x.shape[1])
+    rows = (first(function(row, *others)) for row in x[:, : window.stop].split(1))
+    return torch.cat([row[:, window.start :] for row in rows])
 
 
 @contextlib.contextmanager

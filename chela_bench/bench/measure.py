@@ -7,6 +7,7 @@ very shape and dtype, and does so again after timing, on fresh inputs.
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 import torch
@@ -83,9 +84,11 @@ def measure(bench: Bench, case: Case, user_impls: dict[str, Impl]) -> tuple[Poin
 
 
 def _modelled_bytes(case: Case, op: Op, impl: Impl) -> Hbm:
+    itemsize = ITEMSIZE[case.dtype]
+    if case.direction == "decode" and impl.step_hbm_bytes is not None:
+        return Hbm(model_bytes=impl.step_hbm_bytes(case.shape, itemsize), source="model")
     if impl.hbm_bytes is None or case.direction != "fwd":
         return Hbm()
-    itemsize = ITEMSIZE[case.dtype]
     if isinstance(impl.hbm_bytes, str):  # a kernel file's own model knows its configuration
         config = {k: v for k, v in case.config.items() if k not in op.options}
         modelled = load(impl.hbm_bytes)(case.shape, config, itemsize=itemsize)
@@ -99,7 +102,7 @@ def _time(job: Job, call: Results, columns: dict[str, Any], nulls: dict[str, str
     bench = job.bench
     with bench.spending("timing"):
         first_ns = timing.fastest_ns(call)
-    job.known_seconds[job.tokens] = first_ns / 1e9
+    job.known_seconds[job.tokens] = first_ns * timing.steps_of(call).count / 1e9
     bench.announce("time")
     budget = _budget(bench.session.limits)
     if not bench.cuda:
@@ -130,10 +133,12 @@ def _kernel_samples(
 ) -> list[float]:
     """Samples of kernel time; none, and the reason, where a call cannot have one."""
     bench = job.bench
-    launches = columns["launches"] = _launches(job, call, first_ns)
+    launches = _launches(job, call, first_ns)
     if launches == 0:
         raise Finished("wrong", "the call launches nothing on the GPU")
-    if launches is None or launches > timing.MAX_LAUNCHES:
+    at_once = None if launches is None else math.ceil(launches / timing.steps_of(call).count)
+    columns["launches"] = at_once
+    if launches is None or at_once is None or at_once > timing.MAX_LAUNCHES:
         nulls["time_ns"] = f"over {timing.MAX_LAUNCHES} launches a call: wall time stands alone"
         if launches is None:
             nulls["launches"] = f"not counted beyond {timing.MAX_LAUNCHES} at T = {SHORT_TOKENS}"
@@ -178,11 +183,13 @@ def _launches(job: Job, call: Results, first_ns: int) -> int | None:
 
 
 def _peak_bytes(call: Results) -> int:
-    """Peak of allocated memory during a call, beyond what was live before it (the inputs)."""
+    """Peak of allocated memory during a call, beyond what was live before it: inputs, a cache."""
+    steps = timing.steps_of(call)
+    steps.rewind()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    call()
+    steps.run()
     torch.cuda.synchronize()
     return max(0, torch.cuda.max_memory_allocated() - before)
 

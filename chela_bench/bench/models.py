@@ -3,16 +3,50 @@
 `shape` maps dimension names to sizes, `itemsize` is the bytes of one element of the inputs and
 outputs. Compulsory bytes are a pair (read, written): every input once, every output once, nothing
 else. FLOPs: of the leanest algorithm in use for the function at these sizes, a multiply-add counted
-as two. `fwdbwd` is the sum of `fwd` and `bwd`.
+as two. `fwdbwd` is the sum of `fwd` and `bwd`. `decode` is a step of one token of each sequence,
+after as many as `decode_window` says; what of the layer's state it needs is an input.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 Shape = Mapping[str, int]
 Bytes = tuple[int, int]  # read, written
+
+
+STEPS = 64  # timed together: a block of the streaming convolution
+
+
+class Window(NamedTuple):
+    """Which steps of a sequence are timed: tokens `start` up to, and not with, `stop`."""
+
+    start: int
+    stop: int
+
+    @property
+    def tokens(self) -> float:
+        """That a step finds in the cache, itself among them, on average."""
+        return (self.start + 1 + self.stop) / 2
+
+
+def decode_window(tokens: int) -> Window:
+    """A block of STEPS near the end of `tokens`, chosen for what the streaming convolution owes.
+
+    Its step n * STEPS owes a square of U = STEPS * (the largest power of two that divides n), which
+    costs about U times as much as one of a token. So over a long sequence each of the log2(T /
+    STEPS) sizes costs alike, and a block's share of all of them is a square of STEPS *
+    log2(T / STEPS) / 2 tokens. That, up to a power of two, is owed at the end of the window, which
+    lies as far back as that takes (1.6 % of 16k tokens).
+    """
+    sizes = tokens.bit_length() - STEPS.bit_length()  # whole part of log2(T / STEPS)
+    square = STEPS << max(0, math.ceil(math.log2(max(sizes, 2) / 2)))
+    stop = square * (((tokens - 1) // square - 1) // 2 * 2 + 1)  # the last odd multiple below T
+    if stop <= STEPS:  # too short for a block behind another
+        return Window(tokens - min(STEPS, (tokens + 1) // 2), tokens)
+    return Window(stop - STEPS, stop)
 
 
 def linear_attention_bytes(shape: Shape, itemsize: int, direction: str) -> Bytes:
@@ -74,6 +108,8 @@ def long_conv_flops(shape: Shape, direction: str) -> int:
 
 
 def chela_layer_bytes(shape: Shape, itemsize: int, direction: str) -> Bytes:
+    if direction == "decode":
+        return _chela_step_bytes(shape, itemsize)
     x = shape["B"] * shape["T"] * shape["D"] * itemsize
     parameters = chela_layer_parameters(shape) * itemsize
     forward = x + parameters, x  # x, parameters; y
@@ -81,11 +117,24 @@ def chela_layer_bytes(shape: Shape, itemsize: int, direction: str) -> Bytes:
     return _bytes(direction, forward, backward)
 
 
+def _chela_step_bytes(shape: Shape, itemsize: int) -> Bytes:
+    """The long kernel's taps are not counted: the most are needed once in many tokens."""
+    rows, width = shape["B"], shape["D"]
+    parameters = chela_layer_parameters(shape) - width * shape["T"]
+    state = 4 * rows * shape["K"] * shape["V"]  # float32, as the sums of the convolution are
+    token = rows * width * itemsize
+    earlier = max(short_sizes(shape["T"])) - 1  # tokens that the short kernels reach back to
+    read = parameters * itemsize + token + 4 * rows * width * (1 + earlier) + state
+    return read, token + 4 * rows * width * 2 + state  # y; the inputs of both convolutions
+
+
 def chela_layer_flops(shape: Shape, direction: str) -> int:
     width, key, value = shape["D"], shape["K"], shape["V"]
     rows = shape["B"] * shape["T"]
     # W_z [D, z]; W_v, W_a [D, v]; W_h, W_o [D, D]; U_h [v, D]
     weights = width * key + 2 * width * value + 2 * width * width + value * width
+    if direction == "decode":
+        return shape["B"] * (2 * weights + 4 * key * value + _stepped_conv_flops(shape))
     forward = rows * 2 * weights
     backward = 2 * forward  # one product for the inputs' gradient, one for the weights'
     attention = {**shape, "H": 1}
@@ -94,6 +143,17 @@ def chela_layer_flops(shape: Shape, direction: str) -> int:
         + linear_attention_flops(attention, direction)
         + short_long_conv_flops(shape, direction)
     )
+
+
+def _stepped_conv_flops(shape: Shape) -> int:
+    """A token's of D channels, in the long run: short kernels; the long one within a block of
+    tokens; real FFTs of 2 U to and fro, and a product, every 2 U tokens for each U (see
+    chela_bench.kernels.long_conv_stream)."""
+    each, size = 2.0 * max(short_sizes(shape["T"])) + 2 * (STEPS + 1) / 2, STEPS
+    while size < shape["T"]:
+        each += 2 * 2.5 * math.log2(2 * size) + 3
+        size *= 2
+    return round(shape["D"] * each)
 
 
 def chela_layer_parameters(shape: Shape) -> int:
@@ -106,13 +166,21 @@ def chela_layer_parameters(shape: Shape) -> int:
 
 
 def softmax_layer_bytes(shape: Shape, itemsize: int, direction: str) -> Bytes:
-    x = shape["B"] * shape["T"] * shape["D"] * itemsize
     parameters = softmax_layer_parameters(shape) * itemsize
+    if direction == "decode":
+        token = shape["B"] * shape["D"] * itemsize
+        earlier = decode_window(shape["T"]).tokens - 1
+        return round(parameters + token + 2 * earlier * token), 3 * token  # x, k, v; y, k, v
+    x = shape["B"] * shape["T"] * shape["D"] * itemsize
     return _bytes(direction, (x + parameters, x), (2 * x + parameters, x + parameters))
 
 
 def softmax_layer_flops(shape: Shape, direction: str) -> int:
-    forward = shape["B"] * shape["T"] * 2 * 4 * shape["D"] ** 2  # W_qkv [D, 3 D], W_o [D, D]
+    products = 2 * 4 * shape["D"] ** 2  # W_qkv [D, 3 D], W_o [D, D]
+    if direction == "decode":  # q k^T, p v
+        attended = decode_window(shape["T"]).tokens
+        return round(shape["B"] * (products + 4 * shape["D"] * attended))
+    forward = shape["B"] * shape["T"] * products
     heads = softmax_heads(shape["D"])
     head = shape["D"] // heads
     attention = {**shape, "H": heads, "K": head, "V": head}
@@ -134,6 +202,26 @@ def softmax_heads(width: int) -> int:
 def short_sizes(max_length: int) -> tuple[int, int]:
     """The two short kernels' sizes, 3 and 2 round(log10 T_max) + 1 (arXiv 2406.08128, §3)."""
     return 3, 2 * round(math.log10(max(max_length, 1))) + 1
+
+
+# --- HBM bytes of single implementations, of a step -----------------------------------------------
+
+
+def chela_step_hbm_bytes(shape: Shape, itemsize: int) -> int:
+    """Beyond what any step moves, the streaming convolution's own, in the long run: of half a block
+    the inputs and taps; for each size U of square, once in 2 U tokens, its inputs, padded, their
+    transform, the product, the way back and the sums, 36 numbers of float32 for each of U, and the
+    spectrum of a channel once a batch."""
+    rows, width = shape["B"], shape["D"]
+    strip = 4 * (rows + 1) * width * (STEPS + 1) / 2
+    sizes = max(0, (shape["T"] - 1).bit_length() - (STEPS - 1).bit_length())
+    squares = sizes * width * (rows * 36 * 4 + 8) / 2
+    return round(sum(chela_layer_bytes(shape, itemsize, "decode")) + strip + squares)
+
+
+def softmax_step_hbm_bytes(shape: Shape, itemsize: int) -> int:
+    """Every tensor once, the cache with them."""
+    return sum(softmax_layer_bytes(shape, itemsize, "decode"))
 
 
 # --- HBM bytes of single implementations, forward -------------------------------------------------

@@ -38,6 +38,11 @@ class Impl:
     install: str | None = None  # the command that brings it
     compiled: bool = False  # torch.compile: recompiles when deterministic mode is toggled
     hbm_bytes: Callable[[models.Shape, int], int] | str | None = None  # forward; str: "module:fn"
+    # Direction decode: "module:function", called as function(prompt [B, P, D], max_length, *inputs
+    # but x, **config); returns step and a cache that copy.deepcopy copies; step(x [B, D], cache)
+    # -> y [B, D].
+    decoder: str | None = None
+    step_hbm_bytes: Callable[[models.Shape, int], int] | None = None
 
     def missing(self) -> str | None:
         """What is not installed and the command that brings it, or None."""
@@ -60,6 +65,8 @@ class Impl:
             return f"{self.name} has no {direction}; it has: {', '.join(self.directions)}"
         if device == "cuda" and dtype is not None and dtype not in self.cuda_dtypes:
             return f"{self.name} takes no {dtype} on a GPU; it takes: {', '.join(self.cuda_dtypes)}"
+        if direction == "decode":
+            return "T < 2: no token comes after another" if tokens == 1 else self.missing()
         if direction not in (None, "fwd") and tokens is not None and tokens < FEWEST_FOR_GRADIENTS:
             return f"T < {FEWEST_FOR_GRADIENTS}: gradients of so few tokens cancel, no budget holds"
         return self.missing()
@@ -79,8 +86,14 @@ class Op:
     compulsory_bytes: Callable[[models.Shape, int, str], models.Bytes]
     flops: Callable[[models.Shape, str], int]
     impls: tuple[Impl, ...]
+    parameters: Callable[[models.Shape], int] | None = None  # of a layer
     options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # first is the default
     shapes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # beside bench.toml's
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it has a step: bytes and FLOPs of one, and inputs that begin with x [B, T, D]."""
+        return "decode" in self.roundings
 
     def impl(self, name: str) -> Impl:
         for impl in self.impls:
@@ -94,6 +107,7 @@ class Op:
 
 _REFERENCE = "chela_bench.reference"
 _ADAPTERS = "chela_bench.bench.adapters"
+_ORACLES = "chela_bench.bench.oracles"
 _PEERS = "chela_bench.bench.peers"
 _INPUTS = "chela_bench.bench.inputs"
 
@@ -258,7 +272,7 @@ OPS: tuple[Op, ...] = (
         summary="Z = K_long * X, channel-major: the long convolution alone",
         dims=("B", "T", "D"),
         inputs=f"{_INPUTS}:long_conv",
-        oracle=f"{_ADAPTERS}:oracle_long_conv",
+        oracle=f"{_ORACLES}:long_conv",
         output_kind="rows",
         # The operands of four products and the output.
         roundings={"fwd": 2, "bwd": 2, "fwdbwd": 2},
@@ -325,23 +339,37 @@ OPS: tuple[Op, ...] = (
         summary="the CHELA layer: short-long convolution, linear attention, gates, residual",
         dims=("B", "T", "D", "K", "V"),
         inputs=f"{_INPUTS}:chela_layer",
-        oracle=f"{_ADAPTERS}:reference_layer",  # for `reference` itself, this checks rounding alone
+        oracle=f"{_ORACLES}:chela_layer",  # for `reference` itself, this checks rounding alone
         output_kind="tokens",
         # norm, conv, Z', Q/K, V, G_a, M, its gated product, two sums of H, its SiLU, G_o, Y; the
         # way back passes the same steps again.
-        roundings={"fwd": 12, "bwd": 24, "fwdbwd": 24},
+        roundings={"fwd": 12, "bwd": 24, "fwdbwd": 24, "decode": 12},
         compulsory_bytes=models.chela_layer_bytes,
         flops=models.chela_layer_flops,
+        parameters=models.chela_layer_parameters,
         impls=(
             Impl(
                 "reference",
                 f"{_ADAPTERS}:reference_layer",
-                "reference module, default switches",
+                "reference module, default switches; a step computes all tokens anew",
+                directions=(*AUTOGRAD, "decode"),
+                decoder=f"{_ADAPTERS}:reference_chela_decoder",
             ),
             Impl(
                 "chela",
                 f"{_ADAPTERS}:fused_layer",
                 "Triton: convolution, attention and gates fused; matrix products by cuBLAS",
+                directions=(*AUTOGRAD, "decode"),
+                devices=("cuda",),
+                fp32_operands="tf32",
+                decoder=f"{_ADAPTERS}:chela_decoder",
+                step_hbm_bytes=models.chela_step_hbm_bytes,
+            ),
+            Impl(
+                "chela_merged",
+                f"{_ADAPTERS}:merged_layer",
+                "Triton, to infer with: short kernels merged, they and the spectrum kept",
+                directions=("fwd",),  # a step always merges
                 devices=("cuda",),
                 fp32_operands="tf32",
             ),
@@ -364,24 +392,56 @@ OPS: tuple[Op, ...] = (
         oracle=f"{_ADAPTERS}:reference_softmax_layer",
         output_kind="tokens",
         # norm, q, k, v, p, o, its product, y; the way back passes the same steps again.
-        roundings={"fwd": 8, "bwd": 16, "fwdbwd": 16},
+        roundings={"fwd": 8, "bwd": 16, "fwdbwd": 16, "decode": 8},
         compulsory_bytes=models.softmax_layer_bytes,
         flops=models.softmax_layer_flops,
+        parameters=models.softmax_layer_parameters,
         impls=(
+            Impl(
+                "reference",
+                f"{_ADAPTERS}:reference_softmax_layer",
+                "reference module, a step with a cache of keys and values",
+                directions=("decode",),
+                decoder=f"{_ADAPTERS}:softmax_decoder",
+            ),
             Impl(
                 "sdpa_flash",
                 f"{_PEERS}:sdpa_flash_layer",
                 "torch's matrix products and scaled_dot_product_attention, flash backend",
+                directions=(*AUTOGRAD, "decode"),
                 growth=2.0,
                 cuda_dtypes=("bf16", "fp16"),
+                decoder=f"{_PEERS}:sdpa_flash_decoder",
+                step_hbm_bytes=models.softmax_step_hbm_bytes,
             ),
             Impl(
                 "sdpa_cudnn",
                 f"{_PEERS}:sdpa_cudnn_layer",
                 "the same, cuDNN backend",
+                directions=(*AUTOGRAD, "decode"),
                 devices=("cuda",),
                 growth=2.0,
                 cuda_dtypes=("bf16", "fp16"),
+                decoder=f"{_PEERS}:sdpa_cudnn_decoder",
+                step_hbm_bytes=models.softmax_step_hbm_bytes,
+            ),
+            Impl(
+                "sdpa_efficient",
+                f"{_ADAPTERS}:reference_softmax_layer",
+                "the same, memory-efficient backend",
+                directions=("decode",),
+                devices=("cuda",),
+                fp32_operands="tf32",
+                decoder=f"{_PEERS}:sdpa_efficient_decoder",
+                step_hbm_bytes=models.softmax_step_hbm_bytes,
+            ),
+            Impl(
+                "products",
+                f"{_ADAPTERS}:reference_softmax_layer",
+                "one query's two products and softmax in the inputs' dtype, by torch.matmul",
+                directions=("decode",),
+                decoder=f"{_PEERS}:products_decoder",
+                step_hbm_bytes=models.softmax_step_hbm_bytes,
             ),
         ),
     ),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from chela_bench.bench.adapters import kept, softmax_module
+from chela_bench.bench.adapters import Decoder, kept, softmax_decoder, softmax_layer
 from chela_bench.reference.linear_attention import chunked
 from chela_bench.reference.short_long_conv import Order, reparameterize
 
@@ -57,28 +57,68 @@ def _compiled() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 def sdpa_flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal flash attention on [B, H, T, K] views of the [B, T, H, K] inputs, no copies."""
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        output = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
-        )
-    return output.transpose(1, 2)
+    return _causal(q, k, v, SDPBackend.FLASH_ATTENTION)
 
 
 def sdpa_cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The same by cuDNN's attention."""
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+    return _causal(q, k, v, SDPBackend.CUDNN_ATTENTION)
+
+
+def sdpa_flash_layer(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    return softmax_layer(x, parameters, sdpa_flash)
+
+
+def sdpa_cudnn_layer(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    return softmax_layer(x, parameters, sdpa_cudnn)
+
+
+def sdpa_flash_step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One token's q [B, H, K], all of a cache's k, v [B, H, L, K]: nothing is masked."""
+    return _step(q, k, v, SDPBackend.FLASH_ATTENTION)
+
+
+def sdpa_cudnn_step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _step(q, k, v, SDPBackend.CUDNN_ATTENTION)
+
+
+def sdpa_efficient_step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _step(q, k, v, SDPBackend.EFFICIENT_ATTENTION)
+
+
+def products_step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same without a kernel of its own: scores and weights are rounded to q's dtype."""
+    scores = (q * q.shape[-1] ** -0.5)[:, :, None] @ k.mT
+    return (torch.softmax(scores, dim=-1) @ v).squeeze(2)
+
+
+def sdpa_flash_decoder(x: Tensor, max_length: int, parameters: dict[str, Tensor]) -> Decoder:
+    return softmax_decoder(x, max_length, parameters, sdpa_flash_step)
+
+
+def sdpa_cudnn_decoder(x: Tensor, max_length: int, parameters: dict[str, Tensor]) -> Decoder:
+    return softmax_decoder(x, max_length, parameters, sdpa_cudnn_step)
+
+
+def sdpa_efficient_decoder(x: Tensor, max_length: int, parameters: dict[str, Tensor]) -> Decoder:
+    return softmax_decoder(x, max_length, parameters, sdpa_efficient_step)
+
+
+def products_decoder(x: Tensor, max_length: int, parameters: dict[str, Tensor]) -> Decoder:
+    return softmax_decoder(x, max_length, parameters, products_step)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend) -> Tensor:
+    with sdpa_kernel(backend):
         output = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
         )
     return output.transpose(1, 2)
 
 
-def sdpa_flash_layer(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-    return softmax_module(x.shape[-1], sdpa_flash)(x, parameters)
-
-
-def sdpa_cudnn_layer(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-    return softmax_module(x.shape[-1], sdpa_cudnn)(x, parameters)
+def _step(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend) -> Tensor:
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q[:, :, None], k, v).squeeze(2)
 
 
 def composed_layer(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
@@ -129,7 +169,7 @@ def torch_merged(
     def merge() -> tuple[Tensor | None, Tensor]:
         return reparameterize(list(short_kernels), long_kernel.float(), order=order)
 
-    short, long = kept(long_kernel, ("torch", order), merge)
+    short, long = kept(long_kernel, ("torch", order), merge, *short_kernels)
     tokens = x.shape[1]
     u = x.mT.contiguous()
     if short is not None:

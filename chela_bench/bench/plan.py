@@ -118,6 +118,9 @@ def resolve(config: Config, flags: Flags, devices: Sequence[str]) -> Settings:
     ops, impls, user_impls = _choose_impls(ops, flags)
     shapes = _choose_shapes(config, ops, flags, sweep.shapes)
     chosen = [op for op in ops if op.name in shapes]
+    directions = _known("direction", flags.directions or sweep.directions, DIRECTIONS)
+    if not flags.impls:
+        impls = {op.name: _with_some_of(op, directions) for op in chosen}
     settings = Settings(
         devices=list(devices),
         mix_gpus=flags.mix_gpus,
@@ -129,7 +132,7 @@ def resolve(config: Config, flags: Flags, devices: Sequence[str]) -> Settings:
         lens=parse_lengths(sweep.lens if flags.lens is None else flags.lens),
         lens_replace_T=flags.lens is not None,
         dtypes=_known("dtype", flags.dtypes or sweep.dtypes, DTYPES),
-        directions=_known("direction", flags.directions or sweep.directions, DIRECTIONS),
+        directions=directions,
         axes={name: list(values) for name, values in flags.axes.items()},
         timer=flags.timer or sweep.timer,
         l2=flags.l2 or sweep.l2,
@@ -176,6 +179,13 @@ def _directions(op: Op, settings: Settings) -> list[Direction]:
     return [direction for direction in settings.directions if direction in known] or list(
         settings.directions
     )
+
+
+def _with_some_of(op: Op, directions: Sequence[Direction]) -> list[str]:
+    """Implementations that have one of the directions, or all if none has: unless it is asked for
+    by name, one that only steps is no row of a forward's table."""
+    some = [impl.name for impl in op.impls if not set(directions).isdisjoint(impl.directions)]
+    return some or [impl.name for impl in op.impls]
 
 
 def find_impl(settings: Settings, op: Op, name: str) -> Impl:

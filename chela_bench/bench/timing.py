@@ -5,6 +5,8 @@ the host enqueues event, call, event; after enqueueing, the first event must sti
 the hold was too short, the sample is thrown away and the hold made longer. What stands between the
 events is then kernel time alone. Timer "profiler": the profiler's sum of kernel spans.
 CPU: wall time of the call.
+
+A call is a function without arguments, or Steps.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch._C._autograd import DeviceType
@@ -27,6 +30,34 @@ PROFILED_CALLS = 10
 _ROUNDS_TRIED = 3  # on an H100 a round in a hundred lacked some of its launches (2026-11-25)
 _FIRST_HOLD_NS = 200_000
 _LONGEST_HOLD_NS = 100_000_000
+
+
+@dataclass
+class Steps:
+    """A call of `count` steps one after another, each of which changes what the next one finds.
+
+    Every time of it is a step's, the mean over all of them: of unlike steps, what a step costs in
+    the long run. `rewind` goes back to where the first one begins, and is in no time.
+    """
+
+    rewind: Call
+    step: Callable[[], Any]
+    count: int
+
+    def __call__(self) -> list[Any]:
+        self.rewind()
+        return self.run()
+
+    def run(self) -> list[Any]:
+        return [self.step() for _ in range(self.count)]
+
+
+def steps_of(call: Call) -> Steps:
+    """The call itself, or as the only step that there is."""
+    return call if isinstance(call, Steps) else Steps(_nothing, call, 1)
+
+
+def _nothing() -> None: ...
 
 
 class NoKernelTime(Exception):
@@ -59,26 +90,43 @@ class EventTimer:
         self._hold_ns = _FIRST_HOLD_NS
 
     def sample(self, call: Call) -> float:
-        """Nanoseconds of one call. Raises NoKernelTime if the host cannot run ahead."""
+        """Nanoseconds of one call. Raises NoKernelTime if the host cannot run ahead.
+
+        Steps are held one by one, since all of them need not fit the launch queue.
+        """
+        steps = steps_of(call)
         while True:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            steps.rewind()
             torch.cuda.synchronize()
             if self._evictor is not None:
                 self._evictor()
-            torch.cuda._sleep(int(self._hold_ns * self._cycles_per_ns))
-            start.record()
-            begin_ns = time.perf_counter_ns()
-            call()
-            host_ns = time.perf_counter_ns() - begin_ns
-            end.record()
-            held = not start.query()
-            end.synchronize()
-            if held:
-                return float(start.elapsed_time(end)) * 1e6
-            if self._hold_ns >= _LONGEST_HOLD_NS:
-                raise NoKernelTime("the call synchronises or fills the launch queue")
-            # At once to what the host took: every sample thrown away costs a whole call.
-            self._hold_ns = min(2 * max(self._hold_ns, host_ns), _LONGEST_HOLD_NS)
+            total_ns = 0.0
+            for done in range(1, steps.count + 1):
+                step_ns = self._held(steps.step)
+                if step_ns is None:
+                    break
+                total_ns += step_ns
+                if done == steps.count:
+                    return total_ns / steps.count
+
+    def _held(self, step: Call) -> float | None:
+        """Nanoseconds of the step; None if it was not held, and then the next is held longer."""
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(int(self._hold_ns * self._cycles_per_ns))
+        start.record()
+        begin_ns = time.perf_counter_ns()
+        step()
+        host_ns = time.perf_counter_ns() - begin_ns
+        end.record()
+        held = not start.query()
+        end.synchronize()
+        if held:
+            return float(start.elapsed_time(end)) * 1e6
+        if self._hold_ns >= _LONGEST_HOLD_NS:
+            raise NoKernelTime("the call synchronises or fills the launch queue")
+        # At once to what the host took: every sample thrown away costs a whole call.
+        self._hold_ns = min(2 * max(self._hold_ns, host_ns), _LONGEST_HOLD_NS)
+        return None
 
 
 class L2Evictor:
@@ -101,22 +149,27 @@ def event_samples(call: Call, timer: EventTimer, budget: Budget) -> list[float]:
 def profiler_samples(
     call: Call, evictor: L2Evictor | None, budget: Budget, *, launches: int
 ) -> list[float]:
-    """Sum of kernel spans of each of ten back-to-back calls a round (no host time, no gaps)."""
-    step = launches + (count_launches(evictor) if evictor is not None else 0)
+    """Sum of kernel spans of each of ten back-to-back calls a round (no host time, no gaps).
+
+    `launches` are those of a call; Steps, whose rewinding launches too, are one call a round.
+    """
+    steps = steps_of(call)
+    count = PROFILED_CALLS if steps.count == 1 else 1
+    stride = launches + (count_launches(evictor) if evictor is not None else 0)
 
     def calls() -> None:
-        for _ in range(PROFILED_CALLS):
+        for _ in range(count):
             if evictor is not None:
                 evictor()
-            call()
+            steps.run()
 
     def one_round() -> list[float]:
         for _ in range(_ROUNDS_TRIED):
+            steps.rewind()
             spans = _kernel_spans_ns(calls)
-            if len(spans) == PROFILED_CALLS * step:
-                return [
-                    sum(spans[end - launches : end]) for end in range(step, len(spans) + 1, step)
-                ]
+            if len(spans) == count * stride:
+                ends = range(stride, len(spans) + 1, stride)
+                return [sum(spans[end - launches : end]) / steps.count for end in ends]
         raise NoKernelTime("the number of launches varies from call to call")
 
     return _until_settled(one_round, budget)
@@ -129,6 +182,7 @@ def wall_samples(call: Call, budget: Budget) -> list[float]:
 
 def keep_busy(call: Call, call_ns: int, *, for_ns: int = 30_000_000) -> None:
     """Enqueues calls for about `for_ns` and returns while the device is at work on them."""
+    call_ns *= steps_of(call).count
     for _ in range(max(1, min(for_ns // max(call_ns, 1), MAX_LAUNCHES // 4))):
         call()
 
@@ -139,40 +193,55 @@ def host_ns(call: Call, *, calls: int = 20, rounds: int = 10, limit_s: float = 0
     Meant for a tiny shape, where the device keeps up and the launch queue never fills.
     """
     samples: list[float] = []
+    steps = steps_of(call)
+    calls = calls if steps.count == 1 else 1
     begin = time.perf_counter()
     while not samples or (len(samples) < rounds and time.perf_counter() - begin < limit_s):
+        steps.rewind()
         torch.cuda.synchronize()
         start = time.perf_counter_ns()
         for _ in range(calls):
-            call()
-        samples.append((time.perf_counter_ns() - start) / calls)
+            steps.run()
+        samples.append((time.perf_counter_ns() - start) / calls / steps.count)
     torch.cuda.synchronize()
     return max(1, round(stats.median(samples)))
 
 
 def once_ns(call: Call) -> int:
     """Wall time of one call, device work included."""
+    steps = steps_of(call)
+    steps.rewind()
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     begin = time.perf_counter_ns()
-    call()
+    steps.run()
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-    return time.perf_counter_ns() - begin
+    return round((time.perf_counter_ns() - begin) / steps.count)
 
 
 def fastest_ns(call: Call, *, most: int = 3, limit_ns: int = 50_000_000) -> int:
     """Wall time of the fastest of a few calls: an estimate that one hiccup does not spoil."""
-    samples = [once_ns(call)]
-    while len(samples) < most and sum(samples) < limit_ns:
+    samples, count = [once_ns(call)], steps_of(call).count
+    while len(samples) < most and sum(samples) * count < limit_ns:
         samples.append(once_ns(call))
     return min(samples)
 
 
+def seconds_of(call: Call) -> float:
+    """Wall time of a whole call, of all Steps, by the fastest of a few."""
+    return fastest_ns(call) * steps_of(call).count / 1e9
+
+
 def count_launches(call: Call) -> int:
     """Device activities (kernels, copies, fills) of one call: the profiler may lose some, so the
-    larger of two counts."""
-    return max(len(_kernel_spans_ns(call)) for _ in range(2))
+    larger of two counts. Of Steps, all of theirs."""
+    steps = steps_of(call)
+    counts = []
+    for _ in range(2):
+        steps.rewind()
+        counts.append(len(_kernel_spans_ns(steps.run)))
+    return max(counts)
 
 
 def _kernel_spans_ns(call: Call) -> list[float]:

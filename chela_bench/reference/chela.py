@@ -219,9 +219,12 @@ class ChelaLayer(nn.Module):
             u.unflatten(2, (self.num_heads, u.shape[2] // self.num_heads)) for u in (q, k, v)
         )
         with _no_autocast(q):
-            o, _ = linear_attention(q, k, v, causal=self.causal)  # [B, T, H, V / H]
+            o = self._attention(q, k, v)  # [B, T, H, V / H]
             m = norm_rms(o.flatten(2), eps=self.eps).to(z.dtype)  # [B, T, V]
         return m if self.w_a is None else m * _ACTIVATIONS[self.gate_activation](self.w_a(z))
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return linear_attention(q, k, v, causal=self.causal)[0]
 
     def _gate_output(self, h: Tensor, z: Tensor, x: Tensor) -> Tensor:
         """y [B, T, D]."""

@@ -42,6 +42,26 @@ def softmax_attention(
     return o.transpose(1, 2)
 
 
+def softmax_attention_step(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None
+) -> Tensor:
+    """o = sum_s softmax_s(scale * q . k_s) v_s of one token, which sees all L of k and v.
+
+    q [B, H, K]; k [B, H, L, K]; v [B, H, L, V]: a cache's layout. Scale, dtypes and o [B, H, V] as
+    of softmax_attention.
+    """
+    if q.ndim != 3 or k.shape[:2] + k.shape[3:] != q.shape or k.shape[:3] != v.shape[:3]:
+        raise ArgumentError(
+            "wanted q [B, H, K], k [B, H, L, K] and v [B, H, L, V], got "
+            f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}; a token has no T axis"
+        )
+    dtype = compute_dtype(q, k, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    p = torch.softmax(scale * torch.einsum("bhk,bhlk->bhl", q, k), dim=-1)
+    return torch.einsum("bhl,bhlv->bhv", p, v)
+
+
 class _SoftmaxAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:

@@ -52,6 +52,15 @@ class Miss:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """A place between measured lengths, ringed and named."""
+
+    tokens: float
+    value: float
+    name: str
+
+
+@dataclass(frozen=True)
 class Quantity:
     """What the vertical axis shows; ticks at powers of `base`, times `steps` on a short axis."""
 
@@ -73,6 +82,7 @@ class Picture:
     misses: tuple[Miss, ...]
     nothing: str  # said where there is no line
     notes: tuple[str, ...] = ()
+    marks: tuple[Mark, ...] = ()
     floor: tuple[tuple[int, float], ...] = ()
     floor_name: str = ""
 
@@ -90,6 +100,7 @@ def draw(picture: Picture) -> Figure:
         title = _titles(figure, axes, picture)
         _draw_lines(axes, lines)
         _draw_floor(axes, picture.floor, picture.floor_name)
+        _draw_marks(axes, picture.marks)
         _scale(axes, picture)
         if lines:
             _legend(axes, lines, picture.notes)
@@ -170,6 +181,22 @@ def _draw_floor(axes: Axes, floor: Sequence[tuple[int, float]], name: str) -> No
     axes.plot(x, y, color=INK, linewidth=1.2, zorder=2)
     axes.fill_between(x, y, [min(y) / 1e3] * len(y), color="#f0f0f0", linewidth=0, zorder=0.5)
     axes.text(0.985, 0.025, name, transform=axes.transAxes, ha="right", va="bottom")
+
+
+def _draw_marks(axes: Axes, marks: Sequence[Mark]) -> None:
+    """A ring, and its name above, unless it would stand on another's."""
+    named: list[float] = []
+    for mark in sorted(marks, key=lambda mark: mark.tokens):
+        axes.plot(
+            [mark.tokens], [mark.value], marker="o", markersize=13, markerfacecolor="none",
+            markeredgecolor=INK, markeredgewidth=1.1, linestyle="", zorder=4,
+        )  # fmt: skip
+        if not named or mark.tokens > 1.5 * named[-1]:
+            named.append(mark.tokens)
+            axes.annotate(
+                mark.name, (mark.tokens, mark.value), (-5, 8), textcoords="offset points",
+                ha="right", va="bottom", zorder=4,
+            )  # fmt: skip
 
 
 def _scale(axes: Axes, picture: Picture) -> None:

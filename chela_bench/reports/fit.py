@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
-
-import numpy as np
 
 # Two-sided 95 % critical values of Student's t for 1 to 10 degrees of freedom.
 _T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -35,14 +34,23 @@ def fitted_slope(lengths: Sequence[int], seconds: Sequence[float]) -> Slope | No
         return None
     longer = set(distinct[-max(3, (len(distinct) + 1) // 2) :])
     used = [(t, s) for t, s in zip(lengths, seconds, strict=True) if t in longer]
-    x, y = np.log(np.array(used, dtype=np.float64)).T
-    x_centred = x - x.mean()
-    slope = float(x_centred @ y / (x_centred @ x_centred))
-    residual = y - y.mean() - slope * x_centred
+    x, y = (_centred([math.log(value) for value in values]) for values in zip(*used, strict=True))
+    spread = _product(x, x)
+    slope = _product(x, y) / spread
+    residual = [b - slope * a for a, b in zip(x, y, strict=True)]
     freedom = len(used) - 2
-    error = float(np.sqrt(residual @ residual / freedom / (x_centred @ x_centred)))
+    error = math.sqrt(_product(residual, residual) / freedom / spread)
     half = _t_95(freedom) * error
     return Slope(slope, slope - half, slope + half)
+
+
+def _centred(values: Sequence[float]) -> list[float]:
+    mean = math.fsum(values) / len(values)
+    return [value - mean for value in values]
+
+
+def _product(x: Sequence[float], y: Sequence[float]) -> float:
+    return math.fsum(a * b for a, b in zip(x, y, strict=True))
 
 
 def _t_95(freedom: int) -> float:

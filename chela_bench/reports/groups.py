@@ -92,6 +92,17 @@ class Group:
             rows[point.shape["T"]].append(point)
         return rows
 
+    @cached_property
+    def is_layer(self) -> bool:
+        return any(point.parameters is not None for point in self.points)
+
+    def parameters(self, tokens: int) -> int | None:
+        """That the layer learns: its own, as the floor."""
+        return next((n for p in self._by_length[tokens] if (n := p.parameters) is not None), None)
+
+    def flops(self, tokens: int) -> int | None:
+        return next((n for p in self._by_length[tokens] if (n := p.flops) is not None), None)
+
     def floor_ns(self, tokens: int) -> int | None:
         """The floor belongs to the function and its shape: any implementation's record has it."""
         floors = [p.floor_ns for p in self._by_length[tokens] if p.floor_ns is not None]

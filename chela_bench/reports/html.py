@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from chela_bench.records import Point, Run
 from chela_bench.reports.groups import Group, drawn_beside, drawn_with, named_groups
-from chela_bench.reports.rows import COLUMNS, Row, notes, nulls, rows
+from chela_bench.reports.rows import COLUMNS, Column, Row, columns, notes, nulls, rows
 from chela_bench.reports.text import duration, facts, length, machine, plain, tally, three_digits
 
 _FIGURES = {
@@ -68,6 +68,7 @@ class _Section:
     pictures: tuple[_Picture, ...]
     drawn_in: tuple[str, str] | None  # id and title
     notes: tuple[str, ...]
+    columns: Mapping[str, Column]
     rows: tuple[Row, ...]
 
 
@@ -86,7 +87,6 @@ def page(run: Run, points: Sequence[Point], svgs: Mapping[str, bytes]) -> str:
         tally=tally(run, points),
         machine=", ".join(machine(run, points)),
         facts={**facts(run, points), "Command": plain(shlex.join(run.argv))},
-        columns=COLUMNS,
         sections=[_section(slug, group, named, svgs) for slug, group in named.items()],
         failures=_failures(named),
         nulls=nulls(points),
@@ -110,7 +110,8 @@ def _section(
             if (name := f"{slug}-{kind}") in svgs and lines
         ),
         drawn_in=next(((s, g.title) for s, g in named.items() if g is shown_by), None),
-        notes=tuple(notes(group)),
+        notes=tuple(notes(group, drawn_beside(group, others))),
+        columns=columns(group, COLUMNS),
         rows=tuple(rows(group)),
     )
 

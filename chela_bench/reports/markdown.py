@@ -7,12 +7,13 @@ import shlex
 from collections.abc import Iterable, Sequence
 
 from chela_bench.records import Point, Run
-from chela_bench.reports.groups import Group, Series, groups
-from chela_bench.reports.rows import COLUMNS, Row, notes, rows
+from chela_bench.reports.groups import Group, Series, drawn_beside, groups
+from chela_bench.reports.rows import Column, Row, columns, notes, rows
 from chela_bench.reports.text import facts, length, plain, tally
 
 _COLUMNS = (
-    "time ms", "x floor", "tokens/s", "peak MiB", "HBM MiB", "host us", "error / budget",
+    "time ms", "x floor", "tokens/s", "bytes/token", "parameters", "GFLOP", "TFLOP/s", "peak MiB",
+    "HBM MiB", "host us", "error / budget",
 )  # fmt: skip
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 _SPECIAL = re.compile(r"[\\`*\[\]|~$#]|(?<![^\W_])_|_(?![^\W_])")
@@ -24,9 +25,11 @@ def summary(run: Run, points: Sequence[Point]) -> str:
     parts = [f"# {escaped(run.run_id)}", escaped(tally(run, points))]
     parts += [table(["", ""], around, left=2)]
     parts += ["Command:", f"    {plain(shlex.join(run.argv))}"]
-    for group in groups(points):
-        parts += [f"## {escaped(group.title)}", *map(escaped, notes(group)), _times(group)]
-    failed = [(g, s, p) for g in groups(points) for s in g.series for p in s.failed]
+    found = groups(points)
+    for group in found:
+        said = notes(group, drawn_beside(group, found))
+        parts += [f"## {escaped(group.title)}", *map(escaped, said), _times(group)]
+    failed = [(g, s, p) for g in found for s in g.series for p in s.failed]
     if failed:
         parts += ["## Failed points", _failed(failed)]
     return "\n\n".join(parts) + "\n"
@@ -45,13 +48,17 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int) ->
 
 
 def _times(group: Group) -> str:
-    cells = [[length(row.tokens), escaped(row.label), *_measured(row)] for row in rows(group)]
-    return table(["T", "implementation", *_COLUMNS], cells, left=2)
+    shown = columns(group, [n for n in _COLUMNS if group.is_layer or n != "TFLOP/s"])
+    cells = [
+        [length(row.tokens), escaped(row.label), *_measured(row, shown.values())]
+        for row in rows(group)
+    ]
+    return table(["T", "implementation", *shown], cells, left=2)
 
 
-def _measured(row: Row) -> list[str]:
+def _measured(row: Row, shown: Iterable[Column]) -> list[str]:
     """The outcome of a failed point stands where its time would."""
-    time, *others = (COLUMNS[name].cell(row.point)[1] for name in _COLUMNS)
+    time, *others = (column.cell(row.point)[1] for column in shown)
     return [f"**{time}**" if row.fastest else time or row.point.outcome, *others]
 
 

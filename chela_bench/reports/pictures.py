@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from chela_bench.records import Point, Run
-from chela_bench.reports.drawing import Line, Miss, Picture, Quantity
-from chela_bench.reports.fit import fitted_slope
+from chela_bench.reports.crossings import crossings, slope, slope_label
+from chela_bench.reports.drawing import Line, Mark, Miss, Picture, Quantity
 from chela_bench.reports.groups import (
     OTHER_FUNCTIONS,
     Group,
@@ -95,7 +95,8 @@ def time_picture(sweep: Sweep) -> Picture:
         for series, style, name in sweep.drawn
         if series.ok
     ]
-    notes = []
+    met = [] if sweep.beside is None else crossings(group, sweep.beside)
+    notes = [f"{each.faster.label} overtakes {each.slower.label} at {each.place}" for each in met]
     if any("T^" in line.name for line in lines):
         notes.append("T^p ±95 %: fitted over the longer half of a line's lengths")
     if any(line.hollow for line in lines):
@@ -109,6 +110,7 @@ def time_picture(sweep: Sweep) -> Picture:
         misses=_misses(sweep),
         nothing="no time: nothing in this sweep succeeded",
         notes=tuple(notes),
+        marks=tuple(Mark(each.tokens, each.seconds * 1e9, each.place) for each in met),
         floor=tuple((tokens, floor) for tokens, floor in floors if floor is not None),
         floor_name=_floor_name(sweep),
     )
@@ -222,6 +224,7 @@ def _picture(
     misses: tuple[Miss, ...],
     nothing: str = "",
     notes: tuple[str, ...] = (),
+    marks: tuple[Mark, ...] = (),
     floor: tuple[tuple[int, float], ...] = (),
     floor_name: str = "",
 ) -> Picture:
@@ -236,19 +239,16 @@ def _picture(
         misses=misses,
         nothing=nothing,
         notes=notes,
+        marks=marks,
         floor=floor,
         floor_name=floor_name,
     )
 
 
 def _slope(series: Series) -> str:
-    """`  T^0.98 ±0.01`; nothing where kernel and wall times would be fitted together."""
-    if len({point.time_ns is None for point in series.ok}) != 1:
-        return ""
-    fit = fitted_slope([p.shape["T"] for p in series.ok], [p.seconds or 0.0 for p in series.ok])
-    if fit is None:
-        return ""
-    return f"  T^{fit.slope:.2f}\N{NO-BREAK SPACE}±{fit.high - fit.slope:.2f}"
+    """`  T^0.98 ±0.01`, if there is a fit."""
+    fit = slope(series)
+    return "" if fit is None else f"  {slope_label(fit)}"
 
 
 def _misses(sweep: Sweep) -> tuple[Miss, ...]:

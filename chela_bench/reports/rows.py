@@ -8,10 +8,16 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from chela_bench.records import Point
+from chela_bench.reports.crossings import comparison
 from chela_bench.reports.groups import OTHER_FUNCTIONS, Group, Series
-from chela_bench.reports.text import plain, three_digits
+from chela_bench.reports.text import memory, plain, three_digits
 
 MODEL = "model"
+STEPS = (
+    "A step of one token of each sequence, its cache nearly full with T: the mean over a block of "
+    "64 steps."
+)
+_LAYER_COLUMNS, _STEP_COLUMNS = ("parameters", "GFLOP"), ("bytes/token",)
 
 
 class Moved(NamedTuple):
@@ -55,10 +61,11 @@ class Null:
 
 def hbm_bytes(point: Point) -> Moved | None:
     """Measured, read plus written; else modelled; else None."""
-    hbm = point.hbm
-    if hbm.read_bytes is not None and hbm.write_bytes is not None:
-        return Moved(hbm.read_bytes + hbm.write_bytes, hbm.source or "measured")
-    return None if hbm.model_bytes is None else Moved(hbm.model_bytes, MODEL)
+    hbm, total = point.hbm, point.hbm.total_bytes
+    if total is None:
+        return None
+    modelled = hbm.read_bytes is None or hbm.write_bytes is None
+    return Moved(total, MODEL if modelled else hbm.source or "measured")
 
 
 def rows(group: Group) -> list[Row]:
@@ -76,14 +83,25 @@ def rows(group: Group) -> list[Row]:
     ]
 
 
-def notes(group: Group) -> Iterator[str]:
-    """What a reader of the group's table must know."""
+def notes(group: Group, beside: Group | None = None) -> Iterator[str]:
+    """What a reader of the group's table must know, and how the group beside it compares."""
     for op, other in OTHER_FUNCTIONS.items():
         if group.op == other:
             yield f"Another function than {plain(op)}, for comparison."
     ok = [point for point in group.points if point.outcome == "ok"]
     if any(point.time_ns is None for point in ok):
         yield "(wall): from launch to synchronised end; too many launches for a kernel time."
+    if group.direction == "decode":
+        yield STEPS
+    yield from comparison(group, beside)
+
+
+def columns(group: Group, names: Iterable[str]) -> dict[str, Column]:
+    """Those of the names, in this order, that say something of the group: what a layer learns and
+    computes stands at layers, bytes of a token at steps."""
+    quiet = set() if group.is_layer else set(_LAYER_COLUMNS)
+    quiet |= set() if group.direction == "decode" else set(_STEP_COLUMNS)
+    return {name: COLUMNS[name] for name in names if name not in quiet}
 
 
 def nulls(points: Iterable[Point]) -> list[Null]:
@@ -143,7 +161,7 @@ def _with_budget(point: Point, error: float) -> str:
     return f"{error:.1e}{budget}"
 
 
-def _engineering(value: float) -> str:
+def engineering(value: float) -> str:
     """`62.5M`, `1.20G`."""
     for scale, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if float(three_digits(value / scale)) >= 1:
@@ -156,7 +174,10 @@ COLUMNS = {
     "quartiles ms": Column(_first_quartile, _quartiles),
     "samples": Column(_samples, lambda _, n: f"{n:d}"),
     "x floor": _in(1, lambda p: p.x_floor),
-    "tokens/s": Column(lambda p: p.tokens_per_s, lambda _, rate: _engineering(rate)),
+    "tokens/s": Column(lambda p: p.tokens_per_s, lambda _, rate: engineering(rate)),
+    "bytes/token": Column(lambda p: p.hbm_bytes_per_token, lambda _, size: memory(size)),
+    "parameters": Column(lambda p: p.parameters, lambda _, count: engineering(count)),
+    "GFLOP": _in(1e9, lambda p: p.flops),
     "GB/s": _in(1, lambda p: p.gb_per_s),
     "TFLOP/s": _in(1, lambda p: p.tflop_per_s),
     "peak MiB": _in(2**20, lambda p: p.peak_bytes),

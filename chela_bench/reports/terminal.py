@@ -11,7 +11,16 @@ from rich.table import Table
 from rich.text import Text
 
 from chela_bench.records import Point, Run
-from chela_bench.reports.groups import OTHER_FUNCTIONS, Group, Series, failures, groups
+from chela_bench.reports.crossings import comparison
+from chela_bench.reports.groups import (
+    OTHER_FUNCTIONS,
+    Group,
+    Series,
+    drawn_beside,
+    failures,
+    groups,
+)
+from chela_bench.reports.rows import COLUMNS, STEPS, engineering
 from chela_bench.reports.text import duration, length, lengths, machine, tally, three_digits
 
 _GAP = 2  # characters between columns
@@ -35,11 +44,14 @@ class _Sweep:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield _line(" | ".join(machine(self.run, self.points)), "dim")
-        for group in groups(self.points):
+        found = groups(self.points)
+        for group in found:
             yield Text()
             yield _heading(group)
             yield from _blocks(group, options.max_width)
             yield from _legend(group)
+            yield from map(_line, _rates(group))
+            yield from map(_line, comparison(group, drawn_beside(group, found)))
             yield from _failures(group)
         yield Text()
         yield _line(tally(self.run, self.points), "bold")
@@ -64,10 +76,21 @@ def _blocks(group: Group, width: int) -> Iterator[RenderableType]:
     floors = [group.floor_ns(tokens) for tokens in group.lengths]
     if any(floors):
         leading.append(("floor", [Text(duration(f) if f else "-") for f in floors]))
+    if group.is_layer:
+        learnt = [group.parameters(tokens) for tokens in group.lengths]
+        flops = [group.flops(tokens) for tokens in group.lengths]
+        leading.append(("params", [Text("-" if n is None else engineering(n)) for n in learnt]))
+        leading.append(
+            ("GFLOP", [Text("-" if n is None else three_digits(n / 1e9)) for n in flops])
+        )
     tried = [s for s in group.series if any(p.outcome != "skipped" for p in s.points)]
     waiting = [(series.label, _cells(group, series)) for series in tried or group.series]
+    if group.is_layer and waiting and _room(leading, width) < _column_width(*waiting[0]):
+        yield _table(leading, width)
+        yield Text()
+        leading = leading[:1]
     while waiting:
-        block, room = leading, width - sum(_column_width(*column) + _GAP for column in leading)
+        block, room = leading, _room(leading, width)
         while waiting and (room >= _column_width(*waiting[0]) or block is leading):
             room -= _column_width(*waiting[0]) + _GAP
             block = [*block, waiting.pop(0)]
@@ -75,6 +98,25 @@ def _blocks(group: Group, width: int) -> Iterator[RenderableType]:
         leading = leading[:1]
         if waiting:
             yield Text()
+
+
+def _rates(group: Group) -> Iterator[str]:
+    """Of steps, each one's tokens a second and bytes for a token."""
+    if group.direction != "decode":
+        return
+    yield STEPS
+    for tokens in group.lengths:
+        for series in group.series:
+            point = series.at(tokens)
+            if point is not None and (rate := COLUMNS["tokens/s"].cell(point)[1]):
+                size = COLUMNS["bytes/token"].cell(point)[1]
+                moved = f", {size} HBM a token" if size else ""
+                yield f"{length(tokens)}: {series.label} {rate} tokens/s{moved}"
+
+
+def _room(columns: Sequence[tuple[str, Sequence[Text]]], width: int) -> int:
+    """What is left beside the columns."""
+    return width - sum(_column_width(*column) + _GAP for column in columns)
 
 
 def _column_width(name: str, cells: Sequence[Text]) -> int:
