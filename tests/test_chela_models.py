@@ -503,7 +503,7 @@ def test_generation_draws_from_the_chances():
 
 
 def test_a_temperature_near_zero_takes_the_likeliest():
-    m, ids = sharp(), tokens(3, 5, below=10)
+    m, ids = sharp(), tokens(3, 5, below=10).to(DEVICE)
     greedy = m.generate(ids, 5, temperature=0)
     assert torch.equal(m.generate(ids, 5, temperature=1e-300), greedy)
     assert torch.equal(m.generate(ids, 5, top_k=1), greedy)

@@ -49,7 +49,10 @@ def _values(line, cwd=None):
         ("chela-bench sweep --op chela_layer --shape b8", ["b8-t2k-d1024"]),
         ("chela-bench sweep --dtype b", ["bf16"]),
         ("chela-bench sweep --direction fwd,f", ["fwd,fwdbwd"]),
-        ("chela-bench sweep --preset ", ["cpu", "attention", "convolution", "layer", "published"]),
+        (
+            "chela-bench sweep --preset ",
+            ["cpu", "attention", "convolution", "layer", "crossover", "decode", "published"],
+        ),
         ("chela-bench sweep --device ", ["auto", "cpu", "cuda"]),
         ("chela-bench list --device c", ["cpu", "cuda"]),
         ("chela-bench doctor --device a", ["auto"]),

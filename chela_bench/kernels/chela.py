@@ -114,7 +114,7 @@ class ChelaLayer(reference.ChelaLayer):
         z = self._convolved(normed, mask) if cache is None else cache.convolve(normed)
         m = self._attended(normed, z, mask, cache)
         h = self.w_h(z)
-        h = torch.addmm(h.flatten(0, 1), m.flatten(0, 1), self.u_h.weight.to(h.dtype).T).view_as(h)
+        h.flatten(0, 1).addmm_(m.flatten(0, 1), self.u_h.weight.to(h.dtype).T)
         if self.training and self.dropout.p > 0:
             y = self._gate_output(self.dropout(silu(h)), z, x)
         else:
