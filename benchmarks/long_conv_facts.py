@@ -4,13 +4,14 @@
     python benchmarks/long_conv_facts.py times [--shape 8,1024,65536] [--method parts --n2 64]
     python benchmarks/long_conv_facts.py whole [--shape 8,1024,4096]
     ncu --metrics dram__bytes_read.sum,dram__bytes_write.sum -k regex:_kernel --csv \
-        python benchmarks/long_conv_facts.py once [--shape 8,1024,65536]
+        python benchmarks/long_conv_facts.py once | once-whole [--shape 8,1024,65536]
 
 Errors, against float64 FFTs: of z, dx and dk, ||error|| / ||exact|| over all, and the worst rms of
 64 tokens over the rms of its row. Times, in microseconds, need a GPU: kernel spans by the profiler,
 ten calls, warm L2, of the kernel's spectrum, of the forward pass with it and of the backward pass;
 `whole`: of short_long_conv from and to [B, T, D], forward, with the two default widths. `once`: a
-spectrum, a forward and a backward pass, for a profiler to look at.
+spectrum, a forward and a backward pass, for a profiler to look at; `once-whole`: the same of
+short_long_conv from and to [B, T, D], without a gate and then with one that is trained.
 """
 
 from __future__ import annotations
@@ -106,6 +107,18 @@ def once(shape: str, config: dict[str, int | str] | None, dtype: torch.dtype) ->
     torch.cuda.synchronize()
 
 
+def once_whole(shape: str, config: dict[str, int | str] | None, dtype: torch.dtype) -> None:
+    B, D, T = map(int, shape.split(","))
+    x, gate, dz = (torch.randn(B, T, D, device="cuda", dtype=dtype) for _ in range(3))
+    kernels = [torch.randn(D, width, device="cuda") for width in (*short_sizes(T), T)]
+    for y in (x, gate, *kernels):
+        y.requires_grad_()
+    for given in (None, gate):
+        z = short_long_conv(x, kernels[:-1], kernels[-1], gate=given, config=config)
+        torch.autograd.grad(z, [x, *kernels] if given is None else [x, gate, *kernels], dz)
+    torch.cuda.synchronize()
+
+
 def report(shape: str, *rows: tuple[str, dict[str, float]]) -> None:
     for name, found in rows:
         longest = sorted(found.items(), key=lambda item: -item[1])[:5]
@@ -115,7 +128,7 @@ def report(shape: str, *rows: tuple[str, dict[str, float]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=["errors", "times", "whole", "once"])
+    parser.add_argument("what", choices=["errors", "times", "whole", "once", "once-whole"])
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--shape", action="append", metavar="B,D,T")
     parser.add_argument("--method", choices=["direct", "monarch", "parts"])
@@ -128,8 +141,9 @@ def main() -> None:
         return
     asked = {"method": arguments.method, "N2": arguments.n2}
     config = {name: value for name, value in asked.items() if value is not None}
+    what = {"times": times, "whole": whole, "once": once, "once-whole": once_whole}[arguments.what]
     for shape in arguments.shape or SHAPES:
-        {"times": times, "whole": whole, "once": once}[arguments.what](shape, config or None, dtype)
+        what(shape, config or None, dtype)
 
 
 if __name__ == "__main__":

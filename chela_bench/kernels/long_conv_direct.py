@@ -21,8 +21,8 @@ row NaN from the block of 512 tokens on in which it is, in k its own channel.
 A token costs 2 (16 + b) ceil(T / b) FLOPs in each channel (T <= 512; for more, up to twice that),
 and moves x, z and gate once: 4 bytes, 6 with a gate, in 16-bit. Each 512 tokens of output read all
 before them again. Shifted taps are 16 bytes each. The gradient of k costs 2 b FLOPs, and reads
-x and dz, for each 32 taps and the tokens that they reach, mostly from cache: products of 16-bit
-numbers are exact as they are, so only a gate's need scales.
+x and dz, for each 32 taps and the tokens that they reach: from L2 as far as they fit in it.
+Products of 16-bit numbers are exact as they are, so only a gate's need scales.
 """
 
 from __future__ import annotations
