@@ -18,7 +18,7 @@ from linear_attention_static import facts
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from chela_bench.kernels import gates, queries_keys
+from chela_bench.kernels import gates, normalize, queries_keys, row_sums
 from chela_bench.kernels.rows import tile
 
 
@@ -32,7 +32,7 @@ def compiled(kernel: Any, values: dict[str, Any], types: dict[str, str], warps: 
             signature[name] = "*" + types.get(name, types["all"])
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "fp32" if name == "root_eps" else "i64"
+            signature[name] = "fp32" if name in ("eps", "root_eps") else "i64"
     at = {(kernel.arg_names.index(name),): value for name, value in values.items()}
     return triton.compile(
         ASTSource(kernel, signature, at, attributes),
@@ -43,7 +43,7 @@ def compiled(kernel: Any, values: dict[str, Any], types: dict[str, str], warps: 
 
 def every(dtype: str) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, str], int]]:
     """Name, kernel, constexprs and missing pointers, dtypes of pointers, warps."""
-    alike = {"all": dtype}
+    alike = {"all": dtype, "parts_ptr": "fp32"}
     for V in (128, 1000, 2048, 4096):
         blocks = tile(V, gates.TILE, columns=gates.MAX_V)
         warps = gates.warps(blocks["BLOCK_N"])
@@ -52,10 +52,10 @@ def every(dtype: str) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, str]
         yield f"norm_gate V {V}", forward, given, alike, warps
         yield f"norm_gate' V {V}", backward, given, alike, warps
     given |= {"ACTIVATION": "silu"}
-    wide = {"all": dtype, "o_ptr": "fp32", "do_ptr": "fp32"}
+    wide = {**alike, "o_ptr": "fp32", "do_ptr": "fp32"}
     yield f"norm_gate V {V}, o fp32", forward, given, wide, warps
     yield f"norm_gate' V {V}, o fp32", backward, given, wide, warps
-    given |= {"a_ptr": None, "da_ptr": None}
+    given |= {"a_ptr": None, "da_ptr": None, "parts_ptr": None}
     yield f"norm_gate' V {V}, no a", backward, given, alike, warps
     for K in (128, 1000):
         given = {"K": K, "ACTIVATION": "silu", "UNIT": 8}
@@ -64,19 +64,28 @@ def every(dtype: str) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, str]
             queries_keys._queries_keys_bwd_kernel,
         )
         yield f"queries_keys K {K}", forward, given | tile(K, queries_keys.TILE), alike, 4
-        given |= tile(K, queries_keys.WALKED)
-        types = {**alike, "parts_ptr": "fp32", "a_q_ptr": "fp32", "a_k_ptr": "fp32"}
+        given |= {"S": 5, **tile(K, row_sums.WALKED)}
+        types = {**alike, "a_q_ptr": "fp32", "a_k_ptr": "fp32"}
         yield f"queries_keys' K {K}", backward, given, types, 4
         yield f"queries_keys' K {K}, no sums", backward, given | {"parts_ptr": None}, types, 4
-    summed = {"K": K, **queries_keys.SUMMED}
-    yield "sum of parts", queries_keys._sum_parts_kernel, summed, {"all": "fp32"}, 4
-    given = {"N": 1024, "UNIT": 8, **tile(1024, gates.TILE)}
+    summed = {"S": 5, "N": K, **row_sums.SUMMED}
+    yield "sum of parts", row_sums._sum_parts_kernel, summed, {"all": "fp32"}, 4
+    given = {"N": 1024, "UNIT": 8}
     forward, backward = gates._output_gate_fwd_kernel, gates._output_gate_bwd_kernel
     missing = {"g_ptr": None, "x_ptr": None}
-    yield "output_gate", forward, given, alike, 4
-    yield "output_gate'", backward, given, alike, 4
-    yield "silu", forward, given | missing, alike, 4
-    yield "silu'", backward, given | missing | {"dg_ptr": None, "dx_ptr": None}, alike, 4
+    whole, walked = tile(1024, gates.TILE), tile(1024, row_sums.WALKED)
+    sums = {"SUM_H": True, "SUM_G": True}
+    yield "output_gate", forward, given | whole, alike, 4
+    yield "output_gate'", backward, given | walked | sums, alike, 4
+    yield "silu", forward, given | whole | missing, alike, 4
+    missing |= {"dg_ptr": None, "dx_ptr": None, "SUM_H": True, "SUM_G": False}
+    yield "silu'", backward, given | walked | missing, alike, 4
+    for D in (1024, 4096):
+        given = {"D": D, "UNIT": 8, **tile(D, row_sums.WALKED, columns=normalize.MAX_D)}
+        types = {**alike, "mean_ptr": "fp32", "r_ptr": "fp32"}
+        warps = normalize._warps(D)
+        yield f"norm D {D}", normalize._normalize_fwd_kernel, given, types, warps
+        yield f"norm' D {D}", normalize._normalize_bwd_kernel, given | {"S": 2}, types, warps
 
 
 def main() -> None:

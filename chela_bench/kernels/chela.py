@@ -1,6 +1,6 @@
 """The CHELA layer (arXiv 2406.08128) by Triton kernels: another forward of the reference's.
 
-    X~ = norm(x)                                    torch                     4 D
+    X~ = norm(x)                                    normalize                 4 D
     Z = short_long_conv(X~)                         short_long_conv.py       16 D
     Q, K = a * SiLU(Z W_z + b_z) + m                queries_keys              6 K
     V = SiLU(X~ W_v + b_v)                          silu                      4 V
@@ -9,17 +9,19 @@
     H = Z W_h + b_h + M U_h                         cuBLAS, one after the other into one sum
     y = sigmoid(Z W_o + b_o) SiLU(H) + ..           output_gate               8 D
 
-Bytes a token in 16 bits of what is not a product of matrices, which are cuBLAS's. The class is the
-reference's own with its steps replaced, so that there is one set of parameters and one meaning of
-every option (docs/decisions/0008).
+Bytes a token in 16 bits of what is not a product of matrices, which are cuBLAS's. Backward, the
+gradients of Z and of X~ meet in one buffer each (projections.py), those of biases are summed by the
+kernels that make what they sum, and that of x around the norm is added by the norm's kernel. The
+class is the reference's own with its steps replaced, so that there is one set of parameters and one
+meaning of every option (docs/decisions/0008).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, Self, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chela_bench.errors import ArgumentError
@@ -29,6 +31,8 @@ from chela_bench.kernels.chela_merged import MergedKernels
 from chela_bench.kernels.dispatch import autocast
 from chela_bench.kernels.gates_ops import DTYPES, norm_gate, output_gate, queries_keys, silu
 from chela_bench.kernels.linear_attention import linear_attention
+from chela_bench.kernels.normalize import normalize
+from chela_bench.kernels.projections import Projection, are_plain, called, projected
 from chela_bench.kernels.short_long_conv import short_conv, short_long_conv
 from chela_bench.reference import chela as reference
 from chela_bench.reference.chela import zero_padding
@@ -110,16 +114,25 @@ class ChelaLayer(reference.ChelaLayer):
         """y [B, T, D] of a whole sequence, or with a cache, of its next tokens."""
         x = zero_padding(x, mask)
         before = self.norm_position == "before"
-        normed = zero_padding(_normalize(self.norm, x), mask) if before else x  # X~
+        normed, x = normalize(self.norm, x) if before else (x, x)  # X~
+        normed = zero_padding(normed, mask)
+        project = projected if self._has_plain_maps() else called
+        values = project(self.w_v, normed)
+        normed = values.x
         z = self._convolved(normed, mask) if cache is None else cache.convolve(normed)
-        m = self._attended(normed, z, mask, cache)
-        h = self.w_h(z)
+        m, z = self._attended(values, z, mask, cache, project)
+        h, z, bias_h = project(self.w_h, z)
         h.flatten(0, 1).addmm_(m.flatten(0, 1), self.u_h.weight.to(h.dtype).T)
         if self.training and self.dropout.p > 0:
-            y = self._gate_output(self.dropout(silu(h)), z, x)
+            h = self.dropout(silu(h, bias=bias_h))
+            y = self._gate_output(h, z, x)
         else:
-            y = output_gate(h, None if self.w_o is None else self.w_o(z), x)
-        return zero_padding(y if before else _normalize(self.norm, y), mask)
+            g, _, bias_g = (None, z, None) if self.w_o is None else project(self.w_o, z)
+            y = output_gate(h, g, x, bias_h=bias_h, bias_g=bias_g)
+        return zero_padding(y if before else normalize(self.norm, y)[0], mask)
+
+    def _has_plain_maps(self) -> bool:
+        return are_plain(self.w_z, self.w_v, self.w_a, self.w_h, self.w_o)
 
     def _convolved(self, normed: Tensor, mask: Tensor | None) -> Tensor:
         """Z [B, T, D]."""
@@ -148,14 +161,19 @@ class ChelaLayer(reference.ChelaLayer):
         return list(self.short_kernels), taps_of(self.long_kernel), True, options
 
     def _attended(
-        self, normed: Tensor, z: Tensor, mask: Tensor | None, cache: StateCache | None = None
-    ) -> Tensor:
-        """M [B, T, V]."""
-        p = z if self.w_z is None else self.w_z(z)
+        self,
+        values: Projection,
+        z: Tensor,
+        mask: Tensor | None,
+        cache: StateCache | None,
+        project: Callable[[nn.Linear, Tensor], Projection],
+    ) -> tuple[Tensor, Tensor]:
+        """M [B, T, V], and Z for what follows."""
+        p, z, bias = (z, z, None) if self.w_z is None else project(self.w_z, z)
         q, k = queries_keys(
-            p, self.a_q, self.m_q, self.a_k, self.m_k, activation=self.w_z is not None
+            p, self.a_q, self.m_q, self.a_k, self.m_k, activation=self.w_z is not None, bias=bias
         )
-        v = zero_padding(silu(self.w_v(normed)), mask)
+        v = zero_padding(silu(values.out, bias=values.bias), mask)
         if q.dtype == torch.float16:
             q = q * self._shrink(q, 0 if cache is None else cache.position)
         q, k, v = (u.unflatten(2, (self.num_heads, -1)) for u in (q, k, v))
@@ -163,10 +181,10 @@ class ChelaLayer(reference.ChelaLayer):
             o, _ = linear_attention(q, k, v, causal=self.causal)
         else:
             o = cache.attend(q, k, v)
-        a = None if self.w_a is None else self.w_a(z)
-        return norm_gate(
-            o.flatten(2), a, eps=self.eps, activation=self.gate_activation, dtype=z.dtype
-        )
+        a, z, bias = (None, z, None) if self.w_a is None else project(self.w_a, z)
+        o, dtype = o.flatten(2), z.dtype
+        activation = self.gate_activation
+        return norm_gate(o, a, eps=self.eps, activation=activation, dtype=dtype, bias=bias), z
 
     def _shrink(self, q: Tensor, before: int = 0) -> Tensor:
         """1 / sqrt of how many tokens each one attends to [T, 1]; `before` came before q."""
@@ -281,11 +299,3 @@ class ChelaBlock(reference.ChelaBlock):
 def _merge_again(layer: ChelaLayer, incompatible_keys: object) -> None:
     """After load_state_dict."""
     layer._merge()
-
-
-def _normalize(norm: nn.LayerNorm | nn.RMSNorm, x: Tensor) -> Tensor:
-    """norm(x), computed in float32 whatever x is, in x's dtype."""
-    weight, width = norm.weight.to(x.dtype), x.shape[-1:]
-    if isinstance(norm, nn.LayerNorm):
-        return F.layer_norm(x, width, weight, norm.bias.to(x.dtype), norm.eps)
-    return F.rms_norm(x, width, weight, norm.eps)

@@ -8,24 +8,33 @@
 
 All are [..., N]. A program of norm and gate owns whole rows, N <= 4096, and makes n again in the
 backward: grid (ceil(R / rows)). The output gate's owns a tile: grid (ceil(R / rows) * ceil(N /
-columns)). Bytes an element in 16 bits, forward and backward: norm and gate 6 and 10, without a 4
-and 6; output gate 8 and 14, without g 6 and 6; SiLU 4 and 6.
+columns)). Backward, programs walk over some rows each, and sum da, dh and dg over them on the way:
+the gradients of the biases that a, h and g came with (row_sums.py). Bytes an element in 16 bits,
+forward and backward: norm and gate 6 and 10, without a 4 and 6; output gate 8 and 14, without g 6
+and 6; SiLU 4 and 6.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from chela_bench.kernels.launching import Launcher, cdiv, on_device_of
+from chela_bench.kernels.row_sums import WALKED, new_parts, sum_parts, walks_of
 from chela_bench.kernels.rows import _activated, _load, _mask, _sigmoids, _store, rows_of, tile
 
 MAX_V = 4096  # a row of norm and gate lies in the registers of one program
 TILE = 2048  # elements of 4 warps: two vectors of 16 bytes a thread, in 16 bits
-RUNTIME = ["R", "root_eps", *(f"stride_{x}" for x in ("o", "a", "dm", "h", "g", "x", "dy"))]
+RUNTIME = [
+    "R",
+    "walks",
+    "root_eps",
+    *(f"stride_{x}" for x in ("o", "a", "dm", "h", "g", "x", "dy")),
+]
 
 
 @triton.jit
@@ -62,24 +71,32 @@ def _norm_gate_fwd_kernel(
 @triton.jit(do_not_specialize=RUNTIME)
 def _norm_gate_bwd_kernel(
     o_ptr, a_ptr, dm_ptr, do_ptr, da_ptr,  # [R, V]; a, do and da may be missing
+    parts_ptr,  # [walks, V], sums of da; may be missing
     stride_o: tl.int64, stride_a: tl.int64, stride_dm: tl.int64,  # in units of UNIT
-    R: tl.int64, root_eps,
+    R: tl.int64, walks: tl.int64, root_eps,
     V: tl.constexpr, ACTIVATION: tl.constexpr,
     UNIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    walk = tl.program_id(0).to(tl.int64)
     v = tl.arange(0, BLOCK_N)
-    mask = _mask(r, v, R, V)
-    normed, inverse = _normed(_load(o_ptr, r, v, stride_o * UNIT, mask), root_eps, V)
-    dn = _load(dm_ptr, r, v, stride_dm * UNIT, mask)
-    if a_ptr is not None:
-        gate, slope = _activated(_load(a_ptr, r, v, stride_a * UNIT, mask), ACTIVATION)
-        if da_ptr is not None:
-            _store(da_ptr, r, v, V, mask, dn * normed * slope)
-        dn *= gate
-    if do_ptr is not None:
-        along = tl.sum(dn * normed, axis=1, keep_dims=True) / V
-        _store(do_ptr, r, v, V, mask, inverse * (dn - normed * along))
+    db = tl.zeros([BLOCK_R, BLOCK_N], dtype=tl.float32)
+    for first in range(walk * BLOCK_R, R, walks * BLOCK_R):
+        r = first + tl.arange(0, BLOCK_R)
+        mask = _mask(r, v, R, V)
+        normed, inverse = _normed(_load(o_ptr, r, v, stride_o * UNIT, mask), root_eps, V)
+        dn = _load(dm_ptr, r, v, stride_dm * UNIT, mask)
+        if a_ptr is not None:
+            gate, slope = _activated(_load(a_ptr, r, v, stride_a * UNIT, mask), ACTIVATION)
+            da = dn * normed * slope
+            if da_ptr is not None:
+                _store(da_ptr, r, v, V, mask, da)
+            db += tl.where(mask, da, 0.0)  # of rows beyond R NaN, where eps = 0
+            dn *= gate
+        if do_ptr is not None:
+            along = tl.sum(dn * normed, axis=1, keep_dims=True) / V
+            _store(do_ptr, r, v, V, mask, inverse * (dn - normed * along))
+    if parts_ptr is not None:
+        tl.store(parts_ptr + walk * V + v, tl.sum(db, axis=0), mask=v < V)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -107,27 +124,42 @@ def _output_gate_fwd_kernel(
 @triton.jit(do_not_specialize=RUNTIME)
 def _output_gate_bwd_kernel(
     h_ptr, g_ptr, x_ptr, dy_ptr, dh_ptr, dg_ptr, dx_ptr,  # [R, N]; without g neither x, dg nor dx
+    parts_ptr,  # [walks, S, N], sums of dh, of dg, or of both; may be missing
     stride_h: tl.int64, stride_g: tl.int64, stride_x: tl.int64,  # in units of UNIT
-    stride_dy: tl.int64, R: tl.int64,
-    N: tl.constexpr, UNIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    stride_dy: tl.int64, R: tl.int64, walks: tl.int64,
+    N: tl.constexpr, SUM_H: tl.constexpr, SUM_G: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     NB: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0).to(tl.int64)
-    r = pid // NB * BLOCK_R + tl.arange(0, BLOCK_R)
+    walk = pid // NB
     n = (pid % NB).to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = _mask(r, n, R, N)
-    dh = _load(dy_ptr, r, n, stride_dy * UNIT, mask)
-    value, slope = _activated(_load(h_ptr, r, n, stride_h * UNIT, mask), "silu")
-    if g_ptr is not None:
-        gate, rest = _sigmoids(_load(g_ptr, r, n, stride_g * UNIT, mask))
-        if dx_ptr is not None:
-            _store(dx_ptr, r, n, N, mask, dh * rest)
-        dh *= gate
-        if dg_ptr is not None:
-            x = _load(x_ptr, r, n, stride_x * UNIT, mask)
-            _store(dg_ptr, r, n, N, mask, dh * rest * (value - x))
-    if dh_ptr is not None:
-        _store(dh_ptr, r, n, N, mask, dh * slope)
+    db_h = tl.zeros([BLOCK_R, BLOCK_N], dtype=tl.float32)
+    db_g = db_h
+    for first in range(walk * BLOCK_R, R, walks * BLOCK_R):
+        r = first + tl.arange(0, BLOCK_R)
+        mask = _mask(r, n, R, N)
+        dh = _load(dy_ptr, r, n, stride_dy * UNIT, mask)
+        value, slope = _activated(_load(h_ptr, r, n, stride_h * UNIT, mask), "silu")
+        if g_ptr is not None:
+            gate, rest = _sigmoids(_load(g_ptr, r, n, stride_g * UNIT, mask))
+            if dx_ptr is not None:
+                _store(dx_ptr, r, n, N, mask, dh * rest)
+            dh *= gate
+            if dg_ptr is not None:
+                dg = dh * rest * (value - _load(x_ptr, r, n, stride_x * UNIT, mask))
+                _store(dg_ptr, r, n, N, mask, dg)
+                db_g += dg
+        dh *= slope
+        if dh_ptr is not None:
+            _store(dh_ptr, r, n, N, mask, dh)
+        db_h += dh
+    if parts_ptr is not None:
+        parts_ptr += walk * (SUM_H + SUM_G) * N + n
+        if SUM_H:
+            tl.store(parts_ptr, tl.sum(db_h, axis=0), mask=n < N)
+        if SUM_G:
+            tl.store(parts_ptr + SUM_H * N, tl.sum(db_g, axis=0), mask=n < N)
 
 
 _norm_gate_fwd, _norm_gate_bwd = Launcher(_norm_gate_fwd_kernel), Launcher(_norm_gate_bwd_kernel)
@@ -149,13 +181,18 @@ def norm_gate_backward(
     dm: Tensor,
     do: Tensor | None,
     da: Tensor | None,
+    db: Tensor | None,
     *,
     eps: float,
     activation: str | None,
 ) -> None:
-    """Writes do and da, if given. All [..., V]; do and da contiguous."""
+    """Writes do, da and the sum of da over rows, if given, db with da alone. All [..., V], db [V];
+    do, da and db contiguous."""
+    sums = () if db is None else (db,)
     if o.numel() > 0:
-        _norm_gate(_norm_gate_bwd, o, (a, dm), (do, da), eps, activation)
+        _norm_gate(_norm_gate_bwd, o, (a, dm), (do, da), eps, activation, sums)
+    elif db is not None:
+        db.zero_()
 
 
 def _norm_gate(
@@ -165,14 +202,25 @@ def _norm_gate(
     outputs: tuple[Tensor | None, ...],
     eps: float,
     activation: str | None,
+    sums: Sequence[Tensor] | None = None,
 ) -> None:
+    """`sums`, if any: of a backward, whose programs walk."""
     tensors, strides, unit, R, V = rows_of(o, *others)
     blocks = tile(V, TILE, columns=MAX_V)
     constants = launcher.constants(V=V, ACTIVATION=activation, UNIT=unit, **blocks)
-    programs, columns = cdiv(R, blocks["BLOCK_R"]), blocks["BLOCK_N"]
-    scalars = (*strides, R, math.sqrt(eps))
+    columns = blocks["BLOCK_N"]
+    if sums is None:
+        with on_device_of(o):
+            pointers, scalars = (*tensors, *outputs), (*strides, R, math.sqrt(eps))
+            programs = cdiv(R, blocks["BLOCK_R"])
+            launcher(programs, pointers, scalars, constants, warps(columns), 1)
+        return
+    walks = walks_of(R, blocks["BLOCK_R"], 1, o.device)
+    parts = new_parts(o, walks, sums)
     with on_device_of(o):
-        launcher(programs, (*tensors, *outputs), scalars, constants, warps(columns), 1)
+        pointers, scalars = (*tensors, *outputs, parts), (*strides, R, walks, math.sqrt(eps))
+        launcher(walks, pointers, scalars, constants, warps(columns), 1)
+        sum_parts(parts, sums)
 
 
 def warps(columns: int) -> int:
@@ -182,8 +230,14 @@ def warps(columns: int) -> int:
 
 def output_gate_forward(h: Tensor, g: Tensor | None, x: Tensor | None, y: Tensor) -> None:
     """Writes y. All [..., N]; y contiguous."""
-    if h.numel() > 0:
-        _output_gate(_output_gate_fwd, h, (g, x), (y,))
+    if h.numel() == 0:
+        return
+    tensors, strides, unit, R, N = rows_of(h, g, x)
+    blocks = tile(N, TILE)
+    constants = _output_gate_fwd.constants(N=N, UNIT=unit, **blocks)
+    programs = cdiv(R, blocks["BLOCK_R"]) * cdiv(N, blocks["BLOCK_N"])
+    with on_device_of(h):
+        _output_gate_fwd(programs, (*tensors, y), (*strides, R), constants, 4, 1)
 
 
 def output_gate_backward(
@@ -194,22 +248,26 @@ def output_gate_backward(
     dh: Tensor | None,
     dg: Tensor | None,
     dx: Tensor | None,
+    db_h: Tensor | None,
+    db_g: Tensor | None,
 ) -> None:
-    """Writes dh, dg and dx, if given. All [..., N]; those contiguous. Without g, x is not read and
-    dx is dy: neither is given."""
-    if h.numel() > 0:
-        _output_gate(_output_gate_bwd, h, (g, x, dy), (dh, dg, dx))
-
-
-def _output_gate(
-    launcher: Launcher,
-    h: Tensor,
-    others: tuple[Tensor | None, ...],
-    outputs: tuple[Tensor | None, ...],
-) -> None:
-    tensors, strides, unit, R, N = rows_of(h, *others)
-    blocks = tile(N, TILE)
-    constants = launcher.constants(N=N, UNIT=unit, **blocks)
-    programs = cdiv(R, blocks["BLOCK_R"]) * cdiv(N, blocks["BLOCK_N"])
+    """Writes dh, dg, dx and the sums of dh and dg over rows, if given, db_g with dg alone. All
+    [..., N], sums [N]; what is written contiguous. Without g, x is not read and dx is dy: neither
+    is given."""
+    sums = [x for x in (db_h, db_g) if x is not None]
+    if h.numel() == 0:
+        for db in sums:
+            db.zero_()
+        return
+    tensors, strides, unit, R, N = rows_of(h, g, x, dy)
+    blocks = tile(N, WALKED)
+    constants = _output_gate_bwd.constants(
+        N=N, SUM_H=db_h is not None, SUM_G=db_g is not None, UNIT=unit, **blocks
+    )
+    wide = cdiv(N, blocks["BLOCK_N"])
+    walks = walks_of(R, blocks["BLOCK_R"], wide, h.device)
+    parts = new_parts(h, walks, sums)
     with on_device_of(h):
-        launcher(programs, (*tensors, *outputs), (*strides, R), constants, 4, 1)
+        pointers = (*tensors, dh, dg, dx, parts)
+        _output_gate_bwd(walks * wide, pointers, (*strides, R, walks), constants, 4, 1)
+        sum_parts(parts, sums)

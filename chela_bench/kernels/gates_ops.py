@@ -9,6 +9,9 @@ All tensors are [..., N] in float32, bfloat16 or float16, in any mixture; kernel
 and round once. No copy is made of what can be seen as rows [R, N] with N contiguous. Each is
 differentiable once. Outputs are contiguous. chela_bench.reference.chela has the layer that they are
 part of.
+
+A bias that a, p, h or g came with may be given beside it: the value has it in already, and the
+gradient is the sum of the value's over all rows, which the backward makes on its way.
 """
 
 from __future__ import annotations
@@ -35,14 +38,16 @@ def norm_gate(
     eps: float,
     activation: GateActivation | None = "sigmoid",
     dtype: torch.dtype | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """m = o / sqrt(mean(o^2) + eps) * act(a), the mean over the last axis: o, a, m [..., V].
 
     V <= 4096. activation None: act(a) = a. Without a, m is the normed o. No square overflows,
     whatever is finite in o; a row with NaN is NaN. m comes in `dtype`, or else in a's, or without a
-    in o's. Raises ArgumentError.
+    in o's. bias [V] is one that a has in already. Raises ArgumentError.
     """
     _check_tensors({"o": o, "a": a})
+    _check_bias("a", a, bias)
     if activation not in ("sigmoid", "silu", None):
         raise ArgumentError(f"no activation {activation!r}; it is one of 'sigmoid', 'silu', None")
     if o.shape[-1] > gates.MAX_V:
@@ -54,43 +59,64 @@ def norm_gate(
     dtype = dtype or (o if a is None else a).dtype
     if dtype not in DTYPES:
         raise ArgumentError(f"wanted dtype float32, bfloat16 or float16, got {dtype}; convert m")
-    m: Tensor = _norm_gate(o, a, eps, activation, dtype)
+    m: Tensor = _norm_gate(o, a, bias, eps, activation, dtype)
     return m
 
 
 def queries_keys(
-    p: Tensor, a_q: Tensor, m_q: Tensor, a_k: Tensor, m_k: Tensor, *, activation: bool
+    p: Tensor,
+    a_q: Tensor,
+    m_q: Tensor,
+    a_k: Tensor,
+    m_k: Tensor,
+    *,
+    activation: bool,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """q = a_q * s + m_q and k = a_k * s + m_k, s = SiLU(p) if activation, else p.
 
-    p [..., K]; a_q, m_q, a_k, m_k [K], of any float dtypes; q, k [..., K] in p's dtype. The same
-    inputs give gradients of the same bits. Raises ArgumentError.
+    p [..., K]; a_q, m_q, a_k, m_k [K], of any float dtypes; q, k [..., K] in p's dtype. bias [K] is
+    one that p has in already. The same inputs give gradients of the same bits. Raises
+    ArgumentError.
     """
     _check_tensors({"p": p})
+    _check_bias("p", p, bias)
     for name, x in (("a_q", a_q), ("m_q", m_q), ("a_k", a_k), ("m_k", m_k)):
         if x.shape != p.shape[-1:] or not x.is_floating_point() or x.device != p.device:
             raise ArgumentError(
                 f"wanted {name} [{p.shape[-1]}] of floats on {p.device}, one for each column of p, "
                 f"got {list(x.shape)} of {x.dtype} on {x.device}"
             )
-    q, k = _queries_keys(p, a_q, m_q, a_k, m_k, activation)
+    q, k = _queries_keys(p, a_q, m_q, a_k, m_k, bias, activation)
     return q, k
 
 
-def output_gate(h: Tensor, g: Tensor | None, x: Tensor) -> Tensor:
+def output_gate(
+    h: Tensor,
+    g: Tensor | None,
+    x: Tensor,
+    *,
+    bias_h: Tensor | None = None,
+    bias_g: Tensor | None = None,
+) -> Tensor:
     """y = sigmoid(g) SiLU(h) + (1 - sigmoid(g)) x, or without g, SiLU(h) + x.
 
-    h, g, x, y [..., D]; y in x's dtype. Raises ArgumentError.
+    h, g, x, y [..., D]; y in x's dtype. bias_h and bias_g [D] are what h and g have in already.
+    Raises ArgumentError.
     """
     _check_tensors({"h": h, "g": g, "x": x})
-    y: Tensor = _output_gate(h, g, x)
+    _check_bias("h", h, bias_h)
+    _check_bias("g", g, bias_g)
+    y: Tensor = _output_gate(h, g, x, bias_h, bias_g)
     return y
 
 
-def silu(p: Tensor) -> Tensor:
-    """v = SiLU(p), [..., N] in p's dtype. Raises ArgumentError."""
+def silu(p: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """v = SiLU(p), [..., N] in p's dtype; bias [N] is one that p has in already. Raises
+    ArgumentError."""
     _check_tensors({"p": p})
-    v: Tensor = _output_gate(p, None, None)
+    _check_bias("p", p, bias)
+    v: Tensor = _output_gate(p, None, None, bias, None)
     return v
 
 
@@ -119,40 +145,75 @@ def _check_tensors(tensors: dict[str, Tensor | None]) -> None:
         )
 
 
+def _check_bias(name: str, x: Tensor | None, bias: Tensor | None) -> None:
+    if bias is None:
+        return
+    fits = x is not None and bias.shape == x.shape[-1:] and bias.device == x.device
+    if not fits or not bias.is_floating_point():
+        wanted = f"no bias without {name}" if x is None else f"a bias [{x.shape[-1]}] of floats"
+        raise ArgumentError(
+            f"wanted {wanted}{'' if x is None else f' on {x.device}, as {name} has it in'}, got "
+            f"{list(bias.shape)} of {bias.dtype} on {bias.device}; pass the projection's own"
+        )
+
+
 def _empty(x: Tensor, dtype: torch.dtype | None = None, *, wanted: bool = True) -> Tensor:
     """Contiguous, of the shape of x and its dtype, unless another is given."""
     return x.new_empty(x.shape if wanted else (0,), dtype=dtype)
+
+
+def _empty_bias(x: Tensor, dtype: torch.dtype, *, wanted: bool) -> Tensor:
+    return x.new_empty(x.shape[-1:] if wanted else (0,), dtype=dtype)
+
+
+def _dtype_of(bias: Tensor | None) -> torch.dtype:
+    return torch.float32 if bias is None else bias.dtype
+
+
+def _needed(gradients: tuple[Tensor, ...], needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    return tuple([x if needs else None for x, needs in zip(gradients, needed, strict=True)])
 
 
 # --- norm_gate ------------------------------------------------------------------------------------
 
 
 def _norm_gate_forward(
-    o: Tensor, a: Tensor | None, eps: float, activation: str | None, dtype: torch.dtype
+    o: Tensor,
+    a: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    m = _norm_gate_output(o, a, eps, activation, dtype)
+    m = _norm_gate_output(o, a, bias, eps, activation, dtype)
     gates.norm_gate_forward(o, a, m, eps=eps, activation=activation)
     return m
 
 
 def _norm_gate_output(
-    o: Tensor, a: Tensor | None, eps: float, activation: str | None, dtype: torch.dtype
+    o: Tensor,
+    a: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     return _empty(o, dtype)
 
 
 def _norm_gate_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    o, a, *options, _ = inputs
+    o, a, bias, *options, _ = inputs
     ctx.save_for_backward(o, a)
     ctx.options = options  # eps, activation
+    ctx.bias_dtype = _dtype_of(bias)
 
 
 def _norm_gate_differentiate(
     ctx: Any, dm: Tensor, backward: Callable[..., Any]
 ) -> tuple[Tensor | None, ...]:
-    needs_do, needs_da = ctx.needs_input_grad[:2]
-    do, da = backward(*ctx.saved_tensors, dm, *ctx.options, needs_do, needs_da)
-    return do if needs_do else None, da if needs_da else None, None, None, None
+    needed = ctx.needs_input_grad[:3]
+    found = backward(*ctx.saved_tensors, dm, *ctx.options, ctx.bias_dtype, *needed)
+    return *_needed(found, needed), None, None, None
 
 
 def _norm_gate_backward(
@@ -161,14 +222,20 @@ def _norm_gate_backward(
     dm: Tensor,
     eps: float,
     activation: str | None,
+    bias_dtype: torch.dtype,
     needs_do: bool,
     needs_da: bool,
-) -> tuple[Tensor, Tensor]:
-    do, da = _norm_gate_gradients(o, a, dm, eps, activation, needs_do, needs_da)
-    gates.norm_gate_backward(
-        o, a, dm, do if needs_do else None, da if needs_da else None, eps=eps, activation=activation
+    needs_db: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    do, da, db = found = _norm_gate_gradients(
+        o, a, dm, eps, activation, bias_dtype, needs_do, needs_da, needs_db
     )
-    return do, da
+    gates.norm_gate_backward(
+        o, a, dm,
+        do if needs_do else None, da if needs_da else None, db if needs_db else None,
+        eps=eps, activation=activation,
+    )  # fmt: skip
+    return found
 
 
 def _norm_gate_gradients(
@@ -177,22 +244,26 @@ def _norm_gate_gradients(
     dm: Tensor,
     eps: float,
     activation: str | None,
+    bias_dtype: torch.dtype,
     needs_do: bool,
     needs_da: bool,
-) -> tuple[Tensor, Tensor]:
-    return _empty(o, wanted=needs_do), _empty(o if a is None else a, wanted=needs_da)
+    needs_db: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    da = _empty(o if a is None else a, wanted=needs_da)
+    return _empty(o, wanted=needs_do), da, _empty_bias(o, bias_dtype, wanted=needs_db)
 
 
 _norm_gate = Operator(
     "norm_gate",
     (
-        "(Tensor o, Tensor? a, float eps, str? activation, ScalarType dtype) -> Tensor",
+        "(Tensor o, Tensor? a, Tensor? bias, float eps, str? activation, ScalarType dtype) "
+        "-> Tensor",
         _norm_gate_forward,
         _norm_gate_output,
     ),
     (
-        "(Tensor o, Tensor? a, Tensor dm, float eps, str? activation, bool needs_do, "
-        "bool needs_da) -> (Tensor do, Tensor da)",
+        "(Tensor o, Tensor? a, Tensor dm, float eps, str? activation, ScalarType bias_dtype, "
+        "bool needs_do, bool needs_da, bool needs_db) -> (Tensor do, Tensor da, Tensor db)",
         _norm_gate_backward,
         _norm_gate_gradients,
     ),
@@ -205,31 +276,44 @@ _norm_gate = Operator(
 
 
 def _queries_keys_forward(
-    p: Tensor, a_q: Tensor, m_q: Tensor, a_k: Tensor, m_k: Tensor, activation: bool
+    p: Tensor,
+    a_q: Tensor,
+    m_q: Tensor,
+    a_k: Tensor,
+    m_k: Tensor,
+    bias: Tensor | None,
+    activation: bool,
 ) -> tuple[Tensor, Tensor]:
-    q, k = _queries_keys_outputs(p, a_q, m_q, a_k, m_k, activation)
+    q, k = _queries_keys_outputs(p, a_q, m_q, a_k, m_k, bias, activation)
     shared.queries_keys_forward(p, (a_q, m_q, a_k, m_k), q, k, activation=activation)
     return q, k
 
 
 def _queries_keys_outputs(
-    p: Tensor, a_q: Tensor, m_q: Tensor, a_k: Tensor, m_k: Tensor, activation: bool
+    p: Tensor,
+    a_q: Tensor,
+    m_q: Tensor,
+    a_k: Tensor,
+    m_k: Tensor,
+    bias: Tensor | None,
+    activation: bool,
 ) -> tuple[Tensor, Tensor]:
     return _empty(p), _empty(p)
 
 
 def _queries_keys_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    p, a_q, m_q, a_k, m_k, activation = inputs
+    p, a_q, m_q, a_k, m_k, bias, activation = inputs
     ctx.save_for_backward(p, a_q, a_k)
-    ctx.options = activation, m_q.dtype, m_k.dtype
+    ctx.options = activation, m_q.dtype, m_k.dtype, _dtype_of(bias)
 
 
 def _queries_keys_differentiate(
     ctx: Any, dq: Tensor, dk: Tensor, backward: Callable[..., Any]
 ) -> tuple[Tensor | None, ...]:
-    needed = ctx.needs_input_grad[:5]
-    found = backward(*ctx.saved_tensors, dq, dk, *ctx.options, needed[0], any(needed[1:]))
-    return *[x if needs else None for x, needs in zip(found, needed, strict=True)], None
+    needed = ctx.needs_input_grad[:6]
+    wanted = needed[0], any(needed[1:]), needed[5]
+    found = backward(*ctx.saved_tensors, dq, dk, *ctx.options, *wanted)
+    return *_needed(found, needed), None
 
 
 def _queries_keys_backward(
@@ -241,15 +325,18 @@ def _queries_keys_backward(
     activation: bool,
     m_q_dtype: torch.dtype,
     m_k_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
     needs_dp: bool,
     needs_sums: bool,
+    needs_db: bool,
 ) -> tuple[Tensor, ...]:
     dp, *sums = found = _queries_keys_gradients(
-        p, a_q, a_k, dq, dk, activation, m_q_dtype, m_k_dtype, needs_dp, needs_sums
-    )
+        p, a_q, a_k, dq, dk, activation, m_q_dtype, m_k_dtype, bias_dtype,
+        needs_dp, needs_sums, needs_db,
+    )  # fmt: skip
     shared.queries_keys_backward(
-        p, a_q, a_k, dq, dk,
-        dp if needs_dp else None, sums if needs_sums else (), activation=activation,
+        p, a_q, a_k, dq, dk, dp if needs_dp else None,
+        sums[: 4 + needs_db] if needs_sums else (), activation=activation,
     )  # fmt: skip
     return found
 
@@ -263,26 +350,31 @@ def _queries_keys_gradients(
     activation: bool,
     m_q_dtype: torch.dtype,
     m_k_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
     needs_dp: bool,
     needs_sums: bool,
+    needs_db: bool,
 ) -> tuple[Tensor, ...]:
+    """needs_sums: of the parameters; needs_db, which goes with it, of the bias too."""
     dtypes = a_q.dtype, m_q_dtype, a_k.dtype, m_k_dtype
-    sums = [_empty(a_q, dtype, wanted=needs_sums) for dtype in dtypes]
-    return _empty(p, wanted=needs_dp), *sums
+    sums = [_empty_bias(p, dtype, wanted=needs_sums) for dtype in dtypes]
+    db = _empty_bias(p, bias_dtype, wanted=needs_db)
+    return _empty(p, wanted=needs_dp), *sums, db
 
 
 _queries_keys = Operator(
     "queries_keys",
     (
-        "(Tensor p, Tensor a_q, Tensor m_q, Tensor a_k, Tensor m_k, bool activation) "
+        "(Tensor p, Tensor a_q, Tensor m_q, Tensor a_k, Tensor m_k, Tensor? bias, bool activation) "
         "-> (Tensor q, Tensor k)",
         _queries_keys_forward,
         _queries_keys_outputs,
     ),
     (
         "(Tensor p, Tensor a_q, Tensor a_k, Tensor dq, Tensor dk, bool activation, "
-        "ScalarType m_q_dtype, ScalarType m_k_dtype, bool needs_dp, bool needs_sums) "
-        "-> (Tensor dp, Tensor da_q, Tensor dm_q, Tensor da_k, Tensor dm_k)",
+        "ScalarType m_q_dtype, ScalarType m_k_dtype, ScalarType bias_dtype, bool needs_dp, "
+        "bool needs_sums, bool needs_db) "
+        "-> (Tensor dp, Tensor da_q, Tensor dm_q, Tensor da_k, Tensor dm_k, Tensor db)",
         _queries_keys_backward,
         _queries_keys_gradients,
     ),
@@ -294,31 +386,46 @@ _queries_keys = Operator(
 # --- output_gate, and silu ------------------------------------------------------------------------
 
 
-def _output_gate_forward(h: Tensor, g: Tensor | None, x: Tensor | None) -> Tensor:
-    y = _output_gate_output(h, g, x)
+def _output_gate_forward(
+    h: Tensor,
+    g: Tensor | None,
+    x: Tensor | None,
+    bias_h: Tensor | None,
+    bias_g: Tensor | None,
+) -> Tensor:
+    y = _output_gate_output(h, g, x, bias_h, bias_g)
     gates.output_gate_forward(h, g, x, y)
     return y
 
 
-def _output_gate_output(h: Tensor, g: Tensor | None, x: Tensor | None) -> Tensor:
+def _output_gate_output(
+    h: Tensor,
+    g: Tensor | None,
+    x: Tensor | None,
+    bias_h: Tensor | None,
+    bias_g: Tensor | None,
+) -> Tensor:
     return _empty(h if x is None else x)
 
 
 def _output_gate_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    h, g, x = inputs
+    h, g, x, bias_h, bias_g = inputs
     ctx.save_for_backward(h, g, None if g is None else x)
+    ctx.bias_dtypes = _dtype_of(bias_h), _dtype_of(bias_g)
 
 
 def _output_gate_differentiate(
     ctx: Any, dy: Tensor, backward: Callable[..., Any]
 ) -> tuple[Tensor | None, ...]:
-    needs_dh, needs_dg, needs_dx = ctx.needs_input_grad
+    needed = ctx.needs_input_grad
     h, g, x = ctx.saved_tensors
-    if g is None:
-        dh = backward(h, None, None, dy, True, False, False)[0] if needs_dh else None
-        return dh, None, dy if needs_dx else None
-    dh, dg, dx = backward(h, g, x, dy, needs_dh, needs_dg, needs_dx)
-    return dh if needs_dh else None, dg if needs_dg else None, dx if needs_dx else None
+    wanted = needed if g is not None else (needed[0], False, False, needed[3], False)
+    if not any(wanted):
+        return None, None, dy if needed[2] else None, None, None
+    found = _needed(backward(h, g, x, dy, *ctx.bias_dtypes, *wanted), wanted)
+    if g is None:  # dx is dy
+        return *found[:2], dy if needed[2] else None, *found[3:]
+    return found
 
 
 def _output_gate_backward(
@@ -326,14 +433,12 @@ def _output_gate_backward(
     g: Tensor | None,
     x: Tensor | None,
     dy: Tensor,
-    needs_dh: bool,
-    needs_dg: bool,
-    needs_dx: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dh, dg, dx = found = _output_gate_gradients(h, g, x, dy, needs_dh, needs_dg, needs_dx)
-    gates.output_gate_backward(
-        h, g, x, dy, dh if needs_dh else None, dg if needs_dg else None, dx if needs_dx else None
-    )
+    bias_h_dtype: torch.dtype,
+    bias_g_dtype: torch.dtype,
+    *needs: bool,
+) -> tuple[Tensor, ...]:
+    found = _output_gate_gradients(h, g, x, dy, bias_h_dtype, bias_g_dtype, *needs)
+    gates.output_gate_backward(h, g, x, dy, *_needed(found, needs))
     return found
 
 
@@ -342,24 +447,34 @@ def _output_gate_gradients(
     g: Tensor | None,
     x: Tensor | None,
     dy: Tensor,
+    bias_h_dtype: torch.dtype,
+    bias_g_dtype: torch.dtype,
     needs_dh: bool,
     needs_dg: bool,
     needs_dx: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dg = _empty(h if g is None else g, wanted=needs_dg)
-    return _empty(h, wanted=needs_dh), dg, _empty(dy, wanted=needs_dx)
+    needs_db_h: bool,
+    needs_db_g: bool,
+) -> tuple[Tensor, ...]:
+    return (
+        _empty(h, wanted=needs_dh),
+        _empty(h if g is None else g, wanted=needs_dg),
+        _empty(dy, wanted=needs_dx),
+        _empty_bias(h, bias_h_dtype, wanted=needs_db_h),
+        _empty_bias(h, bias_g_dtype, wanted=needs_db_g),
+    )
 
 
 _output_gate = Operator(
     "output_gate",
     (
-        "(Tensor h, Tensor? g, Tensor? x) -> Tensor",
+        "(Tensor h, Tensor? g, Tensor? x, Tensor? bias_h, Tensor? bias_g) -> Tensor",
         _output_gate_forward,
         _output_gate_output,
     ),
     (
-        "(Tensor h, Tensor? g, Tensor? x, Tensor dy, bool needs_dh, bool needs_dg, bool needs_dx) "
-        "-> (Tensor dh, Tensor dg, Tensor dx)",
+        "(Tensor h, Tensor? g, Tensor? x, Tensor dy, ScalarType bias_h_dtype, "
+        "ScalarType bias_g_dtype, bool needs_dh, bool needs_dg, bool needs_dx, bool needs_db_h, "
+        "bool needs_db_g) -> (Tensor dh, Tensor dg, Tensor dx, Tensor db_h, Tensor db_g)",
         _output_gate_backward,
         _output_gate_gradients,
     ),

@@ -2,30 +2,27 @@
 
     q = a_q * s + m_q     k = a_k * s + m_k     s = SiLU(p), or p
     dp = (a_q dq + a_k dk) s'(p)     da_q = sum_r dq s     dm_q = sum_r dq     likewise a_k and m_k
+    db = sum_r dp, of the bias that p came with
 
 p, q, k [..., K], R rows; parameters [K]. Forward, a program owns a tile: grid (ceil(R / rows) *
-ceil(K / columns)). Backward, each program walks over some tiles of its columns and keeps four sums
-in registers: grid (walks * ceil(K / columns)). One launch more adds these up, in an order that only
-R, K and the GPU's size decide: the same inputs give the same bits. Bytes an element in 16 bits:
-forward 6, backward 8, and 16 K a walk for its sums, written and read once.
+ceil(K / columns)). Backward, each program walks over some tiles of its columns and keeps sums in
+registers (row_sums.py): grid (walks * ceil(K / columns)). Bytes an element in 16 bits: forward 6,
+backward 8, and 20 K a walk for its sums, written and read once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from chela_bench.kernels.launching import Launcher, cdiv, on_device_of, processors
+from chela_bench.kernels.launching import Launcher, cdiv, on_device_of
+from chela_bench.kernels.row_sums import WALKED, new_parts, sum_parts, walks_of
 from chela_bench.kernels.rows import _activated, _load, _mask, _store, rows_of, tile
 
 TILE = 2048  # elements of 4 warps: two vectors of 16 bytes a thread, in 16 bits
-WALKED = 1024  # where a thread keeps four sums of each of its elements
-WALKS = 4  # programs on a processor
-SUMMED = {"BLOCK_R": 128, "BLOCK_N": 32}
 RUNTIME = ["R", "walks", "stride_p", "stride_dq", "stride_dk"]
 
 
@@ -56,10 +53,10 @@ def _queries_keys_fwd_kernel(
 @triton.jit(do_not_specialize=RUNTIME)
 def _queries_keys_bwd_kernel(
     p_ptr, dq_ptr, dk_ptr, a_q_ptr, a_k_ptr, dp_ptr,  # [R, K], parameters [K]; dp may be missing
-    parts_ptr,  # [walks, 4, K], sums of dq s, dq, dk s, dk; may be missing
+    parts_ptr,  # [walks, S, K], sums of dq s, dq, dk s, dk, and dp if S = 5; may be missing
     stride_p: tl.int64, stride_dq: tl.int64, stride_dk: tl.int64,  # in units of UNIT
     R: tl.int64, walks: tl.int64,
-    K: tl.constexpr, ACTIVATION: tl.constexpr,
+    K: tl.constexpr, ACTIVATION: tl.constexpr, S: tl.constexpr,
     UNIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     NB: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
@@ -68,54 +65,33 @@ def _queries_keys_bwd_kernel(
     n = (pid % NB).to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
     a_q, a_k = _parameter(a_q_ptr, n, K), _parameter(a_k_ptr, n, K)
     da_q = tl.zeros([BLOCK_R, BLOCK_N], dtype=tl.float32)
-    dm_q, da_k, dm_k = da_q, da_q, da_q
+    dm_q, da_k, dm_k, db = da_q, da_q, da_q, da_q
     for first in range(walk * BLOCK_R, R, walks * BLOCK_R):
         r = first + tl.arange(0, BLOCK_R)
         mask = _mask(r, n, R, K)
         s, slope = _activated(_load(p_ptr, r, n, stride_p * UNIT, mask), ACTIVATION)
         dq = _load(dq_ptr, r, n, stride_dq * UNIT, mask)
         dk = _load(dk_ptr, r, n, stride_dk * UNIT, mask)
+        dp = (a_q * dq + a_k * dk) * slope
         if dp_ptr is not None:
-            _store(dp_ptr, r, n, K, mask, (a_q * dq + a_k * dk) * slope)
+            _store(dp_ptr, r, n, K, mask, dp)
         da_q += dq * s
         dm_q += dq
         da_k += dk * s
         dm_k += dk
+        db += dp
     if parts_ptr is not None:
-        parts_ptr += walk * 4 * K + n
+        parts_ptr += walk * S * K + n
         tl.store(parts_ptr, tl.sum(da_q, axis=0), mask=n < K)
         tl.store(parts_ptr + K, tl.sum(dm_q, axis=0), mask=n < K)
         tl.store(parts_ptr + 2 * K, tl.sum(da_k, axis=0), mask=n < K)
         tl.store(parts_ptr + 3 * K, tl.sum(dm_k, axis=0), mask=n < K)
-
-
-@triton.jit(do_not_specialize=RUNTIME)
-def _sum_parts_kernel(
-    parts_ptr, da_q_ptr, dm_q_ptr, da_k_ptr, dm_k_ptr,  # [walks, 4, K], then [K]
-    walks: tl.int64, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    pid = tl.program_id(0)
-    which = pid % 4
-    n = pid // 4 * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.zeros([BLOCK_R, BLOCK_N], dtype=tl.float32)
-    for first in range(0, walks, BLOCK_R):
-        walk = first + tl.arange(0, BLOCK_R)
-        mask = _mask(walk, n, walks, K)
-        total += _load(parts_ptr + which * K, walk, n, 4 * K, mask)
-    total = tl.sum(total, axis=0)
-    if which == 0:
-        tl.store(da_q_ptr + n, total.to(da_q_ptr.dtype.element_ty), mask=n < K)
-    elif which == 1:
-        tl.store(dm_q_ptr + n, total.to(dm_q_ptr.dtype.element_ty), mask=n < K)
-    elif which == 2:
-        tl.store(da_k_ptr + n, total.to(da_k_ptr.dtype.element_ty), mask=n < K)
-    else:
-        tl.store(dm_k_ptr + n, total.to(dm_k_ptr.dtype.element_ty), mask=n < K)
+        if S == 5:
+            tl.store(parts_ptr + 4 * K, tl.sum(db, axis=0), mask=n < K)
 
 
 _queries_keys_fwd = Launcher(_queries_keys_fwd_kernel)
 _queries_keys_bwd = Launcher(_queries_keys_bwd_kernel)
-_sum_parts = Launcher(_sum_parts_kernel)
 
 
 def queries_keys_forward(
@@ -146,8 +122,9 @@ def queries_keys_backward(
     *,
     activation: bool,
 ) -> None:
-    """Writes dp, if given, and the gradients of a_q, m_q, a_k and m_k, unless there are no `sums`.
-    All [..., K], dp contiguous; a_q, a_k and sums [K], sums contiguous."""
+    """Writes dp, if given, and into `sums`, unless there are none, the gradients of a_q, m_q, a_k
+    and m_k, and as a fifth that of p's bias. All [..., K], dp contiguous; a_q, a_k and sums [K],
+    sums contiguous."""
     if p.numel() == 0:
         for x in sums:
             x.zero_()
@@ -155,17 +132,15 @@ def queries_keys_backward(
     tensors, strides, unit, R, K = rows_of(p, dq, dk)
     blocks = tile(K, WALKED)
     wide = cdiv(K, blocks["BLOCK_N"])
-    walks = min(cdiv(R, blocks["BLOCK_R"]), cdiv(WALKS * processors(p.device), wide))
-    parts = p.new_empty(walks, 4, K, dtype=torch.float32) if sums else None
+    walks = walks_of(R, blocks["BLOCK_R"], wide, p.device)
+    parts = new_parts(p, walks, sums)
     constants = _queries_keys_bwd.constants(
-        K=K, ACTIVATION=_activation(activation), UNIT=unit, **blocks
+        K=K, ACTIVATION=_activation(activation), S=len(sums), UNIT=unit, **blocks
     )
     pointers = (*tensors, a_q.contiguous(), a_k.contiguous(), dp, parts)
     with on_device_of(p):
         _queries_keys_bwd(walks * wide, pointers, (*strides, R, walks), constants, 4, 1)
-        if sums:
-            constants = _sum_parts.constants(K=K, **SUMMED)
-            _sum_parts(4 * cdiv(K, SUMMED["BLOCK_N"]), (parts, *sums), (walks,), constants, 4, 1)
+        sum_parts(parts, sums)
 
 
 def _activation(activation: bool) -> str | None:

@@ -1,0 +1,211 @@
+"""Layer norm and RMS norm of rows, with a residual's gradient added on the way back.
+
+    y = n * w + b        n = (x - mean(x)) * r        r = 1 / sqrt(mean((x - mean(x))^2) + eps)
+    dx = r * (w dy - mean(w dy) - n mean(w dy n)) + dx'        dw = sum_r dy n        db = sum_r dy
+
+RMS norm has no mean and no b: y = x * r * w. dx' is the gradient that reaches x around the norm.
+x, y [..., D], D <= 4096: a program has whole rows in registers. Forward, grid (ceil(R / rows));
+backward, programs walk over some rows each and sum dw and db (row_sums.py). Saved: x, w, and r and
+the mean in float32. Bytes an element in 16 bits: 4 forward, 8 backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+from chela_bench.errors import ArgumentError
+from chela_bench.kernels.dispatch import is_plain
+from chela_bench.kernels.launching import Launcher, cdiv, on_device_of
+from chela_bench.kernels.row_sums import WALKED, new_parts, sum_parts, walks_of
+from chela_bench.kernels.rows import _load, _mask, _store, rows_of, tile
+
+MAX_D = 4096
+RUNTIME = ["R", "walks", "eps", "stride_x", "stride_dy", "stride_added"]
+
+
+@triton.jit
+def _parameter(ptr, n, N: tl.constexpr):
+    return tl.load(ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _normalize_fwd_kernel(
+    x_ptr, w_ptr, b_ptr, y_ptr, mean_ptr, r_ptr,  # [R, D], [D], [R]; RMS norm without b and mean
+    stride_x: tl.int64, R: tl.int64, eps,  # stride in units of UNIT
+    D: tl.constexpr, UNIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    n = tl.arange(0, BLOCK_N)
+    mask = _mask(r, n, R, D)
+    x = _load(x_ptr, r, n, stride_x * UNIT, mask)
+    if mean_ptr is not None:
+        mean = tl.sum(x, axis=1) / D
+        x = tl.where(mask, x - mean[:, None], 0.0)
+        tl.store(mean_ptr + r, mean, mask=r < R)
+    inverse = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)
+    tl.store(r_ptr + r, inverse, mask=r < R)
+    y = x * inverse[:, None] * _parameter(w_ptr, n, D)
+    if b_ptr is not None:
+        y += _parameter(b_ptr, n, D)
+    _store(y_ptr, r, n, D, mask, y)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _normalize_bwd_kernel(
+    x_ptr, dy_ptr, added_ptr, w_ptr, mean_ptr, r_ptr,  # [R, D], [D], [R]; some may be missing:
+    dx_ptr, parts_ptr,  # [R, D] and [walks, S, D], sums of dy n and, if S = 2, of dy
+    stride_x: tl.int64, stride_dy: tl.int64, stride_added: tl.int64,  # in units of UNIT
+    R: tl.int64, walks: tl.int64,
+    D: tl.constexpr, S: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    walk = tl.program_id(0).to(tl.int64)
+    n = tl.arange(0, BLOCK_N)
+    w = _parameter(w_ptr, n, D)
+    dw = tl.zeros([BLOCK_R, BLOCK_N], dtype=tl.float32)
+    db = dw
+    for first in range(walk * BLOCK_R, R, walks * BLOCK_R):
+        r = first + tl.arange(0, BLOCK_R)
+        mask = _mask(r, n, R, D)
+        normed = _load(x_ptr, r, n, stride_x * UNIT, mask)
+        dy = _load(dy_ptr, r, n, stride_dy * UNIT, mask)
+        inverse = tl.load(r_ptr + r, mask=r < R, other=0.0)[:, None]
+        if mean_ptr is not None:
+            normed -= tl.load(mean_ptr + r, mask=r < R, other=0.0)[:, None]
+        normed *= inverse
+        dw += dy * normed
+        db += dy
+        if dx_ptr is not None:
+            dy *= w
+            dx = dy - normed * (tl.sum(dy * normed, axis=1, keep_dims=True) / D)
+            if mean_ptr is not None:
+                dx -= tl.sum(dy, axis=1, keep_dims=True) / D
+            dx *= inverse
+            if added_ptr is not None:
+                dx += _load(added_ptr, r, n, stride_added * UNIT, mask)
+            _store(dx_ptr, r, n, D, mask, dx)
+    if parts_ptr is not None:
+        parts_ptr += walk * S * D + n
+        tl.store(parts_ptr, tl.sum(dw, axis=0), mask=n < D)
+        if S == 2:
+            tl.store(parts_ptr + D, tl.sum(db, axis=0), mask=n < D)
+
+
+_normalize_fwd, _normalize_bwd = Launcher(_normalize_fwd_kernel), Launcher(_normalize_bwd_kernel)
+
+
+def normalize(norm: nn.LayerNorm | nn.RMSNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    """norm(x), in x's dtype, and x for what goes around it.
+
+    x [..., D] in float32, bfloat16 or float16; what is computed is in float32. Whoever needs x
+    besides takes the second: what reaches that is added to x's gradient by the norm's own backward,
+    which saves a pass. Where PyTorch watches (torch.compile, functorch) and for D > 4096, PyTorch's
+    own. Differentiable once.
+    """
+    weight, bias = norm.weight, norm.bias if isinstance(norm, nn.LayerNorm) else None
+    eps = torch.finfo(torch.float32).eps if norm.eps is None else norm.eps
+    if x.shape[-1] > MAX_D or not is_plain(x, weight):
+        return _by_pytorch(norm, x, eps), x
+    y, around = _Normalized.apply(x, weight, bias, eps)
+    return y, around if x.requires_grad else x
+
+
+def _by_pytorch(norm: nn.LayerNorm | nn.RMSNorm, x: Tensor, eps: float) -> Tensor:
+    weight, width = norm.weight.to(x.dtype), x.shape[-1:]
+    if isinstance(norm, nn.LayerNorm):
+        return F.layer_norm(x, width, weight, norm.bias.to(x.dtype), eps)
+    return F.rms_norm(x, width, weight, eps)
+
+
+class _Normalized(torch.autograd.Function):
+    """x, w, b, eps -> y, x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        y = x.new_empty(x.shape)
+        mean, inverse = x.new_empty(2, x[..., 0].numel(), dtype=torch.float32)
+        means = None if bias is None else mean
+        _forward(x, weight, bias, y, means, inverse, eps)
+        ctx.save_for_backward(x, weight, means, inverse)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y, x
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, around: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise ArgumentError(
+                "wanted first derivatives of a norm, got a second one: its backward has no "
+                "gradient; use chela_bench.reference, or drop create_graph=True"
+            )
+        x, weight, mean, inverse = ctx.saved_tensors
+        needs_dx, *needed = ctx.needs_input_grad[:3]
+        if dy is None:
+            return around, None, None, None
+        dx = x.new_empty(x.shape) if needs_dx else None
+        dw = db = None
+        if any(needed):
+            dw = weight.new_empty(weight.shape)
+            db = None if ctx.bias_dtype is None else dw.to(ctx.bias_dtype, copy=True)
+        sums = [x for x in (dw, db) if x is not None]
+        _backward(x, dy, around if needs_dx else None, weight, mean, inverse, dx, sums)
+        return dx, dw if needed[0] else None, db if needed[1] else None, None
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    mean: Tensor | None,
+    inverse: Tensor,
+    eps: float,
+) -> None:
+    if x.numel() == 0:
+        return
+    tensors, strides, unit, R, D = rows_of(x)
+    blocks = tile(D, WALKED, columns=MAX_D)
+    constants = _normalize_fwd.constants(D=D, UNIT=unit, **blocks)
+    pointers = (*tensors, weight, bias, y, mean, inverse)
+    with on_device_of(x):
+        programs = cdiv(R, blocks["BLOCK_R"])
+        _normalize_fwd(programs, pointers, (*strides, R, eps), constants, _warps(D), 1)
+
+
+def _backward(
+    x: Tensor,
+    dy: Tensor,
+    added: Tensor | None,
+    weight: Tensor,
+    mean: Tensor | None,
+    inverse: Tensor,
+    dx: Tensor | None,
+    sums: Sequence[Tensor],
+) -> None:
+    """Writes dx, if given, and `sums`, the weight's gradient and the bias's, if there are any."""
+    if x.numel() == 0:
+        for y in sums:
+            y.zero_()
+        return
+    (x_rows, dy_rows, added_rows), strides, unit, R, D = rows_of(x, dy, added)
+    blocks = tile(D, WALKED, columns=MAX_D)
+    walks = walks_of(R, blocks["BLOCK_R"], 1, x.device)
+    parts = new_parts(x, walks, sums)
+    constants = _normalize_bwd.constants(D=D, S=len(sums), UNIT=unit, **blocks)
+    pointers = (x_rows, dy_rows, added_rows, weight, mean, inverse, dx, parts)
+    with on_device_of(x):
+        _normalize_bwd(walks, pointers, (*strides, R, walks), constants, _warps(D), 1)
+        sum_parts(parts, sums)
+
+
+def _warps(D: int) -> int:
+    return 4 if D <= 2048 else 8
