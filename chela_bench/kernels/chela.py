@@ -29,10 +29,23 @@ from chela_bench.kernels import gates
 from chela_bench.kernels.chela_decode import StateCache
 from chela_bench.kernels.chela_merged import MergedKernels
 from chela_bench.kernels.dispatch import autocast
-from chela_bench.kernels.gates_ops import DTYPES, norm_gate, output_gate, queries_keys, silu
+from chela_bench.kernels.gates_ops import (
+    DTYPES,
+    joint_output_gate,
+    norm_gate,
+    output_gate,
+    queries_keys,
+    silu,
+)
 from chela_bench.kernels.linear_attention import linear_attention
 from chela_bench.kernels.normalize import normalize
-from chela_bench.kernels.projections import Projection, are_plain, called, projected
+from chela_bench.kernels.projections import (
+    Projection,
+    add_product,
+    called,
+    can_project,
+    projected,
+)
 from chela_bench.kernels.short_long_conv import short_conv, short_long_conv
 from chela_bench.reference import chela as reference
 from chela_bench.reference.chela import zero_padding
@@ -116,23 +129,31 @@ class ChelaLayer(reference.ChelaLayer):
         before = self.norm_position == "before"
         normed, x = normalize(self.norm, x) if before else (x, x)  # X~
         normed = zero_padding(normed, mask)
-        project = projected if self._has_plain_maps() else called
-        values = project(self.w_v, normed)
+        is_fused = can_project(x, self.w_z, self.w_v, self.w_a, self.w_h, self.w_o, self.u_h)
+        project = projected if is_fused else called
+        values = project(normed, self.w_v)
         normed = values.x
         z = self._convolved(normed, mask) if cache is None else cache.convolve(normed)
         m, z = self._attended(values, z, mask, cache, project)
-        h, z, bias_h = project(self.w_h, z)
-        h.flatten(0, 1).addmm_(m.flatten(0, 1), self.u_h.weight.to(h.dtype).T)
-        if self.training and self.dropout.p > 0:
-            h = self.dropout(silu(h, bias=bias_h))
-            y = self._gate_output(h, z, x)
-        else:
-            g, _, bias_g = (None, z, None) if self.w_o is None else project(self.w_o, z)
-            y = output_gate(h, g, x, bias_h=bias_h, bias_g=bias_g)
+        y = self._mixed(m, z, x, is_fused=is_fused)
         return zero_padding(y if before else normalize(self.norm, y)[0], mask)
 
-    def _has_plain_maps(self) -> bool:
-        return are_plain(self.w_z, self.w_v, self.w_a, self.w_h, self.w_o)
+    def _mixed(self, m: Tensor, z: Tensor, x: Tensor, *, is_fused: bool) -> Tensor:
+        """y [B, T, D] of M, Z and x."""
+        drops = self.training and self.dropout.p > 0
+        if is_fused and self.w_o is not None and not drops:
+            both = projected(z, self.w_h, self.w_o)
+            bias_h, bias_g = both.biases
+            hg = add_product(both.out, m, self.u_h)
+            return joint_output_gate(hg, x, bias_h=bias_h, bias_g=bias_g)
+        h, z, [bias_h] = (projected if is_fused else called)(z, self.w_h)
+        if is_fused:
+            h = add_product(h, m, self.u_h)
+        else:
+            h.flatten(0, 1).addmm_(m.flatten(0, 1), self.u_h.weight.to(h.dtype).T)
+        if drops:
+            return self._gate_output(self.dropout(silu(h, bias=bias_h)), z, x)
+        return output_gate(h, None if self.w_o is None else self.w_o(z), x, bias_h=bias_h)
 
     def _convolved(self, normed: Tensor, mask: Tensor | None) -> Tensor:
         """Z [B, T, D]."""
@@ -166,10 +187,10 @@ class ChelaLayer(reference.ChelaLayer):
         z: Tensor,
         mask: Tensor | None,
         cache: StateCache | None,
-        project: Callable[[nn.Linear, Tensor], Projection],
+        project: Callable[[Tensor, nn.Linear], Projection],
     ) -> tuple[Tensor, Tensor]:
         """M [B, T, V], and Z for what follows."""
-        p, z, bias = (z, z, None) if self.w_z is None else project(self.w_z, z)
+        p, z, [bias] = (z, z, [None]) if self.w_z is None else project(z, self.w_z)
         q, k = queries_keys(
             p, self.a_q, self.m_q, self.a_k, self.m_k, activation=self.w_z is not None, bias=bias
         )
@@ -181,7 +202,7 @@ class ChelaLayer(reference.ChelaLayer):
             o, _ = linear_attention(q, k, v, causal=self.causal)
         else:
             o = cache.attend(q, k, v)
-        a, z, bias = (None, z, None) if self.w_a is None else project(self.w_a, z)
+        a, z, [bias] = (None, z, [None]) if self.w_a is None else project(z, self.w_a)
         o, dtype = o.flatten(2), z.dtype
         activation = self.gate_activation
         return norm_gate(o, a, eps=self.eps, activation=activation, dtype=dtype, bias=bias), z

@@ -124,10 +124,11 @@ def _output_gate_fwd_kernel(
 @triton.jit(do_not_specialize=RUNTIME)
 def _output_gate_bwd_kernel(
     h_ptr, g_ptr, x_ptr, dy_ptr, dh_ptr, dg_ptr, dx_ptr,  # [R, N]; without g neither x, dg nor dx
-    parts_ptr,  # [walks, S, N], sums of dh, of dg, or of both; may be missing
+    parts_ptr,  # [walks, S, N], sums of dh, of dg, or of both; may be missing. Rows of dh and dg
+    # are WIDTH apart
     stride_h: tl.int64, stride_g: tl.int64, stride_x: tl.int64,  # in units of UNIT
     stride_dy: tl.int64, R: tl.int64, walks: tl.int64,
-    N: tl.constexpr, SUM_H: tl.constexpr, SUM_G: tl.constexpr,
+    N: tl.constexpr, WIDTH: tl.constexpr, SUM_H: tl.constexpr, SUM_G: tl.constexpr,
     UNIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     NB: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -148,11 +149,11 @@ def _output_gate_bwd_kernel(
             dh *= gate
             if dg_ptr is not None:
                 dg = dh * rest * (value - _load(x_ptr, r, n, stride_x * UNIT, mask))
-                _store(dg_ptr, r, n, N, mask, dg)
+                _store(dg_ptr, r, n, WIDTH, mask, dg)
                 db_g += dg
         dh *= slope
         if dh_ptr is not None:
-            _store(dh_ptr, r, n, N, mask, dh)
+            _store(dh_ptr, r, n, WIDTH, mask, dh)
         db_h += dh
     if parts_ptr is not None:
         parts_ptr += walk * (SUM_H + SUM_G) * N + n
@@ -252,8 +253,8 @@ def output_gate_backward(
     db_g: Tensor | None,
 ) -> None:
     """Writes dh, dg, dx and the sums of dh and dg over rows, if given, db_g with dg alone. All
-    [..., N], sums [N]; what is written contiguous. Without g, x is not read and dx is dy: neither
-    is given."""
+    [..., N], sums [N]; what is written contiguous, but for dh and dg as halves of [..., 2 N].
+    Without g, x is not read and dx is dy: neither is given."""
     sums = [x for x in (db_h, db_g) if x is not None]
     if h.numel() == 0:
         for db in sums:
@@ -261,9 +262,11 @@ def output_gate_backward(
         return
     tensors, strides, unit, R, N = rows_of(h, g, x, dy)
     blocks = tile(N, WALKED)
+    halves = dh is not None and dg is not None and dh.stride(-2) == 2 * N
     constants = _output_gate_bwd.constants(
-        N=N, SUM_H=db_h is not None, SUM_G=db_g is not None, UNIT=unit, **blocks
-    )
+        N=N, WIDTH=2 * N if halves else N,
+        SUM_H=db_h is not None, SUM_G=db_g is not None, UNIT=unit, **blocks,
+    )  # fmt: skip
     wide = cdiv(N, blocks["BLOCK_N"])
     walks = walks_of(R, blocks["BLOCK_R"], wide, h.device)
     parts = new_parts(h, walks, sums)

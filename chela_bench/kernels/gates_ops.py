@@ -3,6 +3,7 @@
     norm_gate      m = o / sqrt(mean(o^2) + eps) * act(a)               saves o and a
     queries_keys   q = a_q * s + m_q, k = a_k * s + m_k, s = SiLU(p)    saves p, a_q and a_k
     output_gate    y = sigmoid(g) SiLU(h) + (1 - sigmoid(g)) x          saves h, g and x; or h
+                   h and g apart, or as halves of [..., 2 N]
     silu           v = SiLU(p)                                          saves p
 
 All tensors are [..., N] in float32, bfloat16 or float16, in any mixture; kernels compute in float32
@@ -108,6 +109,24 @@ def output_gate(
     _check_bias("h", h, bias_h)
     _check_bias("g", g, bias_g)
     y: Tensor = _output_gate(h, g, x, bias_h, bias_g)
+    return y
+
+
+def joint_output_gate(
+    hg: Tensor, x: Tensor, *, bias_h: Tensor | None = None, bias_g: Tensor | None = None
+) -> Tensor:
+    """output_gate of the halves h and g of hg [..., 2 D], whose gradient is one tensor too.
+
+    x, y [..., D]. Raises ArgumentError.
+    """
+    _check_tensors({"hg": hg})
+    if hg.shape[-1] % 2 != 0:
+        raise ArgumentError(f"wanted hg [..., 2 D], got {list(hg.shape)}; it is h beside g")
+    h, g = hg.chunk(2, dim=-1)
+    _check_tensors({"h": h, "g": g, "x": x})
+    _check_bias("h", h, bias_h)
+    _check_bias("g", g, bias_g)
+    y: Tensor = _output_gate(hg, None, x, bias_h, bias_g)
     return y
 
 
@@ -394,8 +413,19 @@ def _output_gate_forward(
     bias_g: Tensor | None,
 ) -> Tensor:
     y = _output_gate_output(h, g, x, bias_h, bias_g)
-    gates.output_gate_forward(h, g, x, y)
+    gates.output_gate_forward(*_apart(h, g, x), x, y)
     return y
+
+
+def _apart(h: Tensor, g: Tensor | None, x: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """h and g, which both may have come as h."""
+    if _is_joint(h, x):
+        h, g = h.chunk(2, dim=-1)
+    return h, g
+
+
+def _is_joint(h: Tensor, x: Tensor | None) -> bool:
+    return x is not None and h.shape[-1] > x.shape[-1]
 
 
 def _output_gate_output(
@@ -410,7 +440,8 @@ def _output_gate_output(
 
 def _output_gate_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     h, g, x, bias_h, bias_g = inputs
-    ctx.save_for_backward(h, g, None if g is None else x)
+    ctx.has_gate = g is not None or _is_joint(h, x)
+    ctx.save_for_backward(h, g, x if ctx.has_gate else None)
     ctx.bias_dtypes = _dtype_of(bias_h), _dtype_of(bias_g)
 
 
@@ -419,11 +450,11 @@ def _output_gate_differentiate(
 ) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad
     h, g, x = ctx.saved_tensors
-    wanted = needed if g is not None else (needed[0], False, False, needed[3], False)
+    wanted = needed if ctx.has_gate else (needed[0], False, False, needed[3], False)
     if not any(wanted):
         return None, None, dy if needed[2] else None, None, None
     found = _needed(backward(h, g, x, dy, *ctx.bias_dtypes, *wanted), wanted)
-    if g is None:  # dx is dy
+    if not ctx.has_gate:  # dx is dy
         return *found[:2], dy if needed[2] else None, *found[3:]
     return found
 
@@ -438,7 +469,10 @@ def _output_gate_backward(
     *needs: bool,
 ) -> tuple[Tensor, ...]:
     found = _output_gate_gradients(h, g, x, dy, bias_h_dtype, bias_g_dtype, *needs)
-    gates.output_gate_backward(h, g, x, dy, *_needed(found, needs))
+    dh, dg, *others = _needed(found, needs)
+    if dh is not None:
+        dh, dg = _apart(dh, dg, x)
+    gates.output_gate_backward(*_apart(h, g, x), x, dy, dh, dg, *others)
     return found
 
 
@@ -459,8 +493,8 @@ def _output_gate_gradients(
         _empty(h, wanted=needs_dh),
         _empty(h if g is None else g, wanted=needs_dg),
         _empty(dy, wanted=needs_dx),
-        _empty_bias(h, bias_h_dtype, wanted=needs_db_h),
-        _empty_bias(h, bias_g_dtype, wanted=needs_db_g),
+        _empty_bias(dy, bias_h_dtype, wanted=needs_db_h),
+        _empty_bias(dy, bias_g_dtype, wanted=needs_db_g),
     )
 
 

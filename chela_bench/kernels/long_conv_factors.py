@@ -51,6 +51,8 @@ from chela_bench.kernels.long_conv_monarch import (
     _power_of_two,
     _right,
     by_hand,
+    kernel_spectrum,
+    long_conv_block,
     ordered,
     spectrum_dtype,
     steps,
@@ -550,8 +552,15 @@ def gradients_factors(
 
 def taps_gradient_blocks(x: Tensor, gate: Tensor | None, dz: Tensor, dk: Tensor, N2: int) -> None:
     """dk [D, taps] from dz; [B, D, T], rows contiguous: 16-bit rows of two to four blocks,
-    on Hopper."""
+    on Hopper. Of a batch of one, dk is to x what dx is to k: a convolution with x for a kernel."""
     B, D, T = x.shape
+    if B == 1 and dk.dtype == dz.dtype:
+        spectrum, scale = kernel_spectrum(x[0], T, N2, x.dtype, cdiv(T, N1 * N2))
+        found = dk[None] if dk.shape[1] == T else dz.new_empty(dz.shape)
+        long_conv_block(dz, gate, spectrum, scale, found, adjoint=True)
+        if dk.shape[1] < T:
+            dk.copy_(found[0, :, : dk.shape[1]])
+        return
     transform = _transform(T, N2, x.dtype, x.device)
     rows = Rows(N2, x, gate, dz)
     J = transform.J
