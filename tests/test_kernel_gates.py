@@ -20,7 +20,14 @@ import torch.nn.functional as F
 from chela_bench.bench.check import worst_block_error
 from chela_bench.errors import ArgumentError
 from chela_bench.kernels import gates_ops as ops
-from chela_bench.kernels.gates_ops import norm_gate, output_gate, queries_keys, silu
+from chela_bench.kernels import queries_keys as shared
+from chela_bench.kernels.gates_ops import (
+    joint_output_gate,
+    norm_gate,
+    output_gate,
+    queries_keys,
+    silu,
+)
 from tests.attention import DEVICE, new_memory_is_nan
 
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -345,11 +352,135 @@ def test_sums_over_rows_have_the_same_bits_each_time():
     assert all(map(torch.equal, first.values(), second.values()))
 
 
-@pytest.mark.parametrize("walks", [1, 64])
+@pytest.mark.parametrize("walks", [1, 128])
 def test_sums_over_many_rows(monkeypatch, walks):
     """Programs that walk far, and more of them than one step of their sum."""
-    monkeypatch.setattr(ops.shared, "WALKS", walks)
+    monkeypatch.setattr(shared, "WALKS", walks)
     check("queries_keys_True", inputs_of("queries_keys_True", (1, 3000, 40)))
+
+
+BIASED = {  # ours, with biases that the values have in already, and where those are
+    "norm_gate": (lambda o, a, b: norm_gate(o, a, eps=EPS, bias=b), "o a", "a"),
+    "queries_keys": (
+        lambda p, a_q, m_q, a_k, m_k, b: queries_keys(
+            p, a_q, m_q, a_k, m_k, activation=True, bias=b
+        ),
+        "p a_q m_q a_k m_k",
+        "p",
+    ),
+    "silu": (lambda p, b: silu(p, bias=b), "p", "p"),
+    "residual": (lambda h, x, b: output_gate(h, None, x, bias_h=b), "h x", "h"),
+    "output_gate": (
+        lambda h, g, x, b, c: output_gate(h, g, x, bias_h=b, bias_g=c),
+        "h g x",
+        "h g",
+    ),
+    "joint": (
+        lambda h, g, x, b, c: joint_output_gate(torch.cat([h, g], dim=-1), x, bias_h=b, bias_g=c),
+        "h g x",
+        "h g",
+    ),
+}
+
+
+def biased_inputs(name, shape, dtype):
+    _, names, biased = BIASED[name]
+    found = {
+        x: drawn(*(shape[-1:] if x in PARAMETERS else shape), seed=seed).to(dtype)
+        for seed, x in enumerate(names.split())
+    }
+    return found | {f"bias of {x}": drawn(shape[-1], seed=30).float() for x in biased.split()}
+
+
+def biased_gradients(name, inputs, upstream=None, trained=None):
+    return with_gradients(BIASED[name][0], inputs, upstream, trained=trained)
+
+
+@pytest.mark.parametrize("name", BIASED)
+@pytest.mark.parametrize("shape", [(2, 70, 1), (1, 130, 3), (3, 700, 40), (2, 9, 600)], ids=str)
+@dtypes
+def test_a_bias_gets_the_sum_of_what_it_is_in(name, dtype, shape):
+    """And nothing else changes: values and their gradients have the bits that they have without."""
+    inputs = biased_inputs(name, shape, dtype)
+    plain = [x for x in inputs if not x.startswith("bias")]
+    outputs, gradients, upstream = biased_gradients(name, inputs)
+    alone, without, _ = biased_gradients(name, inputs, upstream, trained=plain)
+    assert all(map(torch.equal, outputs, alone))
+    for x in plain:
+        assert torch.equal(gradients[x], without[x])
+    for x in BIASED[name][2].split():
+        terms = gradients[x].double().reshape(-1, shape[-1])
+        error = (gradients[f"bias of {x}"] - terms.sum(dim=0)).abs()
+        # The terms are rounded, what is summed is not.
+        assert (error <= 4 * ROUNDING[dtype] * terms.norm(dim=0) + 1e-5).all()
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_a_bias_alone_is_trained(name):
+    inputs = biased_inputs(name, (2, 33, 24), torch.float32)
+    _, every, upstream = biased_gradients(name, inputs)
+    for x in inputs:
+        if x.startswith("bias"):
+            _, alone, _ = biased_gradients(name, inputs, upstream, trained=[x])
+            torch.testing.assert_close(alone[x], every[x])
+            assert alone[x].any()
+
+
+@pytest.mark.parametrize("name", BIASED)
+@pytest.mark.parametrize("shape", [(2, 0, 8), (3, 0)], ids=str)
+def test_nothing_has_a_bias_without_gradient(name, shape):
+    _, gradients, _ = biased_gradients(name, biased_inputs(name, shape, torch.float32))
+    assert all(not gradient.any() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_bias_has_a_gradient_in_its_dtype(dtype):
+    inputs = biased_inputs("output_gate", (3, 24), torch.float16)
+    inputs["bias of g"] = inputs["bias of g"].to(dtype)
+    _, gradients, _ = biased_gradients("output_gate", inputs)
+    assert gradients["bias of g"].dtype == dtype and gradients["bias of h"].dtype == torch.float32
+
+
+def test_padded_rows_leave_nothing_in_a_sum():
+    """Of a narrow norm: tiles of many rows, and eps = 0, which makes NaN of rows of zeros."""
+    o, a = drawn(5, 3).requires_grad_(), drawn(5, 3, seed=1)
+    bias = drawn(3).requires_grad_()
+    norm_gate(o, a, eps=0.0, bias=bias).sum().backward()
+    assert bias.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("bias", "message"),
+    [
+        (torch.zeros(7), r"a bias \[8\] of floats"),
+        (torch.zeros(8, dtype=torch.long), "of floats"),
+        (torch.zeros(1, 8), r"got \[1, 8\]"),
+    ],
+)
+def test_rejects_a_bias_that_cannot_be_in(bias, message):
+    p = drawn(3, 8)
+    with pytest.raises(ArgumentError, match=message):
+        silu(p, bias=bias.to(DEVICE))
+    with pytest.raises(ArgumentError, match="no bias without a"):
+        norm_gate(p, None, eps=EPS, bias=drawn(8))
+
+
+def test_halves_are_gated_as_two_tensors_are():
+    inputs = inputs_of("output_gate", (2, 70, 40), torch.bfloat16)
+    [y], gradients, upstream = with_gradients(output_gate, inputs)
+    joint = {"hg": torch.cat([inputs["h"], inputs["g"]], dim=-1), "x": inputs["x"]}
+    [found], joint_gradients, _ = with_gradients(joint_output_gate, joint, upstream)
+    assert torch.equal(found, y)
+    halves = torch.cat([gradients["h"], gradients["g"]], dim=-1)
+    assert torch.equal(joint_gradients["hg"], halves)
+    assert torch.equal(joint_gradients["x"], gradients["x"])
+
+
+def test_rejects_halves_that_are_none():
+    with pytest.raises(ArgumentError, match=r"wanted hg \[..., 2 D\], got \[3, 7\]"):
+        joint_output_gate(drawn(3, 7), drawn(3, 3))
+    with pytest.raises(ArgumentError, match="one shape"):
+        joint_output_gate(drawn(3, 8), drawn(3, 8))
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -363,25 +494,48 @@ def test_the_operators_keep_pytorchs_rules(trained):
     def x(*shape, dtype=torch.float32):
         return drawn(*(shape or (2, 3, 8))).to(dtype)
 
-    opcheck(ops._norm_gate, x(), x(dtype=torch.float16), EPS, "silu", torch.bfloat16)
-    opcheck(ops._norm_gate, x(), None, EPS, None, torch.float32)
-    opcheck(ops._queries_keys, x(dtype=torch.float16), *[x(8) for _ in range(4)], True)
-    opcheck(ops._output_gate, x(), x(), x(dtype=torch.float16))
-    opcheck(ops._output_gate, x().transpose(0, 1), None, x())
-    opcheck(ops._output_gate, x(), None, None)
+    half = torch.float16
+    opcheck(ops._norm_gate, x(), x(dtype=half), x(8, dtype=half), EPS, "silu", torch.bfloat16)
+    opcheck(ops._norm_gate, x(), x(), None, EPS, "silu", torch.bfloat16)
+    opcheck(ops._norm_gate, x(), None, None, EPS, None, torch.float32)
+    parameters = [x(8) for _ in range(4)]
+    opcheck(ops._queries_keys, x(dtype=half), *parameters, None, True)
+    opcheck(ops._queries_keys, x(dtype=half), *parameters, x(8, dtype=half), True)
+    opcheck(ops._output_gate, x(), x(), x(dtype=half), x(8), x(8, dtype=half))
+    opcheck(ops._output_gate, x(2, 3, 16), None, x(), x(8), None)
+    opcheck(ops._output_gate, x().transpose(0, 1), None, x().transpose(0, 1), None, None)
+    opcheck(ops._output_gate, x(), None, None, x(8), None)
 
 
-@pytest.mark.parametrize("needed", [(True, True, True), (False, True, False)])
+@pytest.mark.parametrize("needed", [(True,) * 5, (False, True, False, False, True)])
 def test_the_gradients_operators_keep_pytorchs_rules(needed):
     operators = torch.ops.chela_bench
     half, x, moved = drawn(2, 3, 8).half(), drawn(2, 3, 8), drawn(3, 2, 8).transpose(0, 1)
     for operator, arguments in (
-        (operators.norm_gate_backward, (moved, half, x, EPS, "silu", *needed[:2])),
+        (
+            operators.norm_gate_backward,
+            (moved, half, x, EPS, "silu", torch.float16, *needed[:2], needed[4]),
+        ),
         (
             operators.queries_keys_backward,
-            (half, x[0, 0], half[0, 0], x, moved, True, torch.bfloat16, torch.float32, *needed[:2]),
+            (
+                half,
+                x[0, 0],
+                half[0, 0],
+                x,
+                moved,
+                True,
+                torch.bfloat16,
+                torch.float32,
+                torch.float16,
+                *needed[:2],
+                needed[4],
+            ),
         ),
-        (operators.output_gate_backward, (moved, half, x, half, *needed)),
+        (
+            operators.output_gate_backward,
+            (moved, half, x, half, torch.float32, torch.float16, *needed),
+        ),
     ):
         torch.library.opcheck(operator.default, arguments)
 

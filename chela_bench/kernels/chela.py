@@ -18,7 +18,6 @@ meaning of every option (docs/decisions/0008).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, Self, get_args
 
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from chela_bench.errors import ArgumentError
 from chela_bench.kernels import gates
+from chela_bench.kernels.activated_attention import activated_attention
 from chela_bench.kernels.chela_decode import StateCache
 from chela_bench.kernels.chela_merged import MergedKernels
 from chela_bench.kernels.dispatch import autocast
@@ -130,11 +130,10 @@ class ChelaLayer(reference.ChelaLayer):
         normed, x = normalize(self.norm, x) if before else (x, x)  # X~
         normed = zero_padding(normed, mask)
         is_fused = can_project(x, self.w_z, self.w_v, self.w_a, self.w_h, self.w_o, self.u_h)
-        project = projected if is_fused else called
-        values = project(normed, self.w_v)
+        values = (projected if is_fused else called)(normed, self.w_v)
         normed = values.x
         z = self._convolved(normed, mask) if cache is None else cache.convolve(normed)
-        m, z = self._attended(values, z, mask, cache, project)
+        m, z = self._attended(values, z, mask, cache, is_fused=is_fused)
         y = self._mixed(m, z, x, is_fused=is_fused)
         return zero_padding(y if before else normalize(self.norm, y)[0], mask)
 
@@ -187,25 +186,42 @@ class ChelaLayer(reference.ChelaLayer):
         z: Tensor,
         mask: Tensor | None,
         cache: StateCache | None,
-        project: Callable[[Tensor, nn.Linear], Projection],
+        *,
+        is_fused: bool,
     ) -> tuple[Tensor, Tensor]:
         """M [B, T, V], and Z for what follows."""
+        project = projected if is_fused else called
         p, z, [bias] = (z, z, [None]) if self.w_z is None else project(z, self.w_z)
         q, k = queries_keys(
             p, self.a_q, self.m_q, self.a_k, self.m_k, activation=self.w_z is not None, bias=bias
         )
-        v = zero_padding(silu(values.out, bias=values.bias), mask)
         if q.dtype == torch.float16:
             q = q * self._shrink(q, 0 if cache is None else cache.position)
-        q, k, v = (u.unflatten(2, (self.num_heads, -1)) for u in (q, k, v))
-        if cache is None:
-            o, _ = linear_attention(q, k, v, causal=self.causal)
-        else:
-            o = cache.attend(q, k, v)
+        q, k = (u.unflatten(2, (self.num_heads, -1)) for u in (q, k))
+        o = self._attend_values(q, k, values, mask, cache, is_fused=is_fused).flatten(2)
         a, z, [bias] = (None, z, [None]) if self.w_a is None else project(z, self.w_a)
-        o, dtype = o.flatten(2), z.dtype
-        activation = self.gate_activation
+        dtype, activation = z.dtype, self.gate_activation
         return norm_gate(o, a, eps=self.eps, activation=activation, dtype=dtype, bias=bias), z
+
+    def _attend_values(
+        self,
+        q: Tensor,
+        k: Tensor,
+        values: Projection,
+        mask: Tensor | None,
+        cache: StateCache | None,
+        *,
+        is_fused: bool,
+    ) -> Tensor:
+        """O [B, T, H, V / H] of q, k [B, T, H, K / H] and what becomes V."""
+        heads, [bias] = (self.num_heads, -1), values.biases
+        if is_fused and mask is None:
+            p = values.out.unflatten(2, heads)
+            return activated_attention(q, k, p, causal=self.causal, bias=bias)
+        v = zero_padding(silu(values.out, bias=bias), mask).unflatten(2, heads)
+        if cache is not None:
+            return cache.attend(q, k, v)
+        return linear_attention(q, k, v, causal=self.causal)[0]
 
     def _shrink(self, q: Tensor, before: int = 0) -> Tensor:
         """1 / sqrt of how many tokens each one attends to [T, 1]; `before` came before q."""

@@ -124,6 +124,7 @@ def _output_gate_fwd_kernel(
 @triton.jit(do_not_specialize=RUNTIME)
 def _output_gate_bwd_kernel(
     h_ptr, g_ptr, x_ptr, dy_ptr, dh_ptr, dg_ptr, dx_ptr,  # [R, N]; without g neither x, dg nor dx
+    value_ptr,  # [R, N], SiLU(h); may be missing
     parts_ptr,  # [walks, S, N], sums of dh, of dg, or of both; may be missing. Rows of dh and dg
     # are WIDTH apart
     stride_h: tl.int64, stride_g: tl.int64, stride_x: tl.int64,  # in units of UNIT
@@ -142,6 +143,8 @@ def _output_gate_bwd_kernel(
         mask = _mask(r, n, R, N)
         dh = _load(dy_ptr, r, n, stride_dy * UNIT, mask)
         value, slope = _activated(_load(h_ptr, r, n, stride_h * UNIT, mask), "silu")
+        if value_ptr is not None:
+            _store(value_ptr, r, n, N, mask, value)
         if g_ptr is not None:
             gate, rest = _sigmoids(_load(g_ptr, r, n, stride_g * UNIT, mask))
             if dx_ptr is not None:
@@ -251,10 +254,11 @@ def output_gate_backward(
     dx: Tensor | None,
     db_h: Tensor | None,
     db_g: Tensor | None,
+    value: Tensor | None = None,
 ) -> None:
-    """Writes dh, dg, dx and the sums of dh and dg over rows, if given, db_g with dg alone. All
-    [..., N], sums [N]; what is written contiguous, but for dh and dg as halves of [..., 2 N].
-    Without g, x is not read and dx is dy: neither is given."""
+    """Writes dh, dg, dx, the sums of dh and dg over rows, and SiLU(h) as `value`, if given; db_g
+    with dg alone. All [..., N], sums [N]; what is written contiguous, but for dh and dg as halves
+    of [..., 2 N]. dh may be dy. Without g, x is not read and dx is dy: neither is given."""
     sums = [x for x in (db_h, db_g) if x is not None]
     if h.numel() == 0:
         for db in sums:
@@ -262,7 +266,7 @@ def output_gate_backward(
         return
     tensors, strides, unit, R, N = rows_of(h, g, x, dy)
     blocks = tile(N, WALKED)
-    halves = dh is not None and dg is not None and dh.stride(-2) == 2 * N
+    halves = dh is not None and not dh.is_contiguous()
     constants = _output_gate_bwd.constants(
         N=N, WIDTH=2 * N if halves else N,
         SUM_H=db_h is not None, SUM_G=db_g is not None, UNIT=unit, **blocks,
@@ -271,6 +275,6 @@ def output_gate_backward(
     walks = walks_of(R, blocks["BLOCK_R"], wide, h.device)
     parts = new_parts(h, walks, sums)
     with on_device_of(h):
-        pointers = (*tensors, dh, dg, dx, parts)
+        pointers = (*tensors, dh, dg, dx, value, parts)
         _output_gate_bwd(walks * wide, pointers, (*strides, R, walks), constants, 4, 1)
         sum_parts(parts, sums)

@@ -50,10 +50,12 @@ def forward(
     *,
     output_final_state: bool,
     keep_states: bool,
+    activated: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """o; the final state, if wanted; if gradients are to come (`keep_states`), what states there
     are of these: windows', where the call keeps them; those between segments; two-sided the one
-    that all read."""
+    that all read. Of `activated`, contiguous as v is, v is SiLU, and written: given where the call
+    sums segments, which read v first."""
     _, _, H, K = q.shape
     V = v.shape[-1]
     o = torch.empty_like(v) if v.is_contiguous() else v.new_empty(v.shape)  # the faster first
@@ -74,8 +76,9 @@ def forward(
             else:
                 every_piece = keep_states and kept is None
                 segment_states(
-                    k, v, states, call, initial=initial, final=final, every_piece=every_piece
-                )
+                    k, v, states, call, initial=initial, final=final, every_piece=every_piece,
+                    activated=activated,
+                )  # fmt: skip
                 walk(q, k, v, o, call, initial=states, kept=kept, plan=plan)
     if not keep_states:
         states = None
@@ -245,7 +248,15 @@ def _by_walks(tensors: Inputs, gradients: Gradients, call: Walk, ends: Ends) -> 
     walk(k, q, do, dv, call, initial=behind, final=last, reverse=True)
 
 
-def _by_kept(tensors: Inputs, gradients: Gradients, call: Walk, ends: Ends) -> None:
+def _by_kept(
+    tensors: Inputs,
+    gradients: Gradients,
+    call: Walk,
+    ends: Ends,
+    *,
+    make_values: Callable[[], None] | None = None,
+) -> None:
+    """make_values: called when dv is there, writes v, which nobody reads before."""
     (q, k, v, do), (dq, dk, dv) = tensors, gradients
     shape, states = kept_shape(q, v.shape[-1]), ends.saved
     if states is None or states.shape != shape:
@@ -254,7 +265,36 @@ def _by_kept(tensors: Inputs, gradients: Gradients, call: Walk, ends: Ends) -> N
     kept = q.new_empty(shape)
     behind, last = _states_behind(q, do, call, ends)
     walk(k, q, do, dv, call, initial=behind, final=last, kept=kept, reverse=True)
+    if make_values is not None:
+        make_values()
     gradients_of_kept(q, k, v, do, dq, dk, call, states, kept)
+
+
+def gradients_of_activated(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    states: Tensor | None,
+    do: Tensor,
+    call: Walk,
+    make_values: Callable[[Tensor | None], None],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv, where v [B, T, H, V] is room for what make_values writes into it: called with
+    None, or else with dv, to be overwritten by the gradient of what v is made of."""
+    if call.keeps and call.N * q.shape[2] * v.shape[-1] > 0:
+        gradients = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+        q, k, do = rows_contiguous(q, k, do.to(q.dtype))
+        ends = Ends(None, states, None, None)
+        with on_device_of(q):
+            _by_kept(
+                (q, k, v, do), gradients, call, ends, make_values=lambda: make_values(gradients[2])
+            )
+        return gradients
+    make_values(None)
+    options = call.scale, call.causal, call.precise, call.segments, call.pieces, [*call.options]
+    dq, dk, dv, _ = _backward(q, k, v, None, None, states, do, None, *options)
+    make_values(dv)
+    return dq, dk, dv
 
 
 def _states_behind(

@@ -42,6 +42,7 @@ from chela_bench.kernels.linear_attention_config import (
     walk_config,
 )
 from chela_bench.kernels.linear_attention_model import wgmma_config
+from chela_bench.kernels.rows import _activated
 
 _SCANNED = 1024  # elements of a state that one program adds up
 
@@ -215,7 +216,7 @@ def _linear_attention_walk_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _linear_attention_sum_kernel(
-    k_ptr, v_ptr, sums_ptr, cu_seqlens_ptr,  # pointers
+    k_ptr, v_ptr, sums_ptr, cu_seqlens_ptr, p_ptr,  # pointers; p lies as v does
     stride_kb: tl.int64, stride_kt: tl.int64, stride_kh: tl.int64,  # in units of UNIT elements
     stride_vb: tl.int64, stride_vt: tl.int64, stride_vh: tl.int64,
     T: tl.int64, H, segments, skip_from, skip_to,  # runtime scalars
@@ -224,7 +225,8 @@ def _linear_attention_sum_kernel(
     IS_BACKWARD: tl.constexpr, IS_PACKED: tl.constexpr, ALIGN: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """sums[n, h, segment] = K^T V of the segment's tokens, but not from skip_from to skip_to."""
+    """sums[n, h, segment] = K^T V of the segment's tokens, but not from skip_from to skip_to. With
+    p, v is SiLU(p), and written."""
     NK: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     NV: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     pid = tl.program_id(0).to(tl.int64)
@@ -236,6 +238,8 @@ def _linear_attention_sum_kernel(
     b, start, end = _bounds(cu_seqlens_ptr, n, pid_s, segments, 1, T, IS_PACKED, ALIGN)
     k_ptr += (b * stride_kb + h * stride_kh) * UNIT
     v_ptr += (b * stride_vb + h * stride_vh) * UNIT
+    if p_ptr is not None:
+        p_ptr += (b * stride_vb + h * stride_vh) * UNIT
 
     offs_t = tl.arange(0, BLOCK_T)
     offs_k = pid_k.to(tl.int32) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -247,7 +251,15 @@ def _linear_attention_sum_kernel(
         t = start + (chunks - 1 - i if IS_BACKWARD else i) * BLOCK_T
         mask_t = t + offs_t < end
         k_t = _columns(k_ptr, stride_kt * UNIT, t, offs_t, offs_k, mask_t, mask_k)
-        v = _rows(v_ptr, stride_vt * UNIT, t, offs_t, offs_v, mask_t, mask_v)
+        if p_ptr is None:
+            v = _rows(v_ptr, stride_vt * UNIT, t, offs_t, offs_v, mask_t, mask_v)
+        else:
+            p = _rows(p_ptr, stride_vt * UNIT, t, offs_t, offs_v, mask_t, mask_v)
+            v, _ = _activated(p.to(tl.float32), "silu")
+            v = v.to(v_ptr.dtype.element_ty)
+            if pid_k == 0:
+                offs = ((t + offs_t) * stride_vt * UNIT)[:, None] + offs_v[None, :]
+                tl.store(v_ptr + offs, v, mask=mask_t[:, None] & mask_v[None, :])
         if UPCAST:
             k_t, v = k_t.to(tl.float32), v.to(tl.float32)
         state = tl.dot(k_t, v, acc=state, input_precision=PRECISION)
@@ -402,18 +414,20 @@ def segment_states(
     reverse: bool = False,
     inclusive: bool = False,
     every_piece: bool = False,
+    activated: Tensor | None = None,
 ) -> None:
     """Writes the state before each piece of each segment (behind it, with `reverse`) into `states`
     [N, H, segments * pieces, K, V], and that after all of them into `final` [N, H, K, V], all
     float32. Two-sided, `states` [N, H, K, V] is the state after all of them too. `inclusive` adds
-    each piece to its own state. Without `every_piece`, only states of whole segments hold.
+    each piece to its own state. Without `every_piece`, only states of whole segments hold. Of
+    `activated`, which has the strides of v, v is SiLU, and written.
     """
     _, T, H, K = k.shape
     V, segments = v.shape[-1], call.segments * call.pieces
     sums = states if call.causal else states.new_empty(call.N, H, segments, K, V)
     whole = final if call.causal else states
     skipped = 1 if every_piece else call.pieces  # nobody reads what the last ones add
-    if inclusive or whole is not None:
+    if inclusive or whole is not None or activated is not None:
         skipped = 0
     first = 0 if reverse else segments - skipped
     config = sum_config(K, V, k.dtype, has_wgmma(k.device))
@@ -427,7 +441,7 @@ def segment_states(
     )  # fmt: skip
     _sum(
         call.N * H * segments * cdiv(K, config["BLOCK_K"]) * cdiv(V, config["BLOCK_V"]),
-        (k, v, sums, call.cu_seqlens),
+        (k, v, sums, call.cu_seqlens, activated),
         (*strides, T, H, segments, first, first + skipped),
         constants, config["num_warps"], config["num_stages"],
     )  # fmt: skip

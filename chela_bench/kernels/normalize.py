@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from chela_bench.errors import ArgumentError
 from chela_bench.kernels.dispatch import is_plain
 from chela_bench.kernels.launching import Launcher, cdiv, on_device_of
+from chela_bench.kernels.projections import check_first_derivative
 from chela_bench.kernels.row_sums import WALKED, new_parts, sum_parts, walks_of
 from chela_bench.kernels.rows import _load, _mask, _store, rows_of, tile
 
@@ -142,11 +142,7 @@ class _Normalized(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, around: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise ArgumentError(
-                "wanted first derivatives of a norm, got a second one: its backward has no "
-                "gradient; use chela_bench.reference, or drop create_graph=True"
-            )
+        check_first_derivative("a norm")
         x, weight, mean, inverse = ctx.saved_tensors
         needs_dx, *needed = ctx.needs_input_grad[:3]
         if dy is None:

@@ -101,7 +101,7 @@ class _Projected(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dx: Tensor | None) -> tuple[Tensor | None, ...]:
-        _check_first_derivative("a projection")
+        check_first_derivative("a projection")
         x, *weights = ctx.saved_tensors
         nothing = (None,) * (1 + len(weights))
         if dout is None:
@@ -134,7 +134,7 @@ class _Added(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        _check_first_derivative("a projection")
+        check_first_derivative("a projection")
         m, weight = ctx.saved_tensors
         rows = _rows(dout)[:, : len(weight)]
         _, needs_dm, needs_dweight = ctx.needs_input_grad
@@ -151,7 +151,8 @@ def _joined(weights: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
     return weights[0] if len(weights) == 1 else torch.cat(weights)
 
 
-def _check_first_derivative(of: str) -> None:
+def check_first_derivative(of: str) -> None:
+    """In a backward that has no gradient."""
     if torch.is_grad_enabled():
         raise ArgumentError(
             f"wanted first derivatives of {of}, got a second one: its backward has no gradient; "

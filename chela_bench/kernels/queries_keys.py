@@ -23,6 +23,7 @@ from chela_bench.kernels.row_sums import WALKED, new_parts, sum_parts, walks_of
 from chela_bench.kernels.rows import _activated, _load, _mask, _store, rows_of, tile
 
 TILE = 2048  # elements of 4 warps: two vectors of 16 bytes a thread, in 16 bits
+WALKS = 2  # programs on a processor: K is narrow, and five sums cost each of them
 RUNTIME = ["R", "walks", "stride_p", "stride_dq", "stride_dk"]
 
 
@@ -132,7 +133,7 @@ def queries_keys_backward(
     tensors, strides, unit, R, K = rows_of(p, dq, dk)
     blocks = tile(K, WALKED)
     wide = cdiv(K, blocks["BLOCK_N"])
-    walks = walks_of(R, blocks["BLOCK_R"], wide, p.device)
+    walks = walks_of(R, blocks["BLOCK_R"], wide, p.device, WALKS)
     parts = new_parts(p, walks, sums)
     constants = _queries_keys_bwd.constants(
         K=K, ACTIVATION=_activation(activation), S=len(sums), UNIT=unit, **blocks

@@ -20,9 +20,9 @@ from chela_bench.kernels.launching import Launcher, cdiv, on_device_of, processo
 from chela_bench.kernels.rows import _load, _mask
 
 WALKED = 1024  # elements of a tile of 4 warps, where a thread keeps sums of each of its own
-WALKS = 4  # programs on a processor
+WALKS = 6  # programs on a processor
 MOST = 5  # sums that one backward makes
-SUMMED = {"BLOCK_R": 128, "BLOCK_N": 32}
+SUMMED = {"BLOCK_R": 256, "BLOCK_N": 32}  # by 8 warps
 
 
 @triton.jit
@@ -56,9 +56,10 @@ def _sum_parts_kernel(
 _sum_parts = Launcher(_sum_parts_kernel)
 
 
-def walks_of(R: int, rows: int, wide: int, device: torch.device) -> int:
-    """How many programs walk over R rows, `rows` a step, in each of `wide` groups of columns."""
-    return min(cdiv(R, rows), cdiv(WALKS * processors(device), wide))
+def walks_of(R: int, rows: int, wide: int, device: torch.device, each: int = WALKS) -> int:
+    """How many programs walk over R rows, `rows` a step, in each of `wide` groups of columns; in
+    all `each` on a processor."""
+    return min(cdiv(R, rows), cdiv(each * processors(device), wide))
 
 
 def new_parts(x: Tensor, walks: int, sums: Sequence[Tensor]) -> Tensor | None:
@@ -76,4 +77,4 @@ def sum_parts(parts: Tensor | None, sums: Sequence[Tensor]) -> None:
     constants = _sum_parts.constants(S=S, N=N, **SUMMED)
     pointers = (parts, *sums, *[None] * (MOST - S))
     with on_device_of(parts):
-        _sum_parts(S * cdiv(N, SUMMED["BLOCK_N"]), pointers, (walks,), constants, 4, 1)
+        _sum_parts(S * cdiv(N, SUMMED["BLOCK_N"]), pointers, (walks,), constants, 8, 1)
