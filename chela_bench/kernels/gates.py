@@ -150,9 +150,10 @@ def _output_gate_bwd_kernel(
             if dx_ptr is not None:
                 _store(dx_ptr, r, n, N, mask, dh * rest)
             dh *= gate
-            if dg_ptr is not None:
+            if dg_ptr is not None or SUM_G:
                 dg = dh * rest * (value - _load(x_ptr, r, n, stride_x * UNIT, mask))
-                _store(dg_ptr, r, n, WIDTH, mask, dg)
+                if dg_ptr is not None:
+                    _store(dg_ptr, r, n, WIDTH, mask, dg)
                 db_g += dg
         dh *= slope
         if dh_ptr is not None:
@@ -190,8 +191,8 @@ def norm_gate_backward(
     eps: float,
     activation: str | None,
 ) -> None:
-    """Writes do, da and the sum of da over rows, if given, db with da alone. All [..., V], db [V];
-    do, da and db contiguous."""
+    """Writes do, da and the sum of da over rows, if given. All [..., V], db [V]; do, da and db
+    contiguous."""
     sums = () if db is None else (db,)
     if o.numel() > 0:
         _norm_gate(_norm_gate_bwd, o, (a, dm), (do, da), eps, activation, sums)
@@ -256,9 +257,9 @@ def output_gate_backward(
     db_g: Tensor | None,
     value: Tensor | None = None,
 ) -> None:
-    """Writes dh, dg, dx, the sums of dh and dg over rows, and SiLU(h) as `value`, if given; db_g
-    with dg alone. All [..., N], sums [N]; what is written contiguous, but for dh and dg as halves
-    of [..., 2 N]. dh may be dy. Without g, x is not read and dx is dy: neither is given."""
+    """Writes dh, dg, dx, the sums of dh and dg over rows, and SiLU(h) as `value`, if given. All
+    [..., N], sums [N]; what is written contiguous, but for dh and dg as halves of [..., 2 N]. dh
+    may be dy. Without g, x is not read and dx is dy: neither is given."""
     sums = [x for x in (db_h, db_g) if x is not None]
     if h.numel() == 0:
         for db in sums:

@@ -126,6 +126,8 @@ def joint_output_gate(
     _check_tensors({"h": h, "g": g, "x": x})
     _check_bias("h", h, bias_h)
     _check_bias("g", g, bias_g)
+    if x.shape[-1] == 0:  # where halves cannot be told from one of them
+        return output_gate(h, g, x, bias_h=bias_h, bias_g=bias_g)
     y: Tensor = _output_gate(hg, None, x, bias_h, bias_g)
     return y
 
