@@ -51,6 +51,8 @@ class ChelaLayer(reference.ChelaLayer):
     nearly of rank one, dQ and dK are what is left of that, and rounding O to 16 bits, which the
     reference does after the norm, costs them more than it costs y.
 
+    torch.compile(fullgraph=True) takes it whole; a few graphs serve all T.
+
     `prefill` and `step` are the reference's, with a StateCache (chela_decode.py) where Triton
     computes: a token then costs O(log^2 T) amortised.
     """
