@@ -47,7 +47,7 @@ def every(dtype: str) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, str]
     for V in (128, 1000, 2048, 4096):
         blocks = tile(V, gates.TILE, columns=gates.MAX_V)
         warps = gates.warps(blocks["BLOCK_N"])
-        given = {"V": V, "ACTIVATION": "sigmoid", "UNIT": 8, **blocks}
+        given = {"V": V, "ACTIVATION": "sigmoid", "UNIT": 8, "shrink_ptr": None, **blocks}
         forward, backward = gates._norm_gate_fwd_kernel, gates._norm_gate_bwd_kernel
         yield f"norm_gate V {V}", forward, given, alike, warps
         yield f"norm_gate' V {V}", backward, given, alike, warps
@@ -55,6 +55,8 @@ def every(dtype: str) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, str]
     wide = {"all": dtype, "o_ptr": "fp32", "do_ptr": "fp32"}
     yield f"norm_gate V {V}, o fp32", forward, given, wide, warps
     yield f"norm_gate' V {V}, o fp32", backward, given, wide, warps
+    shrunk = {x: y for x, y in given.items() if x != "shrink_ptr"}
+    yield f"norm_gate' V {V}, shrunk", backward, shrunk, {**alike, "shrink_ptr": "fp32"}, warps
     given |= {"a_ptr": None, "da_ptr": None}
     yield f"norm_gate' V {V}, no a", backward, given, alike, warps
     for K in (128, 1000):

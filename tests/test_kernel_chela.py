@@ -134,6 +134,19 @@ def test_float16_stays_finite_where_the_attention_would_not():
     assert error_of(found["y"], right, "tokens") <= BUDGET[torch.float16]
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_float16_has_the_eps_that_it_was_given(causal):
+    """Not a larger one where the attention is kept in range; its gradients would show it first."""
+    ours, exact = layers(dtype=torch.float16, d_key=4, d_value=12, causal=causal, eps=0.3)
+    x, dy = inputs(dtype=torch.float16)
+    right = results(exact, x.double(), dy.double())
+    assert_near(results(ours, x, dy), right, BUDGET[torch.float16])
+    if causal:
+        y, cache = ours.prefill(x[:, :20])
+        y = torch.cat([y, *(ours.step(x[:, t], cache)[:, None] for t in (20, 21))], dim=1)
+        assert error_of(y, right["y"][:, :22], "tokens") <= BUDGET[torch.float16]
+
+
 def test_same_inputs_same_bits():
     ours, _ = layers(d_key=4, d_value=12)
     x, dy = inputs()

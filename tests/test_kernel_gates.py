@@ -28,6 +28,7 @@ if DEVICE == "cpu":
     ROUNDING[torch.bfloat16] = 2.0**-7
 ARITHMETIC = 1e-6
 EPS = 1e-5
+SHRINK = torch.tensor([1.0, 0.25, 2.0**-9], device=DEVICE)
 ACTIVATIONS = {"sigmoid": torch.sigmoid, "silu": F.silu, None: lambda a: a}
 SHAPES = [(2, 70, 1), (1, 130, 3), (2, 65, 100), (1, 9, 600), (3, 2048), (4096,)]
 dtypes = pytest.mark.parametrize(
@@ -222,6 +223,29 @@ def test_any_magnitude_is_normed(dtype, size, eps):
     )  # fmt: skip
 
 
+@dtypes
+@pytest.mark.parametrize("gated", [True, False])
+def test_eps_shrinks_with_its_row(dtype, gated):
+    """To the last bits, where shrinking by powers of two is exact."""
+    inputs = {"o": drawn(30, 3, 100), "a": drawn(30, 3, 100, seed=1)}
+    eps = 0.5
+    if not gated:
+        del inputs["a"]
+    name = "norm_gate_sigmoid" if gated else "norm"
+    inputs = {x: y.to(dtype) for x, y in inputs.items()}
+    inputs["o"] *= SHRINK[:, None].to(dtype)
+    upstream = 2.0**-9 if dtype == torch.float16 else 1.0  # do is up to 2^9 as large
+
+    def ours(o, a=None):
+        return norm_gate(o, a, eps=eps, shrink=SHRINK)
+
+    each = eps * SHRINK.double().square()[:, None]
+    formula = partial(exact_norm_gate, eps=each)
+    check(name, inputs, eps=each, scale=upstream, function=ours, formula=formula)
+    whole = inputs["o"] / SHRINK[:, None].to(dtype)
+    assert torch.equal(ours(**inputs), norm_gate(whole, inputs.get("a"), eps=eps))
+
+
 @pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 1e30), (torch.float16, 6e4)])
 def test_huge_values_pass_the_gates(dtype, size):
     """Saturated gates choose one side and leave nothing of the other's gradient but zeros."""
@@ -363,8 +387,8 @@ def test_the_operators_keep_pytorchs_rules(trained):
     def x(*shape, dtype=torch.float32):
         return drawn(*(shape or (2, 3, 8))).to(dtype)
 
-    opcheck(ops._norm_gate, x(), x(dtype=torch.float16), EPS, "silu", torch.bfloat16)
-    opcheck(ops._norm_gate, x(), None, EPS, None, torch.float32)
+    opcheck(ops._norm_gate, x(), x(dtype=torch.float16), None, EPS, "silu", torch.bfloat16)
+    opcheck(ops._norm_gate, x(), None, SHRINK, EPS, None, torch.float32)
     opcheck(ops._queries_keys, x(dtype=torch.float16), *[x(8) for _ in range(4)], True)
     opcheck(ops._output_gate, x(), x(), x(dtype=torch.float16))
     opcheck(ops._output_gate, x().transpose(0, 1), None, x())
@@ -376,7 +400,7 @@ def test_the_gradients_operators_keep_pytorchs_rules(needed):
     operators = torch.ops.chela_bench
     half, x, moved = drawn(2, 3, 8).half(), drawn(2, 3, 8), drawn(3, 2, 8).transpose(0, 1)
     for operator, arguments in (
-        (operators.norm_gate_backward, (moved, half, x, EPS, "silu", *needed[:2])),
+        (operators.norm_gate_backward, (moved, half, x, None, EPS, "silu", *needed[:2])),
         (
             operators.queries_keys_backward,
             (half, x[0, 0], half[0, 0], x, moved, True, torch.bfloat16, torch.float32, *needed[:2]),
@@ -431,6 +455,8 @@ WRONG = [
     (lambda: norm_gate(X, X.int(), eps=EPS), r"wanted a in float32, .*int32"),
     (lambda: norm_gate(X, X, eps=-1.0), "wanted eps >= 0, got -1.0"),
     (lambda: norm_gate(X, X, eps=float("nan")), "wanted eps >= 0, got nan"),
+    (lambda: norm_gate(X, X, eps=EPS, shrink=X[0, :2, 0]), r"wanted shrink \[T\] = \[3\].*\[2\]"),
+    (lambda: norm_gate(X, X, eps=EPS, shrink=X[0, :, 0].half()), "in float32, .*float16"),
     (lambda: norm_gate(X, X, eps=EPS, activation="tanh"), "no activation 'tanh'; .*'sigmoid'"),
     (lambda: norm_gate(X, X, eps=EPS, dtype=torch.float64), "wanted dtype float32, .*float64"),
     (lambda: norm_gate(X[0, 0, 0], None, eps=EPS), r"\[\.\.\., N\]"),

@@ -45,7 +45,8 @@ class ChelaLayer(reference.ChelaLayer):
     implementation: "triton", "reference", or "auto", which is Triton for float32, bfloat16 and
     float16 on a GPU and d_value up to 4096, and else the reference; the repr says which. What
     rounds besides each product: X~, Z, Q, K, V, O, M and y, in the module's dtype. In float16 the
-    attention of token t is kept in range by 1 / sqrt(t + 1), which the norm after it cancels.
+    attention of token t is kept in range by a power of two near 1 / sqrt(t + 1), which the norm
+    after it cancels, its eps too.
 
     The norm's gradient is orthogonal to O. Where few tokens or few keys leave the attention's state
     nearly of rank one, dQ and dK are what is left of that, and rounding O to 16 bits, which the
@@ -158,8 +159,10 @@ class ChelaLayer(reference.ChelaLayer):
             p, self.a_q, self.m_q, self.a_k, self.m_k, activation=self.w_z is not None
         )
         v = zero_padding(silu(self.w_v(normed)), mask)
+        shrink = None
         if q.dtype == torch.float16:
-            q = q * self._shrink(q, 0 if cache is None else cache.position)
+            shrink = self._shrink(q, 0 if cache is None else cache.position)
+            q = q * shrink.to(q.dtype)[:, None]
         q, k, v = (u.unflatten(2, (self.num_heads, -1)) for u in (q, k, v))
         if cache is None:
             o, _ = linear_attention(q, k, v, causal=self.causal)
@@ -167,15 +170,17 @@ class ChelaLayer(reference.ChelaLayer):
             o = cache.attend(q, k, v)
         a = None if self.w_a is None else self.w_a(z)
         return norm_gate(
-            o.flatten(2), a, eps=self.eps, activation=self.gate_activation, dtype=z.dtype
-        )
+            o.flatten(2), a, eps=self.eps, activation=self.gate_activation, dtype=z.dtype,
+            shrink=shrink,
+        )  # fmt: skip
 
     def _shrink(self, q: Tensor, before: int = 0) -> Tensor:
-        """1 / sqrt of how many tokens each one attends to [T, 1]; `before` came before q."""
+        """About 1 / sqrt(n) of the n tokens that each one attends to [T]; `before` came before q.
+        Powers of two, so that a product with them does not round."""
         T = q.shape[1]
         tokens = torch.arange(before + 1, before + T + 1, device=q.device, dtype=torch.float32)
         seen = tokens if self.causal else tokens.new_full((T,), T)
-        return seen.rsqrt().to(q.dtype)[:, None]
+        return torch.exp2(-(torch.frexp(seen).exponent // 2).to(torch.float32))
 
     def _new_cache(self, x: Tensor) -> ChelaCache:
         if self._chosen(x) == "reference":

@@ -35,14 +35,22 @@ def norm_gate(
     eps: float,
     activation: GateActivation | None = "sigmoid",
     dtype: torch.dtype | None = None,
+    shrink: Tensor | None = None,
 ) -> Tensor:
     """m = o / sqrt(mean(o^2) + eps) * act(a), the mean over the last axis: o, a, m [..., V].
 
     V <= 4096. activation None: act(a) = a. Without a, m is the normed o. No square overflows,
     whatever is finite in o; a row with NaN is NaN. m comes in `dtype`, or else in a's, or without a
-    in o's. Raises ArgumentError.
+    in o's. `shrink` [T] float32, of o [..., T, V], is what each token's row comes multiplied by:
+    its eps is shrink^2 eps, so that m is as if nothing had shrunk. It has no gradient. Raises
+    ArgumentError.
     """
     _check_tensors({"o": o, "a": a})
+    if shrink is not None and (shrink.shape, shrink.dtype) != (o.shape[-2:-1], torch.float32):
+        raise ArgumentError(
+            f"wanted shrink [T] = {list(o.shape[-2:-1])} in float32, a number for each row of o, "
+            f"got {list(shrink.shape)} in {shrink.dtype}; leave it out if none is shrunk"
+        )
     if activation not in ("sigmoid", "silu", None):
         raise ArgumentError(f"no activation {activation!r}; it is one of 'sigmoid', 'silu', None")
     if o.shape[-1] > gates.MAX_V:
@@ -54,7 +62,7 @@ def norm_gate(
     dtype = dtype or (o if a is None else a).dtype
     if dtype not in DTYPES:
         raise ArgumentError(f"wanted dtype float32, bfloat16 or float16, got {dtype}; convert m")
-    m: Tensor = _norm_gate(o, a, eps, activation, dtype)
+    m: Tensor = _norm_gate(o, a, shrink, eps, activation, dtype)
     return m
 
 
@@ -128,22 +136,32 @@ def _empty(x: Tensor, dtype: torch.dtype | None = None, *, wanted: bool = True) 
 
 
 def _norm_gate_forward(
-    o: Tensor, a: Tensor | None, eps: float, activation: str | None, dtype: torch.dtype
+    o: Tensor,
+    a: Tensor | None,
+    shrink: Tensor | None,
+    eps: float,
+    activation: str | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    m = _norm_gate_output(o, a, eps, activation, dtype)
-    gates.norm_gate_forward(o, a, m, eps=eps, activation=activation)
+    m = _norm_gate_output(o, a, shrink, eps, activation, dtype)
+    gates.norm_gate_forward(o, a, shrink, m, eps=eps, activation=activation)
     return m
 
 
 def _norm_gate_output(
-    o: Tensor, a: Tensor | None, eps: float, activation: str | None, dtype: torch.dtype
+    o: Tensor,
+    a: Tensor | None,
+    shrink: Tensor | None,
+    eps: float,
+    activation: str | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     return _empty(o, dtype)
 
 
 def _norm_gate_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    o, a, *options, _ = inputs
-    ctx.save_for_backward(o, a)
+    o, a, shrink, *options, _ = inputs
+    ctx.save_for_backward(o, a, shrink)
     ctx.options = options  # eps, activation
 
 
@@ -151,23 +169,26 @@ def _norm_gate_differentiate(
     ctx: Any, dm: Tensor, backward: Callable[..., Any]
 ) -> tuple[Tensor | None, ...]:
     needs_do, needs_da = ctx.needs_input_grad[:2]
-    do, da = backward(*ctx.saved_tensors, dm, *ctx.options, needs_do, needs_da)
-    return do if needs_do else None, da if needs_da else None, None, None, None
+    o, a, shrink = ctx.saved_tensors
+    do, da = backward(o, a, dm, shrink, *ctx.options, needs_do, needs_da)
+    return do if needs_do else None, da if needs_da else None, *(None,) * 4
 
 
 def _norm_gate_backward(
     o: Tensor,
     a: Tensor | None,
     dm: Tensor,
+    shrink: Tensor | None,
     eps: float,
     activation: str | None,
     needs_do: bool,
     needs_da: bool,
 ) -> tuple[Tensor, Tensor]:
-    do, da = _norm_gate_gradients(o, a, dm, eps, activation, needs_do, needs_da)
+    do, da = _norm_gate_gradients(o, a, dm, shrink, eps, activation, needs_do, needs_da)
     gates.norm_gate_backward(
-        o, a, dm, do if needs_do else None, da if needs_da else None, eps=eps, activation=activation
-    )
+        o, a, dm, shrink,
+        do if needs_do else None, da if needs_da else None, eps=eps, activation=activation,
+    )  # fmt: skip
     return do, da
 
 
@@ -175,6 +196,7 @@ def _norm_gate_gradients(
     o: Tensor,
     a: Tensor | None,
     dm: Tensor,
+    shrink: Tensor | None,
     eps: float,
     activation: str | None,
     needs_do: bool,
@@ -186,13 +208,14 @@ def _norm_gate_gradients(
 _norm_gate = Operator(
     "norm_gate",
     (
-        "(Tensor o, Tensor? a, float eps, str? activation, ScalarType dtype) -> Tensor",
+        "(Tensor o, Tensor? a, Tensor? shrink, float eps, str? activation, ScalarType dtype) "
+        "-> Tensor",
         _norm_gate_forward,
         _norm_gate_output,
     ),
     (
-        "(Tensor o, Tensor? a, Tensor dm, float eps, str? activation, bool needs_do, "
-        "bool needs_da) -> (Tensor do, Tensor da)",
+        "(Tensor o, Tensor? a, Tensor dm, Tensor? shrink, float eps, str? activation, "
+        "bool needs_do, bool needs_da) -> (Tensor do, Tensor da)",
         _norm_gate_backward,
         _norm_gate_gradients,
     ),
