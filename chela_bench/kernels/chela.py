@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chela_bench.errors import ArgumentError
-from chela_bench.kernels import gates
 from chela_bench.kernels.chela_decode import StateCache
+from chela_bench.kernels.chela_limits import beyond_kernels, takes
 from chela_bench.kernels.chela_merged import MergedKernels
 from chela_bench.kernels.dispatch import autocast
-from chela_bench.kernels.gates_ops import DTYPES, norm_gate, output_gate, queries_keys, silu
+from chela_bench.kernels.gates_ops import norm_gate, output_gate, queries_keys, silu
 from chela_bench.kernels.linear_attention import linear_attention
 from chela_bench.kernels.short_long_conv import short_conv, short_long_conv
 from chela_bench.reference import chela as reference
@@ -43,7 +43,8 @@ class ChelaLayer(reference.ChelaLayer):
     and whose state_dict it shares.
 
     implementation: "triton", "reference", or "auto", which is Triton for float32, bfloat16 and
-    float16 on a GPU and d_value up to 4096, and else the reference; the repr says which. What
+    float16 on a GPU where the sizes are within the kernels' (chela_limits.py: up to 256 keys a
+    head, d_value 4096, max_length 8388608), and else the reference; the repr says which. What
     rounds besides each product: X~, Z, Q, K, V, O, M and y, in the module's dtype. In float16 the
     attention of token t is kept in range by a power of two near 1 / sqrt(t + 1), which the norm
     after it cancels, its eps too.
@@ -61,7 +62,8 @@ class ChelaLayer(reference.ChelaLayer):
     def __init__(
         self, d_model: int, *, implementation: Implementation = "auto", **options: Any
     ) -> None:
-        """Raises ArgumentError for an unknown option or sizes that do not fit each other."""
+        """Raises ArgumentError for an unknown option, sizes that do not fit each other or, if
+        "triton", the kernels."""
         super().__init__(d_model, **options)
         if implementation not in get_args(Implementation):
             raise ArgumentError(
@@ -69,7 +71,15 @@ class ChelaLayer(reference.ChelaLayer):
                 f"{', '.join(map(repr, get_args(Implementation)))}"
             )
         self.implementation = implementation
-        self._check_value_width()
+        beyond = beyond_kernels(
+            d_key=self.a_q.shape[0],
+            d_value=self.w_v.out_features,
+            num_heads=self.num_heads,
+            max_length=self.max_length,
+        )
+        if implementation == "triton" and beyond is not None:
+            raise ArgumentError(f'implementation="triton" wanted {beyond}, or "reference"')
+        self._has_kernels = beyond is None
         self._is_reparameterized = False
         self._merged: MergedKernels | None = None
         self.register_load_state_dict_post_hook(_merge_again)
@@ -256,17 +266,8 @@ class ChelaLayer(reference.ChelaLayer):
 
     def _chosen(self, x: Tensor) -> Literal["triton", "reference"]:
         if self.implementation == "auto":
-            fits = x.is_cuda and x.dtype in DTYPES and self.w_v.out_features <= gates.MAX_V
-            return "triton" if fits else "reference"
+            return "triton" if self._has_kernels and takes(x) else "reference"
         return self.implementation
-
-    def _check_value_width(self) -> None:
-        V = self.w_v.out_features
-        if self.implementation == "triton" and V > gates.MAX_V:
-            raise ArgumentError(
-                f"wanted d_value <= {gates.MAX_V} for implementation='triton', got {V}; "
-                'take a smaller one, or "reference"'
-            )
 
 
 class ChelaBlock(reference.ChelaBlock):
