@@ -2,7 +2,7 @@
 
     u_t = SiLU(sum_n k_n X~_{t-n})    short_conv, its last W - 1 inputs; parallel, u = X~
     Z_t = sum_n k_long_n u_{t-n}      LongConvDecoder, every u and sums to come
-    S_t = S_{t-1} + K_t V_t^T         linear_attention_step, one state a head
+    S_t = S_{t-1} + K_t V_t^T         as linear_attention_step, one state a head
 
 Everything else in the layer is of one token alone. A prompt is convolved and attended by the
 kernels of a whole sequence; of its convolution's spans the decoder then adds the squares alone.
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from chela_bench.errors import ArgumentError
 from chela_bench.kernels.dispatch import autocast
-from chela_bench.kernels.linear_attention import linear_attention, linear_attention_step
+from chela_bench.kernels.launching import on_device_of
+from chela_bench.kernels.linear_attention import linear_attention
+from chela_bench.kernels.linear_attention_recurrent import step_of_rows
 from chela_bench.kernels.long_conv_stream import LongConvDecoder
 from chela_bench.kernels.short_long_conv import (
     Layout,
@@ -116,8 +118,8 @@ class StateCache(ChelaCache):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """O [B, T, H, V / H] of the next q, k [B, T, H, K / H] and v [B, T, H, V / H]."""
         if q.shape[1] == 1:
-            o = linear_attention_step(q[:, 0], k[:, 0], v[:, 0], self.attention)
-            return o[:, None]
+            with on_device_of(q):
+                return step_of_rows(q, k, v, self.attention, q.shape[3] ** -0.5)
         before = self.attention if self._position > 0 else None
         o, final = linear_attention(q, k, v, initial_state=before, output_final_state=True)
         assert final is not None
