@@ -56,7 +56,8 @@ class ChelaLayer(reference.ChelaLayer):
     torch.compile(fullgraph=True) takes it whole; a few graphs serve all T.
 
     `prefill` and `step` are the reference's, with a StateCache (chela_decode.py) where Triton
-    computes: a token then costs O(log^2 T) amortised.
+    computes: a token then costs O(log^2 T) amortised, and a CUDA graph of a step serves all steps
+    (StepGraph, chela_graph.py).
     """
 
     def __init__(
@@ -171,7 +172,7 @@ class ChelaLayer(reference.ChelaLayer):
         v = zero_padding(silu(self.w_v(normed)), mask)
         shrink = None
         if q.dtype == torch.float16:
-            shrink = self._shrink(q, 0 if cache is None else cache.position)
+            shrink = self._shrink(q, 0 if cache is None else cache.before)
             q = q * shrink.to(q.dtype)[:, None]
         q, k, v = (u.unflatten(2, (self.num_heads, -1)) for u in (q, k, v))
         if cache is None:
@@ -184,11 +185,11 @@ class ChelaLayer(reference.ChelaLayer):
             shrink=shrink,
         )  # fmt: skip
 
-    def _shrink(self, q: Tensor, before: int = 0) -> Tensor:
+    def _shrink(self, q: Tensor, before: int | Tensor) -> Tensor:
         """About 1 / sqrt(n) of the n tokens that each one attends to [T]; `before` came before q.
         Powers of two, so that a product with them does not round."""
         T = q.shape[1]
-        tokens = torch.arange(before + 1, before + T + 1, device=q.device, dtype=torch.float32)
+        tokens = torch.arange(1, T + 1, device=q.device, dtype=torch.float32) + before
         seen = tokens if self.causal else tokens.new_full((T,), T)
         return torch.exp2(-(torch.frexp(seen).exponent // 2).to(torch.float32))
 

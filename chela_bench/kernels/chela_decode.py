@@ -10,7 +10,8 @@ kernels of a whole sequence; of its convolution's spans the decoder then adds th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,10 @@ class StateCache(ChelaCache):
     The convolution's kernels are copies, merged as `reparameterize` does, of when it was made;
     other parameters are read at every call. A layer that was trained on or loaded since is another
     layer: make another cache. Steps allocate nothing that lasts, and states stay where they are.
+
+    All that differs from step to step are the position, a number to one kernel, and the squares
+    that are due after every 64 tokens. In `captured` the position is read from memory and squares
+    wait, so a CUDA graph of any step is one of all: see StepGraph (chela_graph.py).
     """
 
     def __init__(
@@ -67,6 +72,8 @@ class StateCache(ChelaCache):
         B, _, D = x.shape
         super().__init__(layer, B, x.device)
         self._position = 0
+        self._counter: Tensor | None = None  # the position, for graphs
+        self._is_captured = False
         # Outside inference mode, what it makes can be updated inside and outside of it.
         with torch.inference_mode(False), torch.no_grad():
             self.kernel, long = reparameterize(short_kernels, long_kernel, order=order)
@@ -80,6 +87,14 @@ class StateCache(ChelaCache):
         return self._position
 
     @property
+    def before(self) -> int | Tensor:
+        """The position, or in `captured` where it is to be read."""
+        if self._is_captured:
+            assert self._counter is not None
+            return self._counter
+        return self._position
+
+    @property
     def nbytes(self) -> int:
         kernel = 0 if self.kernel is None else self.kernel.nbytes
         return self.decoder.state_bytes + self.attention.nbytes + kernel + self.inputs.nbytes
@@ -88,15 +103,11 @@ class StateCache(ChelaCache):
         self.decoder.reset()
         self.attention.zero_()
         self.inputs.zero_()
-        self._position = 0
+        self._move_to(0)
 
     def convolve(self, x: Tensor) -> Tensor:
         """Z [B, T, D] of the next X~ [B, T, D]."""
-        if self.decoder.position != self._position:
-            raise ArgumentError(
-                "wanted a cache whose calls all came to their end, got one that an error or "
-                "interrupt left half updated; reset() it, and prefill anew"
-            )
+        self._check_order()
         (x,) = autocast(x)
         if self._position > 0 or x.shape[1] <= self.decoder.block:
             return self.decoder.prefill(self._short(x, "btd"))
@@ -105,6 +116,13 @@ class StateCache(ChelaCache):
         z = long_conv(u, self.decoder.kernel, layout="bdt")
         found: Tensor = products(z, None, False, True).mT
         return found
+
+    def _check_order(self) -> None:
+        if self.decoder.position != self._position:
+            raise ArgumentError(
+                "wanted a cache whose calls all came to their end, got one that an error or "
+                "interrupt left half updated; reset() it, and prefill anew"
+            )
 
     def _short(self, x: Tensor, layout: Layout) -> Tensor:
         """u, in this layout, as x is."""
@@ -128,4 +146,58 @@ class StateCache(ChelaCache):
 
     def advance(self, tokens: int) -> None:
         """Count tokens that went through both."""
-        self._position += tokens
+        if self._is_captured:
+            assert self._counter is not None
+            self._counter += 1
+        else:
+            self._move_to(self._position + tokens)
+
+    def check_room(self) -> None:
+        """For one more token, in good order. Raises ArgumentError."""
+        self._check_order()
+        if self._position >= self.decoder.max_length:
+            raise ArgumentError(
+                f"wanted at most max_length = {self.decoder.max_length} tokens, got 1 after "
+                f"{self._position}; build the layer with a larger max_length, or reset() the cache"
+            )
+
+    @contextmanager
+    def captured(self) -> Iterator[None]:
+        """Within, a step may be captured by a CUDA graph, and launches what it launches at any
+        position. What is captured is not counted: `replay` is for that."""
+        if self._counter is None:
+            with torch.inference_mode(False):
+                self._counter = torch.zeros(1, dtype=torch.int64, device=self.device)
+            self._move_to(self._position)
+        self._is_captured = True
+        try:
+            with self.decoder.captured(self._counter):
+                yield
+        finally:
+            self._is_captured = False
+
+    @contextmanager
+    def replay(self) -> Iterator[None]:
+        """Within, a step runs that was captured: it is counted, and the square that is then due is
+        added. What does not come to its end leaves a cache half updated."""
+        self._position += 1  # the counter is told by the step
+        yield
+        self.decoder.replayed()
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Within, one step as `captured` may run for nothing: it is undone."""
+        changing = self.decoder.entry(self._position), self.attention, self.inputs
+        kept = [x.clone() for x in changing]
+        try:
+            with self.captured():
+                yield
+        finally:
+            for x, before in zip(changing, kept, strict=True):
+                x.copy_(before)
+            self._move_to(self._position)
+
+    def _move_to(self, position: int) -> None:
+        self._position = position
+        if self._counter is not None:
+            self._counter.fill_(position)
