@@ -32,13 +32,7 @@ MODELS = pytest.mark.parametrize("kind", [ChelaForCausalLM, ChelaForSequenceClas
 SPANS = [(0, 40), (0, 23), (9, 40), (5, 31), (0, 1)]  # tokens of each row of 40
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors are too small to share."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config(**changes):
