@@ -13,22 +13,13 @@ from chela_bench.kernels.chela import ChelaBlock, ChelaLayer
 from chela_bench.kernels.chela_decode import StateCache
 from chela_bench.reference import chela as reference
 from tests.attention import DEVICE
+from tests.layers import SWITCHES
 from tests.pairwise import pairwise
 
 BFLOAT16 = [] if DEVICE == "cpu" else [torch.bfloat16]  # the interpreter cannot multiply it
 FACTORS = {
     "dtype": [torch.float32, torch.float16, *BFLOAT16],
-    "causal": [True, False],
-    "order": ["serial", "parallel"],
-    "projection": ["shared", "none"],
-    "num_heads": [1, 2],
-    "gate_activation": ["sigmoid", "silu"],
-    "attention_gate": [True, False],
-    "output_gate": [True, False],
-    "norm": ["layer", "rms"],
-    "norm_position": ["before", "after"],
-    "short_sizes": [None, (), (5,)],
-    "long_kernel": ["explicit", "multiscale"],
+    **SWITCHES,
     "masked": [False, True],
 }
 # Roundings in a row, forward and back, of the layer's steps, at half a spacing each.
