@@ -22,13 +22,9 @@ from chela_bench.kernels.launching import on_device_of
 from chela_bench.kernels.linear_attention import linear_attention
 from chela_bench.kernels.linear_attention_recurrent import step_of_rows
 from chela_bench.kernels.long_conv_stream import LongConvDecoder
-from chela_bench.kernels.short_long_conv import (
-    Layout,
-    Order,
-    long_conv,
-    reparameterize,
-    short_conv,
-)
+from chela_bench.kernels.reparameterization import reparameterize
+from chela_bench.kernels.short_long_conv import long_conv, short_conv
+from chela_bench.kernels.short_long_conv_checks import Layout, Order
 from chela_bench.kernels.short_long_conv_ops import products
 from chela_bench.reference.chela_decode import ChelaCache
 
@@ -43,10 +39,10 @@ class StateCache(ChelaCache):
         kernel        short kernels and unit tap, merged [D, W]: serial alone      4 D W
         inputs        the last of X~ [B, D, W - 1]: serial alone                   4 B D (W - 1)
 
-    nbytes is the sum. W is the widest short kernel's width, or 1; L = N taps (parallel: W if that
-    is more, but N at most); U = 64 * 2^j < N, up to the first that is L - 1 or more. The decoder
-    has nearly all of it: for B = 64, D = 1024, N = 16384 4.3 GB of its 4.5; so a max_length beyond
-    what is to be decoded costs memory.
+    nbytes is the sum; a graph of a step adds 8 bytes. W is the widest short kernel's width, or 1;
+    L = N taps (parallel: W if that is more, but N at most); U = 64 * 2^j < N, up to the first that
+    is L - 1 or more. The decoder has nearly all of it: for B = 64, D = 1024, N = 16384 4.3 GB of
+    its 4.5; so a max_length beyond what is to be decoded costs memory.
 
     The convolution's kernels are copies, merged as `reparameterize` does, of when it was made;
     other parameters are read at every call. A layer that was trained on or loaded since is another
