@@ -10,35 +10,25 @@ a thread's 16 numbers are two of .v4.b32 a tensor in 16 bits, and four in float3
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import triton
-from linear_attention_static import facts
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from compiling import compiled, facts
 
 from chela_bench.kernels import gates, queries_keys
 from chela_bench.kernels.rows import tile
 
 
-def compiled(kernel: Any, values: dict[str, Any], types: dict[str, str], warps: int) -> Any:
-    """As the launcher would have it: 16-byte aligned pointers, scalars not specialised."""
-    signature, attributes = {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in values:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            signature[name] = "*" + types.get(name, types["all"])
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32" if name == "root_eps" else "i64"
-    at = {(kernel.arg_names.index(name),): value for name, value in values.items()}
-    return triton.compile(
-        ASTSource(kernel, signature, at, attributes),
-        target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": warps, "num_stages": 1},
-    )
+def type_of(types: dict[str, str]) -> Callable[[str], str]:
+    """Of a kernel's arguments, by name; of pointers as `types` says, "all" of the rest."""
+
+    def found(name: str) -> str:
+        if name.endswith("_ptr"):
+            return types.get(name, types["all"])
+        return "fp32" if name == "root_eps" else "i64"
+
+    return found
 
 
 def every(dtype: str) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, str], int]]:
@@ -85,7 +75,7 @@ def main() -> None:
     print(f"Triton {triton.__version__}, sm_90, unit 8; ' is a backward")
     for dtype in ("bf16", "fp32"):
         for name, kernel, values, types, warps in every(dtype):
-            found = compiled(kernel, values, types, warps)
+            found = compiled(kernel, values, type_of(types), num_warps=warps)
             vectors = re.findall(r"(?:ld|st)\.global((?:\.v\d)?\.b\d+)", found.asm["ptx"])
             counts = " ".join(f"{x} {vectors.count(x)}" for x in sorted(set(vectors)))
             print(f"{name:26} {dtype} {facts(found)}   {counts}", flush=True)
