@@ -477,6 +477,22 @@ def test_greedy_generation_is_the_argmax_of_whole_forwards(options, T):
     assert len(found[:, T:].unique()) > 2
 
 
+@pytest.mark.gpu
+def test_generation_by_a_graph_is_the_same():
+    m, ids = sharp(max_length=200), tokens(T=50, below=10).to(DEVICE)
+    assert torch.equal(
+        m.generate(ids, 100, temperature=0, graph=True), m.generate(ids, 100, temperature=0)
+    )
+    assert m.generate(ids, 1, graph=True).shape == (3, 51)
+
+
+def test_generation_by_a_graph_wants_a_gpu():
+    m, ids = model(), tokens(T=5)
+    with pytest.raises(ArgumentError, match="wanted x on a GPU for a CUDA graph, got cpu"):
+        m.generate(ids, 2, graph=True)
+    assert m.generate(ids, 1, graph=True).shape == (3, 6)  # the prompt's own, no step
+
+
 def test_generation_draws_from_the_chances():
     """4000 sequences: a frequency's standard deviation is at most 0.008."""
     m = model(pad_token_id=10).eval()
