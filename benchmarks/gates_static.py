@@ -10,35 +10,25 @@ a thread's 16 numbers are two of .v4.b32 a tensor in 16 bits, and four in float3
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import triton
-from linear_attention_static import facts
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from compiling import compiled, facts
 
 from chela_bench.kernels import gates, normalize, queries_keys, row_sums
 from chela_bench.kernels.rows import tile
 
 
-def compiled(kernel: Any, values: dict[str, Any], types: dict[str, str], warps: int) -> Any:
-    """As the launcher would have it: 16-byte aligned pointers, scalars not specialised."""
-    signature, attributes = {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in values:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            signature[name] = "*" + types.get(name, types["all"])
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32" if name in ("eps", "root_eps") else "i64"
-    at = {(kernel.arg_names.index(name),): value for name, value in values.items()}
-    return triton.compile(
-        ASTSource(kernel, signature, at, attributes),
-        target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": warps, "num_stages": 1},
-    )
+def type_of(types: dict[str, str]) -> Callable[[str], str]:
+    """Of a kernel's arguments, by name; of pointers as `types` says, "all" of the rest."""
+
+    def found(name: str) -> str:
+        if name.endswith("_ptr"):
+            return types.get(name, types["all"])
+        return "fp32" if name in ("eps", "root_eps") else "i64"
+
+    return found
 
 
 def every(dtype: str) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, str], int]]:
@@ -47,7 +37,7 @@ def every(dtype: str) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, str]
     for V in (128, 1000, 2048, 4096):
         blocks = tile(V, gates.TILE, columns=gates.MAX_V)
         warps = gates.warps(blocks["BLOCK_N"])
-        given = {"V": V, "ACTIVATION": "sigmoid", "UNIT": 8, **blocks}
+        given = {"V": V, "ACTIVATION": "sigmoid", "UNIT": 8, "shrink_ptr": None, **blocks}
         forward, backward = gates._norm_gate_fwd_kernel, gates._norm_gate_bwd_kernel
         yield f"norm_gate V {V}", forward, given, alike, warps
         yield f"norm_gate' V {V}", backward, given, alike, warps
@@ -55,6 +45,8 @@ def every(dtype: str) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, str]
     wide = {**alike, "o_ptr": "fp32", "do_ptr": "fp32"}
     yield f"norm_gate V {V}, o fp32", forward, given, wide, warps
     yield f"norm_gate' V {V}, o fp32", backward, given, wide, warps
+    shrunk = {x: y for x, y in given.items() if x != "shrink_ptr"}
+    yield f"norm_gate' V {V}, shrunk", backward, shrunk, {**alike, "shrink_ptr": "fp32"}, warps
     given |= {"a_ptr": None, "da_ptr": None, "parts_ptr": None}
     yield f"norm_gate' V {V}, no a", backward, given, alike, warps
     for K in (128, 1000):
@@ -92,7 +84,7 @@ def main() -> None:
     print(f"Triton {triton.__version__}, sm_90, unit 8; ' is a backward")
     for dtype in ("bf16", "fp32"):
         for name, kernel, values, types, warps in every(dtype):
-            found = compiled(kernel, values, types, warps)
+            found = compiled(kernel, values, type_of(types), num_warps=warps)
             vectors = re.findall(r"(?:ld|st)\.global((?:\.v\d)?\.b\d+)", found.asm["ptx"])
             counts = " ".join(f"{x} {vectors.count(x)}" for x in sorted(set(vectors)))
             print(f"{name:26} {dtype} {facts(found)}   {counts}", flush=True)

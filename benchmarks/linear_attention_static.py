@@ -12,74 +12,32 @@ GPU, since Gluon has no interpreter.
 from __future__ import annotations
 
 import argparse
-import re
-import subprocess
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource
+from compiling import compiled, facts
 
 from chela_bench.kernels import linear_attention_kept as kept
 from chela_bench.kernels import linear_attention_sweep as sweeps
 from chela_bench.kernels import linear_attention_walk as walks
 from chela_bench.kernels.linear_attention_model import SM90
 
-BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-INSTRUCTIONS = ("HGMMA", "HMMA", "LDGSTS", "LDL", "STL", "BAR", "SHFL")
 
+def type_of(kernel: Any) -> Callable[[str], str]:
+    """Of the kernel's arguments, by name."""
+    states = "states_ptr", "sums_ptr", "initial_ptr", "final_ptr", "before_ptr", "behind_ptr"
 
-def compiled(kernel: Any, constants: dict[str, Any], warps: int, stages: int, arch: int) -> Any:
-    """As the launcher would have it: 16-byte aligned pointers, scalars not specialised."""
-    signature, attributes = {}, {}
-    for i, parameter in enumerate(kernel.params):
-        name = parameter.name
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            states = (
-                "states_ptr",
-                "sums_ptr",
-                "initial_ptr",
-                "final_ptr",
-                "before_ptr",
-                "behind_ptr",
-            )
+    def found(name: str) -> str:
+        if name.endswith("_ptr"):
             wide = name in states and kernel is not kept._linear_attention_kept_kernel
-            signature[name] = "*fp32" if wide else "*bf16"
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif name == "scale":
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i64" if name == "T" or name.startswith("stride") else "i32"
-    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = GluonASTSource if kernel.is_gluon() else ASTSource
-    return triton.compile(
-        source(kernel, signature, values, attributes),
-        target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": warps, "num_stages": stages},
-    )
+            return "fp32" if wide else "bf16"
+        if name == "scale":
+            return "fp32"
+        return "i64" if name == "T" or name.startswith("stride") else "i32"
 
-
-def facts(kernel: Any) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage, listing = (
-            subprocess.run([BIN / tool, flag, file.name], capture_output=True, text=True).stdout
-            for tool, flag in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
-        )
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found is not None, usage
-    words = re.findall(r"\b[A-Z]+", listing)
-    counts = " ".join(f"{name} {words.count(name)}" for name in INSTRUCTIONS)
-    shared = kernel.metadata.shared / 1024
-    return f"{found[1]:>4} registers {found[2]:>5} stack {shared:>4.0f} KB   {counts}"
+    return found
 
 
 def by_hand() -> Iterator[tuple[str, Any, dict[str, Any], int, int]]:
@@ -195,7 +153,9 @@ def main() -> None:
     cases = [*(by_triton() if only != "hopper" else ()), *(by_hand() if only != "triton" else ())]
     print(f"sm_{arch}, Triton {triton.__version__}")
     for name, kernel, constants, warps, stages in cases:
-        made = compiled(kernel, constants, warps, stages, arch)
+        made = compiled(
+            kernel, constants, type_of(kernel), num_warps=warps, num_stages=stages, arch=arch
+        )
         print(f"{name:<34} warps {warps} stages {stages} {facts(made)}", flush=True)
 
 

@@ -9,14 +9,12 @@ interpreter, so this is the only test of them without a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import triton
-from linear_attention_static import facts
-from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon._runtime import GluonASTSource
+from compiling import compiled, facts
 
 from chela_bench.kernels.launching import Launcher
 from chela_bench.kernels.long_conv_factors import BY_HAND
@@ -26,24 +24,15 @@ ROWS = ("x_ptr", "z_ptr", "dz_ptr", "dx_ptr", "gate_ptr")
 FLOAT32 = ("scale_ptr", "weight_ptr", "dk_ptr", "k_ptr")
 
 
-def compiled(launcher: Launcher, values: dict[str, Any], types: dict[str, str]) -> Any:
-    """As the launcher would have it: 16-byte aligned pointers, scalars not specialised."""
-    kernel = launcher.kernel
-    signature, attributes = {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in values:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            signature[name] = "*" + types.get(name, "fp32" if name in FLOAT32 else "fp16")
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32" if name == "shrink" else "i64"
-    at = {(kernel.arg_names.index(name),): value for name, value in values.items()}
-    return triton.compile(
-        GluonASTSource(kernel, signature, at, attributes),
-        target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": WARPS, "num_stages": 1},
-    )
+def type_of(rows: str) -> Callable[[str], str]:
+    """Of a kernel's arguments, by name; of rows, as given."""
+
+    def found(name: str) -> str:
+        if name.endswith("_ptr"):
+            return rows if name in ROWS else "fp32" if name in FLOAT32 else "fp16"
+        return "fp32" if name == "shrink" else "i64"
+
+    return found
 
 
 def every() -> Iterator[tuple[str, Launcher, int, torch.dtype, dict[str, Any]]]:
@@ -90,8 +79,7 @@ def main() -> None:
         if flags.get("HAS_GATE") is False:
             given["gate_ptr"] = None
         rows = "fp16" if dtype == torch.float16 or name.endswith("rows") else "bf16"
-        types = dict.fromkeys(ROWS, rows)
-        shown = facts(compiled(launcher, given, types))
+        shown = facts(compiled(launcher.kernel, given, type_of(rows), num_warps=WARPS))
         print(f"{name:10} N2 {N2:<2} {str(dtype).removeprefix('torch.'):8} {shown}", flush=True)
 
 

@@ -33,6 +33,16 @@ def helpers_are_called_as_they_are():
         yield
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tensors too small to share: two threads on a core with other work wait for each other,
+    twenty times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

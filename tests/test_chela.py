@@ -9,21 +9,9 @@ from chela_bench.reference.chela import ChelaBlock, ChelaLayer, norm_rms
 from chela_bench.reference.linear_attention import recurrent
 from chela_bench.reference.long_kernels import MultiscaleKernel, taps_of
 from chela_bench.reference.short_long_conv import short_long_conv
+from tests.layers import SWITCHES
 from tests.pairwise import pairwise
 
-SWITCHES = {
-    "causal": [True, False],
-    "order": ["serial", "parallel"],
-    "projection": ["shared", "none"],
-    "num_heads": [1, 2],
-    "gate_activation": ["sigmoid", "silu"],
-    "attention_gate": [True, False],
-    "output_gate": [True, False],
-    "norm": ["layer", "rms"],
-    "norm_position": ["before", "after"],
-    "short_sizes": [None, (), (5, 1, 3)],
-    "long_kernel": ["explicit", "multiscale"],
-}
 EVERY_SWITCH = pytest.mark.parametrize(
     "switches",
     pairwise(SWITCHES),

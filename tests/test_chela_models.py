@@ -32,13 +32,7 @@ MODELS = pytest.mark.parametrize("kind", [ChelaForCausalLM, ChelaForSequenceClas
 SPANS = [(0, 40), (0, 23), (9, 40), (5, 31), (0, 1)]  # tokens of each row of 40
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors are too small to share."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config(**changes):
@@ -481,6 +475,22 @@ def test_greedy_generation_is_the_argmax_of_whole_forwards(options, T):
         ids = torch.cat([ids, logits.argmax(dim=-1, keepdim=True)], dim=1)
     assert torch.equal(found, ids)
     assert len(found[:, T:].unique()) > 2
+
+
+@pytest.mark.gpu
+def test_generation_by_a_graph_is_the_same():
+    m, ids = sharp(max_length=200), tokens(T=50, below=10).to(DEVICE)
+    assert torch.equal(
+        m.generate(ids, 100, temperature=0, graph=True), m.generate(ids, 100, temperature=0)
+    )
+    assert m.generate(ids, 1, graph=True).shape == (3, 51)
+
+
+def test_generation_by_a_graph_wants_a_gpu():
+    m, ids = model(), tokens(T=5)
+    with pytest.raises(ArgumentError, match="wanted x on a GPU for a CUDA graph, got cpu"):
+        m.generate(ids, 2, graph=True)
+    assert m.generate(ids, 1, graph=True).shape == (3, 6)  # the prompt's own, no step
 
 
 def test_generation_draws_from_the_chances():

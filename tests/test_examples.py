@@ -9,7 +9,6 @@ import runpy
 import sys
 
 import pytest
-import torch
 
 from tests.running import ROOT
 
@@ -17,13 +16,7 @@ SHORT = ["--steps", "200", "--length", "128", "--batch", "16", "--d-model", "64"
 ON_CPU = ["--learning-rate", "0.01", "--device", "cpu"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two that share a core with other work wait for each other, twenty times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(name, *arguments):
@@ -34,7 +27,7 @@ def run(name, *arguments):
 
 
 @pytest.fixture(scope="module")
-def training(tmp_path_factory):
+def training(one_thread, tmp_path_factory):
     """What a training of about ten seconds prints, and its folder."""
     folder = tmp_path_factory.mktemp("examples") / "model"
     with contextlib.redirect_stdout(io.StringIO()) as output:

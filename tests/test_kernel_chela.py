@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from chela_bench.bench.check import error_of
 from chela_bench.errors import ArgumentError
 from chela_bench.kernels.chela import ChelaBlock, ChelaLayer
+from chela_bench.kernels.chela_decode import StateCache
 from chela_bench.reference import chela as reference
 from tests.attention import DEVICE
+from tests.layers import SWITCHES
 from tests.pairwise import pairwise
 
 BFLOAT16 = [] if DEVICE == "cpu" else [torch.bfloat16]  # the interpreter cannot multiply it
 FACTORS = {
     "dtype": [torch.float32, torch.float16, *BFLOAT16],
-    "causal": [True, False],
-    "order": ["serial", "parallel"],
-    "projection": ["shared", "none"],
-    "num_heads": [1, 2],
-    "gate_activation": ["sigmoid", "silu"],
-    "attention_gate": [True, False],
-    "output_gate": [True, False],
-    "norm": ["layer", "rms"],
-    "norm_position": ["before", "after"],
-    "short_sizes": [None, (), (5,)],
-    "long_kernel": ["explicit", "multiscale"],
+    **SWITCHES,
     "masked": [False, True],
 }
 # Roundings in a row, forward and back, of the layer's steps, at half a spacing each.
@@ -134,6 +128,19 @@ def test_float16_stays_finite_where_the_attention_would_not():
     assert error_of(found["y"], right, "tokens") <= BUDGET[torch.float16]
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_float16_has_the_eps_that_it_was_given(causal):
+    """Not a larger one where the attention is kept in range; its gradients would show it first."""
+    ours, exact = layers(dtype=torch.float16, d_key=4, d_value=12, causal=causal, eps=0.3)
+    x, dy = inputs(dtype=torch.float16)
+    right = results(exact, x.double(), dy.double())
+    assert_near(results(ours, x, dy), right, BUDGET[torch.float16])
+    if causal:
+        y, cache = ours.prefill(x[:, :20])
+        y = torch.cat([y, *(ours.step(x[:, t], cache)[:, None] for t in (20, 21))], dim=1)
+        assert error_of(y, right["y"][:, :22], "tokens") <= BUDGET[torch.float16]
+
+
 def test_same_inputs_same_bits():
     ours, _ = layers(d_key=4, d_value=12)
     x, dy = inputs()
@@ -159,10 +166,68 @@ def test_auto_shows_what_it_chose():
     )
 
 
+BEYOND = pytest.mark.parametrize(  # the kernels' last size, and the next
+    ("last", "beyond", "message"),
+    [
+        ({"d_key": 256}, {"d_key": 257}, r"d_key / num_heads <= 256, got 257 / 1: take more heads"),
+        ({"d_key": 512, "num_heads": 2}, {"d_key": 514, "num_heads": 2}, "got 514 / 2"),
+        ({"d_value": 4096}, {"d_value": 4097}, r"d_value <= 4096, got 4097: take a smaller one"),
+        ({"max_length": 2**23}, {"max_length": 2**23 + 1}, "max_length <= 8388608, got 8388609"),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+
+
+@BEYOND
+def test_triton_beyond_its_kernels_is_refused_when_it_is_made(last, beyond, message):
+    sizes = {"d_key": 1, "max_length": 9}
+    ChelaLayer(1, implementation="triton", **{**sizes, **last})
+    with pytest.raises(ArgumentError, match=message):
+        ChelaLayer(1, implementation="triton", **{**sizes, **beyond})
+
+
+@pytest.mark.gpu
+@BEYOND
+def test_auto_is_the_reference_beyond_the_kernels(last, beyond, message):
+    for options, chosen in ((last, "triton"), (beyond, "reference")):
+        layer = ChelaLayer(1, **{"d_key": 1, "max_length": 9, **options})
+        assert "implementation='auto: reference'" in repr(layer)
+        layer = layer.cuda()
+        assert f"implementation='auto: {chosen}'" in repr(layer)
+        assert "implementation='auto: reference'" in repr(layer.double())
+        x = torch.randn(1, 9, 1, device="cuda")
+        y = layer.float()(x)
+        right = reference.ChelaLayer.forward(layer, x)
+        assert error_of(y, right.double(), "tokens") <= 1e-2
+        y, cache = layer.prefill(x[:, :8])
+        assert isinstance(cache, StateCache) == (chosen == "triton")
+        layer.step(x[:, 8], cache)
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "device", "chosen"),
+    [
+        ({}, torch.bfloat16, "cuda", "triton"),
+        ({}, torch.float16, "cuda", "triton"),
+        ({}, torch.float32, "cuda", "triton"),
+        ({}, torch.float64, "cuda", "reference"),
+        ({}, torch.float32, "cpu", "reference"),
+        ({"d_key": 257}, torch.bfloat16, "cuda", "reference"),
+        ({"d_key": 514, "num_heads": 2}, torch.bfloat16, "cuda", "reference"),
+        ({"d_key": 514, "num_heads": 257, "d_value": 257}, torch.bfloat16, "cuda", "triton"),
+        ({"d_value": 4097}, torch.bfloat16, "cuda", "reference"),
+        ({"max_length": 2**23 + 1}, torch.bfloat16, "cuda", "reference"),
+    ],
+    ids=str,
+)
+def test_what_auto_chooses(options, dtype, device, chosen):
+    layer = ChelaLayer(1, **{"d_key": 1, "max_length": 9, **options})
+    x = SimpleNamespace(is_cuda=device == "cuda", dtype=dtype)  # no GPU is needed to choose
+    assert layer._chosen(x) == chosen
+
+
 def test_rejects_what_cannot_be():
     with pytest.raises(ArgumentError, match="no implementation 'cuda'; it is one of 'auto'"):
         ChelaLayer(8, max_length=40, implementation="cuda")
-    with pytest.raises(ArgumentError, match=r"wanted d_value <= 4096 .*got 5000"):
-        ChelaLayer(8, max_length=40, d_value=5000, implementation="triton")
     with pytest.raises(ArgumentError, match=r"wanted x \[B, T <= 40, 8\]"):
         ChelaLayer(8, max_length=40, implementation="triton")(torch.randn(1, 41, 8))

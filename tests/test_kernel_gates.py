@@ -35,6 +35,7 @@ if DEVICE == "cpu":
     ROUNDING[torch.bfloat16] = 2.0**-7
 ARITHMETIC = 1e-6
 EPS = 1e-5
+SHRINK = torch.tensor([1.0, 0.25, 2.0**-9], device=DEVICE)
 ACTIVATIONS = {"sigmoid": torch.sigmoid, "silu": F.silu, None: lambda a: a}
 SHAPES = [(2, 70, 1), (1, 130, 3), (2, 65, 100), (1, 9, 600), (3, 2048), (4096,)]
 dtypes = pytest.mark.parametrize(
@@ -227,6 +228,29 @@ def test_any_magnitude_is_normed(dtype, size, eps):
         "norm_gate_sigmoid", inputs, eps=eps, scale=2.0**14 if dtype == torch.float16 else 1.0,
         function=partial(norm_gate, eps=eps), formula=partial(exact_norm_gate, eps=eps),
     )  # fmt: skip
+
+
+@dtypes
+@pytest.mark.parametrize("gated", [True, False])
+def test_eps_shrinks_with_its_row(dtype, gated):
+    """To the last bits, where shrinking by powers of two is exact."""
+    inputs = {"o": drawn(30, 3, 100), "a": drawn(30, 3, 100, seed=1)}
+    eps = 0.5
+    if not gated:
+        del inputs["a"]
+    name = "norm_gate_sigmoid" if gated else "norm"
+    inputs = {x: y.to(dtype) for x, y in inputs.items()}
+    inputs["o"] *= SHRINK[:, None].to(dtype)
+    upstream = 2.0**-9 if dtype == torch.float16 else 1.0  # do is up to 2^9 as large
+
+    def ours(o, a=None):
+        return norm_gate(o, a, eps=eps, shrink=SHRINK)
+
+    each = eps * SHRINK.double().square()[:, None]
+    formula = partial(exact_norm_gate, eps=each)
+    check(name, inputs, eps=each, scale=upstream, function=ours, formula=formula)
+    whole = inputs["o"] / SHRINK[:, None].to(dtype)
+    assert torch.equal(ours(**inputs), norm_gate(whole, inputs.get("a"), eps=eps))
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 1e30), (torch.float16, 6e4)])
@@ -495,9 +519,10 @@ def test_the_operators_keep_pytorchs_rules(trained):
         return drawn(*(shape or (2, 3, 8))).to(dtype)
 
     half = torch.float16
-    opcheck(ops._norm_gate, x(), x(dtype=half), x(8, dtype=half), EPS, "silu", torch.bfloat16)
-    opcheck(ops._norm_gate, x(), x(), None, EPS, "silu", torch.bfloat16)
-    opcheck(ops._norm_gate, x(), None, None, EPS, None, torch.float32)
+    bf16 = torch.bfloat16
+    opcheck(ops._norm_gate, x(), x(dtype=half), x(8, dtype=half), None, EPS, "silu", bf16)
+    opcheck(ops._norm_gate, x(), x(), None, None, EPS, "silu", bf16)
+    opcheck(ops._norm_gate, x(), None, None, SHRINK, EPS, None, torch.float32)
     parameters = [x(8) for _ in range(4)]
     opcheck(ops._queries_keys, x(dtype=half), *parameters, None, True)
     opcheck(ops._queries_keys, x(dtype=half), *parameters, x(8, dtype=half), True)
@@ -514,7 +539,7 @@ def test_the_gradients_operators_keep_pytorchs_rules(needed):
     for operator, arguments in (
         (
             operators.norm_gate_backward,
-            (moved, half, x, EPS, "silu", torch.float16, *needed[:2], needed[4]),
+            (moved, half, x, None, EPS, "silu", torch.float16, *needed[:2], needed[4]),
         ),
         (
             operators.queries_keys_backward,
@@ -585,6 +610,8 @@ WRONG = [
     (lambda: norm_gate(X, X.int(), eps=EPS), r"wanted a in float32, .*int32"),
     (lambda: norm_gate(X, X, eps=-1.0), "wanted eps >= 0, got -1.0"),
     (lambda: norm_gate(X, X, eps=float("nan")), "wanted eps >= 0, got nan"),
+    (lambda: norm_gate(X, X, eps=EPS, shrink=X[0, :2, 0]), r"wanted shrink \[T\] = \[3\].*\[2\]"),
+    (lambda: norm_gate(X, X, eps=EPS, shrink=X[0, :, 0].half()), "in float32, .*float16"),
     (lambda: norm_gate(X, X, eps=EPS, activation="tanh"), "no activation 'tanh'; .*'sigmoid'"),
     (lambda: norm_gate(X, X, eps=EPS, dtype=torch.float64), "wanted dtype float32, .*float64"),
     (lambda: norm_gate(X[0, 0, 0], None, eps=EPS), r"\[\.\.\., N\]"),

@@ -22,8 +22,10 @@ from chela_bench.bench.check import error_of, relative_error, worst_block_error
 from chela_bench.bench.models import short_long_conv_bytes
 from chela_bench.errors import ArgumentError
 from chela_bench.kernels import short_long_conv as module
+from chela_bench.kernels import short_long_conv_checks as checks
 from chela_bench.kernels.long_conv_factors import Transform
 from chela_bench.kernels.long_conv_plan import TABLE, WIDTHS, Plan, plan_for
+from chela_bench.kernels.reparameterization import added
 from chela_bench.kernels.short_long_conv import (
     hbm_bytes,
     kernel_spectrum,
@@ -653,7 +655,7 @@ def test_first_taps_are_added_to_a_long_kernel(taps, dtype):
     long = drawn(3, 6, seed=1).to(dtype).requires_grad_()
     for width in (4, 6, 9):
         first = drawn(width, 3, seed=2).mT.requires_grad_()
-        total = module._added(long, first, taps)
+        total = added(long, first, taps)
         exact = added_up([long, first], False, True, 3)[0][:, :taps]
         assert total.dtype == torch.float32
         assert torch.equal(total, exact)
@@ -844,7 +846,7 @@ def test_a_failed_call_leaves_the_state_as_it_was(monkeypatch):
 
 def test_rejects_tensors_that_triton_cannot_reach(monkeypatch):
     x, long = torch.randn(1, 4, 2), torch.randn(2, 4)
-    monkeypatch.setattr(module._long_conv, "interpreted", False)
+    monkeypatch.setattr(checks._long_conv, "interpreted", False)
     for call in (
         lambda: long_conv(x, long),
         lambda: short_conv(x, []),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from chela_bench.bench import models
 from chela_bench.errors import UsageError
@@ -131,6 +131,20 @@ def _fla(
         requires="fla",
         install="pip install 'chela-bench[peers]'",
         hbm_bytes=hbm_bytes,
+    )
+
+
+def _softmax_layer(name: str, summary: str, *, decodes_alone: bool = False, **more: Any) -> Impl:
+    """One whose step keeps keys and values; what decodes alone names the reference as its layer."""
+    layer = f"{_ADAPTERS}:reference_softmax_layer" if decodes_alone else f"{_PEERS}:{name}_layer"
+    return Impl(
+        name,
+        layer,
+        summary,
+        directions=("decode",) if decodes_alone else (*AUTOGRAD, "decode"),
+        decoder=f"{_PEERS}:{name}_decoder",
+        step_hbm_bytes=models.softmax_step_hbm_bytes,
+        **more,
     )
 
 
@@ -404,44 +418,30 @@ OPS: tuple[Op, ...] = (
                 directions=("decode",),
                 decoder=f"{_ADAPTERS}:softmax_decoder",
             ),
-            Impl(
+            _softmax_layer(
                 "sdpa_flash",
-                f"{_PEERS}:sdpa_flash_layer",
                 "torch's matrix products and scaled_dot_product_attention, flash backend",
-                directions=(*AUTOGRAD, "decode"),
                 growth=2.0,
                 cuda_dtypes=("bf16", "fp16"),
-                decoder=f"{_PEERS}:sdpa_flash_decoder",
-                step_hbm_bytes=models.softmax_step_hbm_bytes,
             ),
-            Impl(
+            _softmax_layer(
                 "sdpa_cudnn",
-                f"{_PEERS}:sdpa_cudnn_layer",
                 "the same, cuDNN backend",
-                directions=(*AUTOGRAD, "decode"),
                 devices=("cuda",),
                 growth=2.0,
                 cuda_dtypes=("bf16", "fp16"),
-                decoder=f"{_PEERS}:sdpa_cudnn_decoder",
-                step_hbm_bytes=models.softmax_step_hbm_bytes,
             ),
-            Impl(
+            _softmax_layer(
                 "sdpa_efficient",
-                f"{_ADAPTERS}:reference_softmax_layer",
                 "the same, memory-efficient backend",
-                directions=("decode",),
+                decodes_alone=True,
                 devices=("cuda",),
                 fp32_operands="tf32",
-                decoder=f"{_PEERS}:sdpa_efficient_decoder",
-                step_hbm_bytes=models.softmax_step_hbm_bytes,
             ),
-            Impl(
+            _softmax_layer(
                 "products",
-                f"{_ADAPTERS}:reference_softmax_layer",
                 "one query's two products and softmax in the inputs' dtype, by torch.matmul",
-                directions=("decode",),
-                decoder=f"{_PEERS}:products_decoder",
-                step_hbm_bytes=models.softmax_step_hbm_bytes,
+                decodes_alone=True,
             ),
         ),
     ),

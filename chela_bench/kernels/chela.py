@@ -24,13 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from chela_bench.errors import ArgumentError
-from chela_bench.kernels import gates
 from chela_bench.kernels.activated_attention import activated_attention
 from chela_bench.kernels.chela_decode import StateCache
+from chela_bench.kernels.chela_limits import beyond_kernels, takes
 from chela_bench.kernels.chela_merged import MergedKernels
 from chela_bench.kernels.dispatch import autocast
 from chela_bench.kernels.gates_ops import (
-    DTYPES,
     joint_output_gate,
     norm_gate,
     output_gate,
@@ -60,22 +59,28 @@ class ChelaLayer(reference.ChelaLayer):
     and whose state_dict it shares.
 
     implementation: "triton", "reference", or "auto", which is Triton for float32, bfloat16 and
-    float16 on a GPU and d_value up to 4096, and else the reference; the repr says which. What
+    float16 on a GPU where the sizes are within the kernels' (chela_limits.py: up to 256 keys a
+    head, d_value 4096, max_length 8388608), and else the reference; the repr says which. What
     rounds besides each product: X~, Z, Q, K, V, O, M and y, in the module's dtype. In float16 the
-    attention of token t is kept in range by 1 / sqrt(t + 1), which the norm after it cancels.
+    attention of token t is kept in range by a power of two near 1 / sqrt(t + 1), which the norm
+    after it cancels, its eps too.
 
     The norm's gradient is orthogonal to O. Where few tokens or few keys leave the attention's state
     nearly of rank one, dQ and dK are what is left of that, and rounding O to 16 bits, which the
     reference does after the norm, costs them more than it costs y.
 
+    torch.compile(fullgraph=True) takes it whole; a few graphs serve all T.
+
     `prefill` and `step` are the reference's, with a StateCache (chela_decode.py) where Triton
-    computes: a token then costs O(log^2 T) amortised.
+    computes: a token then costs O(log^2 T) amortised, and a CUDA graph of a step serves all steps
+    (StepGraph, chela_graph.py).
     """
 
     def __init__(
         self, d_model: int, *, implementation: Implementation = "auto", **options: Any
     ) -> None:
-        """Raises ArgumentError for an unknown option or sizes that do not fit each other."""
+        """Raises ArgumentError for an unknown option, sizes that do not fit each other or, if
+        "triton", the kernels."""
         super().__init__(d_model, **options)
         if implementation not in get_args(Implementation):
             raise ArgumentError(
@@ -83,7 +88,15 @@ class ChelaLayer(reference.ChelaLayer):
                 f"{', '.join(map(repr, get_args(Implementation)))}"
             )
         self.implementation = implementation
-        self._check_value_width()
+        beyond = beyond_kernels(
+            d_key=self.a_q.shape[0],
+            d_value=self.w_v.out_features,
+            num_heads=self.num_heads,
+            max_length=self.max_length,
+        )
+        if implementation == "triton" and beyond is not None:
+            raise ArgumentError(f'implementation="triton" wanted {beyond}, or "reference"')
+        self._has_kernels = beyond is None
         self._is_reparameterized = False
         self._merged: MergedKernels | None = None
         self.register_load_state_dict_post_hook(_merge_again)
@@ -195,13 +208,18 @@ class ChelaLayer(reference.ChelaLayer):
         q, k = queries_keys(
             p, self.a_q, self.m_q, self.a_k, self.m_k, activation=self.w_z is not None, bias=bias
         )
+        shrink = None
         if q.dtype == torch.float16:
-            q = q * self._shrink(q, 0 if cache is None else cache.position)
+            shrink = self._shrink(q, 0 if cache is None else cache.before)
+            q = q * shrink.to(q.dtype)[:, None]
         q, k = (u.unflatten(2, (self.num_heads, -1)) for u in (q, k))
         o = self._attend_values(q, k, values, mask, cache, is_fused=is_fused).flatten(2)
         a, z, [bias] = (None, z, [None]) if self.w_a is None else project(z, self.w_a)
-        dtype, activation = z.dtype, self.gate_activation
-        return norm_gate(o, a, eps=self.eps, activation=activation, dtype=dtype, bias=bias), z
+        m = norm_gate(
+            o, a, eps=self.eps, activation=self.gate_activation, dtype=z.dtype, bias=bias,
+            shrink=shrink,
+        )  # fmt: skip
+        return m, z
 
     def _attend_values(
         self,
@@ -223,12 +241,13 @@ class ChelaLayer(reference.ChelaLayer):
             return cache.attend(q, k, v)
         return linear_attention(q, k, v, causal=self.causal)[0]
 
-    def _shrink(self, q: Tensor, before: int = 0) -> Tensor:
-        """1 / sqrt of how many tokens each one attends to [T, 1]; `before` came before q."""
+    def _shrink(self, q: Tensor, before: int | Tensor) -> Tensor:
+        """About 1 / sqrt(n) of the n tokens that each one attends to [T]; `before` came before q.
+        Powers of two, so that a product with them does not round."""
         T = q.shape[1]
-        tokens = torch.arange(before + 1, before + T + 1, device=q.device, dtype=torch.float32)
+        tokens = torch.arange(1, T + 1, device=q.device, dtype=torch.float32) + before
         seen = tokens if self.causal else tokens.new_full((T,), T)
-        return seen.rsqrt().to(q.dtype)[:, None]
+        return torch.exp2(-(torch.frexp(seen).exponent // 2).to(torch.float32))
 
     def _new_cache(self, x: Tensor) -> ChelaCache:
         if self._chosen(x) == "reference":
@@ -304,17 +323,8 @@ class ChelaLayer(reference.ChelaLayer):
 
     def _chosen(self, x: Tensor) -> Literal["triton", "reference"]:
         if self.implementation == "auto":
-            fits = x.is_cuda and x.dtype in DTYPES and self.w_v.out_features <= gates.MAX_V
-            return "triton" if fits else "reference"
+            return "triton" if self._has_kernels and takes(x) else "reference"
         return self.implementation
-
-    def _check_value_width(self) -> None:
-        V = self.w_v.out_features
-        if self.implementation == "triton" and V > gates.MAX_V:
-            raise ArgumentError(
-                f"wanted d_value <= {gates.MAX_V} for implementation='triton', got {V}; "
-                'take a smaller one, or "reference"'
-            )
 
 
 class ChelaBlock(reference.ChelaBlock):

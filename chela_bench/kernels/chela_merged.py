@@ -15,13 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chela_bench.kernels.short_long_conv import (
-    Order,
-    Spectrum,
-    kernel_spectrum,
-    reparameterize,
-    reparameterize_two_sided,
-)
+from chela_bench.kernels.reparameterization import reparameterize, reparameterize_two_sided
+from chela_bench.kernels.short_long_conv import Spectrum, kernel_spectrum
+from chela_bench.kernels.short_long_conv_checks import Order
 
 KEPT = 2  # pairs of T and dtype of which spectra are kept, those that were asked for last
 

@@ -16,7 +16,7 @@ blocks as theirs. A model on disk is chela_files.py's.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from chela_bench.errors import ArgumentError
 from chela_bench.kernels.chela_config import ChelaConfig
 from chela_bench.kernels.chela_files import load_model, save_model
+from chela_bench.kernels.chela_graph import StepGraph
 from chela_bench.reference.chela import zero_padding
 
 __all__ = ["ChelaConfig", "ChelaForCausalLM", "ChelaForSequenceClassification", "ModelOutput"]
@@ -184,6 +185,7 @@ class ChelaForCausalLM(_ChelaModel):
         temperature: float = 1.0,
         top_k: int | None = None,
         generator: torch.Generator | None = None,
+        graph: bool = False,
     ) -> Tensor:
         """input_ids [B, T >= 1] and max_new_tokens more: ids [B, T + max_new_tokens].
 
@@ -191,15 +193,16 @@ class ChelaForCausalLM(_ChelaModel):
         unless given) by generator, torch's global one unless given; temperature 0 takes the
         likeliest. pad_token_id is never drawn, and the prompts have none: they are of one length.
         Dropout is off. One pass over the prompts, then a step of every block a token: see
-        ChelaLayer.prefill for what it costs and keeps. Raises ArgumentError before any of that if
-        the result would be longer than max_length.
+        ChelaLayer.prefill for what it costs and keeps. graph: all blocks' steps are one CUDA graph
+        (StepGraph), captured after the prompts; that pays after some tens of tokens. Raises
+        ArgumentError, before any of that if the result would be longer than max_length.
         """
         self._check_request(input_ids, max_new_tokens, temperature, top_k)
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
             found = [input_ids]
-            for logits in self._next_logits(found, max_new_tokens):
+            for logits in self._next_logits(found, max_new_tokens, graph):
                 drawn = self._draw(logits, temperature, top_k, generator)
                 found.append(drawn.to(input_ids.dtype)[:, None])
             return torch.cat(found, dim=1)
@@ -207,21 +210,28 @@ class ChelaForCausalLM(_ChelaModel):
             for module, training in modes:
                 module.training = training
 
-    def _next_logits(self, found: list[Tensor], count: int) -> Iterator[Tensor]:
+    def _next_logits(self, found: list[Tensor], count: int, graph: bool) -> Iterator[Tensor]:
         """logits [B, vocab_size] after the ids in found, which grows in between, count times."""
         blocks: list[Any] = list(self.blocks)
         caches: list[Any] = []
-        for _ in range(count):
+
+        def step(x: Tensor) -> Tensor:
+            for block, cache in zip(blocks, caches, strict=True):
+                x = block.step(x, cache)
+            return x
+
+        call: Callable[[Tensor], Tensor] = step
+        for i in range(count):
             x = self.embedding(found[-1]) * self.config.d_model**0.5  # [B, T or 1, D]
-            if caches:
-                x = x[:, 0]
-                for block, cache in zip(blocks, caches, strict=True):
-                    x = block.step(x, cache)
-            else:
+            if i == 0:
                 for block in blocks:
                     x, cache = block.prefill(x)
                     caches.append(cache)
                 x = x[:, -1]
+            else:
+                if i == 1 and graph:
+                    call = StepGraph(step, x[:, 0], caches)
+                x = call(x[:, 0])
             yield self._head(self.norm(x))
 
     def _head(self, h: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
     norm and gate   m = n * act(a)    n = o * r    r = 1 / sqrt(mean(o^2) + eps)
                     do = r * (dm act(a) - n mean(dm act(a) n))      da = dm n act'(a)
-                    without a, m = n
+                    without a, m = n; rows of o that come shrunk by s have s^2 eps for eps
     output gate     y = sigmoid(g) SiLU(h) + (1 - sigmoid(g)) x     without g, y = SiLU(h) + x;
                                                                     without x too, y = SiLU(h)
 
@@ -30,11 +30,17 @@ from chela_bench.kernels.rows import _activated, _load, _mask, _sigmoids, _store
 MAX_V = 4096  # a row of norm and gate lies in the registers of one program
 TILE = 2048  # elements of 4 warps: two vectors of 16 bytes a thread, in 16 bits
 RUNTIME = [
-    "R",
-    "walks",
-    "root_eps",
+    "R", "T", "walks", "root_eps",
     *(f"stride_{x}" for x in ("o", "a", "dm", "h", "g", "x", "dy")),
-]
+]  # fmt: skip
+
+
+@triton.jit
+def _shrunk(root_eps, shrink_ptr, r, R, T):
+    """sqrt(eps) as rows have it, whose r % T-th shrinks; without shrink_ptr a number."""
+    if shrink_ptr is not None:
+        root_eps *= tl.load(shrink_ptr + r % T, mask=r < R, other=1.0)[:, None]
+    return root_eps
 
 
 @triton.jit
@@ -52,15 +58,16 @@ def _normed(o, root_eps, N: tl.constexpr):
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _norm_gate_fwd_kernel(
-    o_ptr, a_ptr, m_ptr,  # [R, V], a may be missing
+    o_ptr, a_ptr, shrink_ptr, m_ptr,  # [R, V], shrink [T]; a and shrink may be missing
     stride_o: tl.int64, stride_a: tl.int64,  # in units of UNIT
-    R: tl.int64, root_eps,
+    R: tl.int64, T: tl.int64, root_eps,
     V: tl.constexpr, ACTIVATION: tl.constexpr,
     UNIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     v = tl.arange(0, BLOCK_N)
     mask = _mask(r, v, R, V)
+    root_eps = _shrunk(root_eps, shrink_ptr, r, R, T)
     m, _ = _normed(_load(o_ptr, r, v, stride_o * UNIT, mask), root_eps, V)
     if a_ptr is not None:
         gate, _ = _activated(_load(a_ptr, r, v, stride_a * UNIT, mask), ACTIVATION)
@@ -70,10 +77,11 @@ def _norm_gate_fwd_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _norm_gate_bwd_kernel(
-    o_ptr, a_ptr, dm_ptr, do_ptr, da_ptr,  # [R, V]; a, do and da may be missing
+    o_ptr, a_ptr, dm_ptr, shrink_ptr,  # [R, V], shrink [T]; a and shrink may be missing
+    do_ptr, da_ptr,  # [R, V], may be missing
     parts_ptr,  # [walks, V], sums of da; may be missing
     stride_o: tl.int64, stride_a: tl.int64, stride_dm: tl.int64,  # in units of UNIT
-    R: tl.int64, walks: tl.int64, root_eps,
+    R: tl.int64, T: tl.int64, walks: tl.int64, root_eps,
     V: tl.constexpr, ACTIVATION: tl.constexpr,
     UNIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -83,7 +91,8 @@ def _norm_gate_bwd_kernel(
     for first in range(walk * BLOCK_R, R, walks * BLOCK_R):
         r = first + tl.arange(0, BLOCK_R)
         mask = _mask(r, v, R, V)
-        normed, inverse = _normed(_load(o_ptr, r, v, stride_o * UNIT, mask), root_eps, V)
+        eps = _shrunk(root_eps, shrink_ptr, r, R, T)
+        normed, inverse = _normed(_load(o_ptr, r, v, stride_o * UNIT, mask), eps, V)
         dn = _load(dm_ptr, r, v, stride_dm * UNIT, mask)
         if a_ptr is not None:
             gate, slope = _activated(_load(a_ptr, r, v, stride_a * UNIT, mask), ACTIVATION)
@@ -173,17 +182,24 @@ _output_gate_bwd = Launcher(_output_gate_bwd_kernel)
 
 
 def norm_gate_forward(
-    o: Tensor, a: Tensor | None, m: Tensor, *, eps: float, activation: str | None
+    o: Tensor,
+    a: Tensor | None,
+    shrink: Tensor | None,
+    m: Tensor,
+    *,
+    eps: float,
+    activation: str | None,
 ) -> None:
-    """Writes m. All [..., V]; m contiguous."""
+    """Writes m. All [..., T, V], shrink [T] float32; m and shrink contiguous."""
     if o.numel() > 0:
-        _norm_gate(_norm_gate_fwd, o, (a,), (m,), eps, activation)
+        _norm_gate(_norm_gate_fwd, o, (a,), shrink, (m,), eps, activation)
 
 
 def norm_gate_backward(
     o: Tensor,
     a: Tensor | None,
     dm: Tensor,
+    shrink: Tensor | None,
     do: Tensor | None,
     da: Tensor | None,
     db: Tensor | None,
@@ -191,11 +207,11 @@ def norm_gate_backward(
     eps: float,
     activation: str | None,
 ) -> None:
-    """Writes do, da and the sum of da over rows, if given. All [..., V], db [V]; do, da and db
-    contiguous."""
+    """Writes do, da and the sum of da over rows, if given. All [..., T, V], db [V], shrink [T]
+    float32; all but o, a and dm contiguous."""
     sums = () if db is None else (db,)
     if o.numel() > 0:
-        _norm_gate(_norm_gate_bwd, o, (a, dm), (do, da), eps, activation, sums)
+        _norm_gate(_norm_gate_bwd, o, (a, dm), shrink, (do, da), eps, activation, sums)
     elif db is not None:
         db.zero_()
 
@@ -204,6 +220,7 @@ def _norm_gate(
     launcher: Launcher,
     o: Tensor,
     others: tuple[Tensor | None, ...],
+    shrink: Tensor | None,
     outputs: tuple[Tensor | None, ...],
     eps: float,
     activation: str | None,
@@ -213,18 +230,18 @@ def _norm_gate(
     tensors, strides, unit, R, V = rows_of(o, *others)
     blocks = tile(V, TILE, columns=MAX_V)
     constants = launcher.constants(V=V, ACTIVATION=activation, UNIT=unit, **blocks)
-    columns = blocks["BLOCK_N"]
-    if sums is None:
-        with on_device_of(o):
-            pointers, scalars = (*tensors, *outputs), (*strides, R, math.sqrt(eps))
+    columns, period = blocks["BLOCK_N"], 1 if shrink is None else len(shrink)
+    pointers = (*tensors, shrink, *outputs)
+    with on_device_of(o):
+        if sums is None:
+            scalars = (*strides, R, period, math.sqrt(eps))
             programs = cdiv(R, blocks["BLOCK_R"])
             launcher(programs, pointers, scalars, constants, warps(columns), 1)
-        return
-    walks = walks_of(R, blocks["BLOCK_R"], 1, o.device)
-    parts = new_parts(o, walks, sums)
-    with on_device_of(o):
-        pointers, scalars = (*tensors, *outputs, parts), (*strides, R, walks, math.sqrt(eps))
-        launcher(walks, pointers, scalars, constants, warps(columns), 1)
+            return
+        walks = walks_of(R, blocks["BLOCK_R"], 1, o.device)
+        parts = new_parts(o, walks, sums)
+        scalars = (*strides, R, period, walks, math.sqrt(eps))
+        launcher(walks, (*pointers, parts), scalars, constants, warps(columns), 1)
         sum_parts(parts, sums)
 
 

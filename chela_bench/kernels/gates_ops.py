@@ -40,15 +40,23 @@ def norm_gate(
     activation: GateActivation | None = "sigmoid",
     dtype: torch.dtype | None = None,
     bias: Tensor | None = None,
+    shrink: Tensor | None = None,
 ) -> Tensor:
     """m = o / sqrt(mean(o^2) + eps) * act(a), the mean over the last axis: o, a, m [..., V].
 
     V <= 4096. activation None: act(a) = a. Without a, m is the normed o. No square overflows,
     whatever is finite in o; a row with NaN is NaN. m comes in `dtype`, or else in a's, or without a
-    in o's. bias [V] is one that a has in already. Raises ArgumentError.
+    in o's. bias [V] is one that a has in already. `shrink` [T] float32, of o [..., T, V], is what
+    each token's row comes multiplied by: its eps is shrink^2 eps, so that m is as if nothing had
+    shrunk. It has no gradient. Raises ArgumentError.
     """
     _check_tensors({"o": o, "a": a})
     _check_bias("a", a, bias)
+    if shrink is not None and (shrink.shape, shrink.dtype) != (o.shape[-2:-1], torch.float32):
+        raise ArgumentError(
+            f"wanted shrink [T] = {list(o.shape[-2:-1])} in float32, a number for each row of o, "
+            f"got {list(shrink.shape)} in {shrink.dtype}; leave it out if none is shrunk"
+        )
     if activation not in ("sigmoid", "silu", None):
         raise ArgumentError(f"no activation {activation!r}; it is one of 'sigmoid', 'silu', None")
     if o.shape[-1] > gates.MAX_V:
@@ -60,7 +68,7 @@ def norm_gate(
     dtype = dtype or (o if a is None else a).dtype
     if dtype not in DTYPES:
         raise ArgumentError(f"wanted dtype float32, bfloat16 or float16, got {dtype}; convert m")
-    m: Tensor = _norm_gate(o, a, bias, eps, activation, dtype)
+    m: Tensor = _norm_gate(o, a, bias, shrink, eps, activation, dtype)
     return m
 
 
@@ -202,12 +210,13 @@ def _norm_gate_forward(
     o: Tensor,
     a: Tensor | None,
     bias: Tensor | None,
+    shrink: Tensor | None,
     eps: float,
     activation: str | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    m = _norm_gate_output(o, a, bias, eps, activation, dtype)
-    gates.norm_gate_forward(o, a, m, eps=eps, activation=activation)
+    m = _norm_gate_output(o, a, bias, shrink, eps, activation, dtype)
+    gates.norm_gate_forward(o, a, shrink, m, eps=eps, activation=activation)
     return m
 
 
@@ -215,6 +224,7 @@ def _norm_gate_output(
     o: Tensor,
     a: Tensor | None,
     bias: Tensor | None,
+    shrink: Tensor | None,
     eps: float,
     activation: str | None,
     dtype: torch.dtype,
@@ -223,8 +233,8 @@ def _norm_gate_output(
 
 
 def _norm_gate_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    o, a, bias, *options, _ = inputs
-    ctx.save_for_backward(o, a)
+    o, a, bias, shrink, *options, _ = inputs
+    ctx.save_for_backward(o, a, shrink)
     ctx.options = options  # eps, activation
     ctx.bias_dtype = _dtype_of(bias)
 
@@ -232,15 +242,17 @@ def _norm_gate_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _norm_gate_differentiate(
     ctx: Any, dm: Tensor, backward: Callable[..., Any]
 ) -> tuple[Tensor | None, ...]:
+    o, a, shrink = ctx.saved_tensors
     needed = ctx.needs_input_grad[:3]
-    found = backward(*ctx.saved_tensors, dm, *ctx.options, ctx.bias_dtype, *needed)
-    return *_needed(found, needed), None, None, None
+    found = backward(o, a, dm, shrink, *ctx.options, ctx.bias_dtype, *needed)
+    return *_needed(found, needed), *(None,) * 4
 
 
 def _norm_gate_backward(
     o: Tensor,
     a: Tensor | None,
     dm: Tensor,
+    shrink: Tensor | None,
     eps: float,
     activation: str | None,
     bias_dtype: torch.dtype,
@@ -249,10 +261,10 @@ def _norm_gate_backward(
     needs_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     do, da, db = found = _norm_gate_gradients(
-        o, a, dm, eps, activation, bias_dtype, needs_do, needs_da, needs_db
+        o, a, dm, shrink, eps, activation, bias_dtype, needs_do, needs_da, needs_db
     )
     gates.norm_gate_backward(
-        o, a, dm,
+        o, a, dm, shrink,
         do if needs_do else None, da if needs_da else None, db if needs_db else None,
         eps=eps, activation=activation,
     )  # fmt: skip
@@ -263,6 +275,7 @@ def _norm_gate_gradients(
     o: Tensor,
     a: Tensor | None,
     dm: Tensor,
+    shrink: Tensor | None,
     eps: float,
     activation: str | None,
     bias_dtype: torch.dtype,
@@ -277,14 +290,16 @@ def _norm_gate_gradients(
 _norm_gate = Operator(
     "norm_gate",
     (
-        "(Tensor o, Tensor? a, Tensor? bias, float eps, str? activation, ScalarType dtype) "
+        "(Tensor o, Tensor? a, Tensor? bias, Tensor? shrink, float eps, str? activation, "
+        "ScalarType dtype) "
         "-> Tensor",
         _norm_gate_forward,
         _norm_gate_output,
     ),
     (
-        "(Tensor o, Tensor? a, Tensor dm, float eps, str? activation, ScalarType bias_dtype, "
-        "bool needs_do, bool needs_da, bool needs_db) -> (Tensor do, Tensor da, Tensor db)",
+        "(Tensor o, Tensor? a, Tensor dm, Tensor? shrink, float eps, str? activation, "
+        "ScalarType bias_dtype, bool needs_do, bool needs_da, bool needs_db) "
+        "-> (Tensor do, Tensor da, Tensor db)",
         _norm_gate_backward,
         _norm_gate_gradients,
     ),

@@ -31,11 +31,16 @@ class Launcher:
             fixed = parameter.is_constexpr or parameter.do_not_specialize
             assert fixed or parameter.name.endswith("_ptr"), parameter.name
         self._variants: dict[tuple[Any, ...], Variant] = {}
+        self._orders: dict[tuple[str, ...], list[str]] = {}
 
     def constants(self, **values: object) -> tuple[object, ...]:
         """Values of the constexprs, in the kernel's order."""
-        names = [name for name in self.kernel.arg_names if name in values]
-        assert self.kernel.arg_names[-len(values) :] == names
+        given = tuple(values)
+        names = self._orders.get(given)
+        if names is None:
+            names = [name for name in self.kernel.arg_names if name in values]
+            assert self.kernel.arg_names[-len(values) :] == names
+            self._orders[given] = names
         return tuple([values[name] for name in names])
 
     def variant(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -118,9 +117,15 @@ def _recurrent_constants(
 
 def step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, scale: float) -> Tensor:
     """One token: q, k [B, H, K]; v, o [B, H, V]; state [B, H, K, V] updated in place."""
-    o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    q, k, v = (x.unsqueeze(1) for x in (q, k, v))
+    return step_of_rows(q, k, v, state, scale).squeeze(1)
+
+
+def step_of_rows(q: Tensor, k: Tensor, v: Tensor, state: Tensor, scale: float) -> Tensor:
+    """The same of sequences of one token: q, k [B, 1, H, K]; v, o [B, 1, H, V]. Nothing is checked:
+    rows contiguous, on the current device."""
+    o = v.new_empty(v.shape)
     if o.numel():
-        q, k, v, row = (x.unsqueeze(1) for x in (q, k, v, o))  # [B, 1, H, K or V]
         call = Walk(scale, True, None, q.shape[0], 1, 1, False, ())
-        recurrent_walk(q, k, v, row, call, initial=state, final=state)
+        recurrent_walk(q, k, v, o, call, initial=state, final=state)
     return o

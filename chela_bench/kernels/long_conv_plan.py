@@ -23,6 +23,7 @@ Method = Literal["direct", "monarch", "blocks", "factors"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
 WIDTHS = (16, 32, 64)  # N2; what the kernels are compiled for
+MAX_T = LONGEST * N1 * WIDTHS[-1]
 
 
 class Plan(NamedTuple):

@@ -30,6 +30,7 @@ tiling: Oncescu et al., "Flash Inference", arXiv 2410.12982. One array and the s
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -104,12 +105,14 @@ def span(position: int, tokens: int, block: int) -> int:
     ]
 )  # fmt: skip
 def _long_conv_strip_kernel(
-    x_ptr, z_ptr, state_ptr, kernel_ptr,  # pointers
+    x_ptr, z_ptr, state_ptr, kernel_ptr, counter_ptr,  # counter [1], or the position as a number
     stride_xb: tl.int64, stride_xt: tl.int64, stride_zb: tl.int64, stride_zt: tl.int64,
     position: tl.int64, tokens: tl.int64,  # tokens before x; in x, none beyond their block
     B: tl.int32, D: tl.int32, N: tl.int64, L: tl.int64,
     TAPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,  # TAPS = min(L, BLOCK_T)
 ):  # fmt: skip
+    if counter_ptr is not None:
+        position = tl.load(counter_ptr)
     pid = tl.program_id(0).to(tl.int64)
     i, pid_r = pid % tokens, pid // tokens
     t = position + i
@@ -194,6 +197,7 @@ class LongConvDecoder:
                 self._spectra[size] = torch.fft.rfft(later, n=2 * size)  # [D, size + 1]
                 size *= 2
         self._taps = L
+        self._counter: Tensor | None = None
         self._constants = _strip.constants(TAPS=min(L, block), BLOCK_T=block, BLOCK_R=BLOCK_R)
 
     @property
@@ -250,6 +254,25 @@ class LongConvDecoder:
             here = self._state[..., self._position : self._position + piece.stop - piece.start]
             here.copy_(x.detach()[:, piece].mT)
 
+    @contextmanager
+    def captured(self, counter: Tensor) -> Iterator[None]:
+        """Within, a call for one token launches the same at every position, so that a CUDA graph
+        may capture it: the position is read from counter [1] int64, which its owner advances, and
+        here nothing is counted: call `replayed` after every such token."""
+        self._counter = counter
+        try:
+            yield
+        finally:
+            self._counter = None
+
+    def replayed(self) -> None:
+        """Count one token that went through a captured call, and add the square that is due."""
+        self._advance(1)
+
+    def entry(self, position: int) -> Tensor:
+        """Of the state [B, D], for this token: all that its call writes, but for squares."""
+        return self._state[..., position]
+
     def _spans(self, T: int) -> Iterator[slice]:
         """Pieces of T tokens, each of which is to be in the state before the next is asked for."""
         done = 0
@@ -267,7 +290,7 @@ class LongConvDecoder:
         with on_device_of(x):
             _strip(
                 tokens * -(-B * D // BLOCK_R),
-                (x, z, self._state, self._kernel),
+                (x, z, self._state, self._kernel, self._counter),
                 (*x.stride()[:2], *z.stride()[:2], self._position, tokens, B, D, N, self._taps),
                 self._constants, 4, 3,
             )  # fmt: skip
@@ -283,6 +306,8 @@ class LongConvDecoder:
 
     def _advance(self, tokens: int) -> None:
         """Count them, and add the square that is then due to the sums."""
+        if self._counter is not None:
+            return
         self._position += tokens
         if self._position % self.block != 0:
             return
@@ -317,6 +342,11 @@ class LongConvDecoder:
         if x.requires_grad and torch.is_grad_enabled():
             raise ArgumentError(
                 "decoding has no gradient, and x requires one; use torch.no_grad() or x.detach()"
+            )
+        if self._counter is not None and tokens != 1:
+            raise ArgumentError(
+                f"wanted one token in a call that a CUDA graph captures, got {tokens}; call more "
+                "outside of it"
             )
         if self._position + tokens > self.max_length:
             raise ArgumentError(

@@ -32,8 +32,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,9 +40,32 @@ from torch import Tensor
 from chela_bench.errors import ArgumentError
 from chela_bench.kernels.dispatch import autocast
 from chela_bench.kernels.long_conv_direct import BLOCK
-from chela_bench.kernels.long_conv_monarch import N1, _long_conv, ordered
+from chela_bench.kernels.long_conv_monarch import N1, ordered
 from chela_bench.kernels.long_conv_plan import Method, Plan, plan_for
 from chela_bench.kernels.merged_taps import AT_ONCE
+from chela_bench.kernels.reparameterization import added
+from chela_bench.kernels.reparameterization import reparameterize as reparameterize
+from chela_bench.kernels.reparameterization import (
+    reparameterize_two_sided as reparameterize_two_sided,
+)
+from chela_bench.kernels.short_long_conv_checks import (
+    DTYPES,
+    Activation,
+    Layout,
+    Order,
+    check_centred,
+    check_gate,
+    check_inputs,
+    check_long,
+    check_option,
+    check_options,
+    check_pair,
+    check_serial,
+    check_state,
+    check_tensors,
+    check_two_sided,
+    widest,
+)
 from chela_bench.kernels.short_long_conv_ops import (
     long,
     merged,
@@ -54,12 +75,7 @@ from chela_bench.kernels.short_long_conv_ops import (
     spectrum_shape,
 )
 
-Order = Literal["serial", "parallel"]
-Activation = Literal["silu"] | None
-Layout = Literal["btd", "bdt"]
 Config = Mapping[str, int | str]
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -116,16 +132,16 @@ def short_long_conv(
     Source: arXiv 2406.08128, section 3; the transforms are ours. Raises ArgumentError.
     """
     (x,), (gate,) = autocast(x), (None,) if gate is None else autocast(gate)
-    _, D, T = _check_inputs(x, layout, short_kernels)
-    _check_options(order, activation, exact_head, causal)
-    _check_two_sided(short_kernels, long_kernel_future, causal)
-    _check_long(long_kernel, D, "long_kernel")
+    _, D, T = check_inputs(x, layout, short_kernels)
+    check_options(order, activation, exact_head, causal)
+    check_two_sided(short_kernels, long_kernel_future, causal)
+    check_long(long_kernel, D, "long_kernel")
     if long_kernel_future is not None:
-        _check_long(long_kernel_future, D, "long_kernel_future")
+        check_long(long_kernel_future, D, "long_kernel_future")
     if order == "serial":
-        _check_serial(short_kernels, identity)
-    _check_gate(gate, x)
-    _check_tensors(
+        check_serial(short_kernels, identity)
+    check_gate(gate, x)
+    check_tensors(
         x=x,
         gate=gate,
         long_kernel=long_kernel,
@@ -134,7 +150,7 @@ def short_long_conv(
     )
     plan = _plan(x, D, T, spectrum, config)
     if spectrum_future is not None:
-        _check_pair(spectrum, long_kernel_future)
+        check_pair(spectrum, long_kernel_future)
         _plan(x, D, T, spectrum_future, _config_of(plan.method, plan.N2))
 
     tokens = layout == "btd"
@@ -152,9 +168,9 @@ def short_long_conv(
         if spectrum is not None:
             beside = short(u, weight, None, False, ahead, tokens, inner)
         else:
-            long_kernel = _added(long_kernel, weight[:, ahead:], T)
+            long_kernel = added(long_kernel, weight[:, ahead:], T)
             if future is not None and ahead > 0:
-                future = _added(future, weight[:, :ahead].flip(1), max(T - 1, 0))
+                future = added(future, weight[:, :ahead].flip(1), max(T - 1, 0))
     if order == "parallel" and tokens != inner:
         u = products(u, None, tokens, inner)
 
@@ -204,15 +220,13 @@ def short_conv(
     sequence's start; causal only. 4 bytes an element in 16-bit. Raises ArgumentError.
     """
     (x,) = autocast(x)
-    B, D, T = _check_inputs(x, layout, kernels)
-    _check_centred(kernels, causal)
-    _check_option("activation", activation, ("silu", None))
-    _check_serial(kernels, identity)
-    _check_tensors(
-        x=x, state=state, **{f"kernels[{i}]": kernel for i, kernel in enumerate(kernels)}
-    )
+    B, D, T = check_inputs(x, layout, kernels)
+    check_centred(kernels, causal)
+    check_option("activation", activation, ("silu", None))
+    check_serial(kernels, identity)
+    check_tensors(x=x, state=state, **{f"kernels[{i}]": kernel for i, kernel in enumerate(kernels)})
     if state is not None:
-        _check_state(state, (B, D, _widest(kernels) - 1), causal)
+        check_state(state, (B, D, widest(kernels) - 1), causal)
     tokens = layout == "btd"
     u = x.mT if tokens else x
     weight, ahead = _merged(kernels, identity, causal, D, x)
@@ -276,7 +290,7 @@ def kernel_spectrum(
             "wanted kernel [D, T_long] with at least one tap and T >= 0, got "
             f"{list(kernel.shape)} and T = {T}; pass the sequence's own T"
         )
-    _check_tensors(kernel=kernel)
+    check_tensors(kernel=kernel)
     dtype = kernel.dtype if dtype is None else dtype
     if dtype not in DTYPES:
         raise ArgumentError(
@@ -285,81 +299,6 @@ def kernel_spectrum(
     plan = plan_for(T, config, by_hand=ordered(dtype, kernel.device))
     values, scale = spectrum_of(kernel, T, plan.N2, plan.method, dtype)
     return Spectrum(values, scale, T, dtype, plan.method, plan.N2)
-
-
-def reparameterize(
-    short_kernels: Sequence[Tensor],
-    long_kernel: Tensor,
-    *,
-    order: Order,
-    identity: bool = True,
-) -> tuple[Tensor | None, Tensor]:
-    """Fold the trained branches of a causal short_long_conv: the same function, fewer kernels.
-
-    order="serial": one short kernel [D, W_max], the sum of the branches, narrow ones padded with
-    zeros at their end, and of the unit tap at tap 0; long_kernel as it is.
-    order="parallel": no short kernel; their taps and the unit tap are added to the first taps of
-    long_kernel, which grows to W_max if it is shorter.
-
-    short_kernels, each [D, W]; long_kernel [D, T_long]; on any device. Results are in float32, the
-    short kernel tap-major, [W, D] in memory, which saves a copy later. To be used with
-    identity=False:
-
-        short, long = reparameterize(short_kernels, long_kernel, order=order)
-        z = short_long_conv(x, [] if short is None else [short], long, order=order, identity=False)
-    """
-    _check_option("order", order, ("serial", "parallel"))
-    if long_kernel.ndim != 2:
-        raise ArgumentError(f"wanted long_kernel [D, T_long], got {list(long_kernel.shape)}")
-    D = long_kernel.shape[0]
-    _check_kernels(short_kernels, D)
-    if order == "serial":
-        _check_serial(short_kernels, identity)
-    unit = [long_kernel.new_ones(D, 1)] if identity else []
-    branches = [kernel.to(torch.float32) for kernel in (*short_kernels, *unit)]
-    total = reduce(_added, branches).mT.contiguous().mT if branches else None
-    kernel = long_kernel.to(torch.float32)
-    if order == "serial" or total is None:
-        return total, kernel
-    return None, _added(kernel, total)
-
-
-def reparameterize_two_sided(
-    short_kernels: Sequence[Tensor],
-    long_kernel: Tensor,
-    long_kernel_future: Tensor,
-    *,
-    order: Order,
-    identity: bool = True,
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """As `reparameterize`, for causal=False: short kernels, of odd widths, are centred.
-
-    order="serial": one short kernel [D, W_max], narrow ones padded on both sides, the unit tap in
-    the middle; the long pair as it is. order="parallel": no short kernel; taps of the current token
-    and of those before it are added to long_kernel's first, taps of tokens to come to those of
-    long_kernel_future.
-    """
-    _check_option("order", order, ("serial", "parallel"))
-    D = long_kernel.shape[0]
-    _check_kernels(short_kernels, D)
-    _check_centred(short_kernels, False)
-    for kernel, name in ((long_kernel, "long_kernel"), (long_kernel_future, "long_kernel_future")):
-        _check_long(kernel, D, name)
-    if order == "serial":
-        _check_serial(short_kernels, identity)
-    past, future = long_kernel.to(torch.float32), long_kernel_future.to(torch.float32)
-    unit = [long_kernel.new_ones(D, 1)] if identity else []
-    branches = [kernel.to(torch.float32) for kernel in (*short_kernels, *unit)]
-    if not branches:
-        return None, past, future
-    ahead = _widest(short_kernels) // 2
-    total = sum(
-        (F.pad(kernel, [ahead - kernel.shape[1] // 2] * 2) for kernel in branches),
-        start=past.new_zeros(D, 2 * ahead + 1),
-    )
-    if order == "serial":
-        return total.mT.contiguous().mT, past, future
-    return None, _added(past, total[:, ahead:]), _added(future, total[:, :ahead].flip(1))
 
 
 def hbm_bytes(
@@ -397,7 +336,7 @@ def _merged(
 ) -> tuple[Tensor, int]:
     """The sum of short kernels and the unit tap [D, W], float32, tap-major, and how many taps are
     ahead of the one that meets the current token."""
-    W = _widest(kernels)
+    W = widest(kernels)
     ahead = 0 if causal else W // 2
     if not kernels:
         return like.new_ones(D, 1, dtype=torch.float32), 0
@@ -410,20 +349,6 @@ def _merged(
         branches[:AT_ONCE] = [merged(*branches[:AT_ONCE], W, causal, False)]
     branches += [None] * (AT_ONCE - len(branches))
     return merged(*branches, W, causal, identity), ahead
-
-
-def _added(kernel: Tensor, first: Tensor, taps: int | None = None) -> Tensor:
-    """At most `taps` taps of the sum of kernel and `first`, the narrow one padded at its end; one
-    of them is in float32, and so is the sum."""
-    long, short = kernel[:, :taps], first[:, :taps]
-    if long.shape[1] < short.shape[1]:
-        long, short = short, long
-    W = short.shape[1]
-    return torch.cat([long[:, :W] + short, long[:, W:]], dim=1)
-
-
-def _widest(kernels: Sequence[Tensor]) -> int:
-    return max([1, *[kernel.shape[1] for kernel in kernels]])
 
 
 def _plan(x: Tensor, D: int, T: int, spectrum: Spectrum | None, config: Config | None) -> Plan:
@@ -466,129 +391,3 @@ def _config_of(method: Method, N2: int) -> Config:
 def _is_trained(*tensors: Tensor | None) -> bool:
     """Whether a gradient may be asked for."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
-def _check_option(name: str, value: object, known: tuple[object, ...]) -> None:
-    if value not in known:
-        raise ArgumentError(f"no {name} {value!r}; it is one of {', '.join(map(repr, known))}")
-
-
-def _check_options(order: str, activation: str | None, exact_head: int, causal: bool) -> None:
-    _check_option("order", order, ("serial", "parallel"))
-    _check_option("activation", activation, ("silu", None))
-    if exact_head < 0:
-        raise ArgumentError(
-            f"exact_head is a number of tokens, got {exact_head}; pass 0 for none of them"
-        )
-    if exact_head > 0 and not causal:
-        raise ArgumentError(
-            f"wanted causal=True for exact_head = {exact_head}: two-sided, the first outputs read "
-            "the whole sequence; leave it out"
-        )
-
-
-def _check_inputs(x: Tensor, layout: str, kernels: Sequence[Tensor]) -> tuple[int, int, int]:
-    """B, D, T."""
-    _check_option("layout", layout, ("btd", "bdt"))
-    if x.ndim != 3:
-        raise ArgumentError(f'wanted x [B, T, D], or [B, D, T] as "bdt", got {list(x.shape)}')
-    B, T, D = x.shape
-    if layout == "bdt":
-        T, D = D, T
-    _check_kernels(kernels, D)
-    return B, D, T
-
-
-def _check_kernels(kernels: Sequence[Tensor], D: int) -> None:
-    for i, kernel in enumerate(kernels):
-        if kernel.ndim != 2 or kernel.shape[0] != D or kernel.shape[1] < 1:
-            raise ArgumentError(
-                f"wanted short kernels [D, W] with D = {D} and W >= 1, got {list(kernel.shape)} "
-                f"at {i}; a kernel has one row per channel of x"
-            )
-
-
-def _check_centred(kernels: Sequence[Tensor], causal: bool) -> None:
-    even = [kernel.shape[1] for kernel in kernels if kernel.shape[1] % 2 == 0]
-    if even and not causal:
-        raise ArgumentError(
-            f"causal=False centres short kernels, so widths are odd, got {even}; pad with a zero"
-        )
-
-
-def _check_two_sided(kernels: Sequence[Tensor], future: Tensor | None, causal: bool) -> None:
-    _check_centred(kernels, causal)
-    if causal == (future is not None):
-        raise ArgumentError(
-            "long_kernel_future [D, T_f] is the half that causal=False needs and causal=True has "
-            f"no place for; got causal={causal} and "
-            f"{'none' if future is None else list(future.shape)}"
-        )
-
-
-def _check_pair(spectrum: Spectrum | None, future: Tensor | None) -> None:
-    if spectrum is None or future is None:
-        raise ArgumentError(
-            "spectrum_future is the second half of a two-sided kernel's spectrum: wanted it beside "
-            f"spectrum and long_kernel_future, got {'no' if spectrum is None else 'a'} spectrum "
-            f"and {'no' if future is None else 'a'} long_kernel_future; pass all three, or leave "
-            "it out"
-        )
-
-
-def _check_long(kernel: Tensor, D: int, name: str) -> None:
-    if kernel.ndim != 2 or kernel.shape[0] != D or kernel.shape[1] < 1:
-        raise ArgumentError(
-            f"wanted {name} [D, taps] with D = {D} and at least one tap, got {list(kernel.shape)}; "
-            "a kernel has one row per channel of x"
-        )
-
-
-def _check_serial(kernels: Sequence[Tensor], identity: bool) -> None:
-    if not kernels and not identity:
-        raise ArgumentError(
-            "no short kernel and identity=False: nothing reaches the long kernel; pass a kernel, "
-            'identity=True, or call long_conv (order="parallel" may be empty)'
-        )
-
-
-def _check_gate(gate: Tensor | None, x: Tensor) -> None:
-    if gate is not None and gate.shape != x.shape:
-        raise ArgumentError(
-            f"wanted gate {list(x.shape)}, as x, got {list(gate.shape)}; expand it first"
-        )
-
-
-def _check_state(state: Tensor, wanted: tuple[int, int, int], causal: bool) -> None:
-    if not causal:
-        raise ArgumentError(
-            "wanted causal=True for a state, which holds the past, got causal=False; leave it out"
-        )
-    if state.shape != wanted:
-        raise ArgumentError(
-            f"wanted state [B, D, W_max - 1] = {list(wanted)}, got {list(state.shape)}; "
-            "start with zeros of that shape"
-        )
-
-
-def _check_tensors(**tensors: Tensor | None) -> None:
-    """Dtypes and devices."""
-    given = {name: x for name, x in tensors.items() if x is not None}
-    for name, x in given.items():
-        if x.dtype not in DTYPES:
-            raise ArgumentError(
-                f"wanted {name} in float32, bfloat16 or float16, got {x.dtype}; convert it, or use "
-                "chela_bench.reference.short_long_conv"
-            )
-    devices = {name: x.device for name, x in given.items()}
-    first = next(iter(devices.values()))
-    if any(device != first for device in devices.values()):
-        raise ArgumentError(
-            "wanted tensors on one device, got "
-            f"{', '.join(f'{name} on {device}' for name, device in devices.items())}; move them"
-        )
-    if first.type != "cuda" and not _long_conv.interpreted:
-        raise ArgumentError(
-            f"wanted tensors on a GPU, got {first}; move them, use "
-            "chela_bench.reference.short_long_conv, or start Python with TRITON_INTERPRET=1"
-        )

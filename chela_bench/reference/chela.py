@@ -74,6 +74,9 @@ class ChelaLayer(nn.Module):
     variance (short taps white, of unit energy together; `init_long_kernels`); a_q = a_k = 1 and
     m_q = m_k = 0, since norm_rms cancels their size as long as it is far above eps; linears and
     norms as torch's.
+
+    torch.compile(fullgraph=True) takes it whole, anew for each T, on which its FFT's length
+    depends: PyTorch refuses a ninth, unless torch._dynamo.config.recompile_limit is raised.
     """
 
     def __init__(

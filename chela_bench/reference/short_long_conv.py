@@ -121,7 +121,7 @@ def short_conv(
         )
     u = _to_bdt(x, layout).to(compute_dtype(x, *kernels))
     B, D, T = u.shape
-    past = max((kernel.shape[1] for kernel in kernels), default=1) - 1
+    past = max([1, *[kernel.shape[1] for kernel in kernels]]) - 1
     if state is not None:
         if state.shape != (B, D, past):
             raise ArgumentError(
