@@ -27,7 +27,15 @@ from chela_bench.kernels.linear_attention_model import SM90
 
 def type_of(kernel: Any) -> Callable[[str], str]:
     """Of the kernel's arguments, by name."""
-    states = "states_ptr", "sums_ptr", "initial_ptr", "final_ptr", "before_ptr", "behind_ptr"
+    states = (
+        "states_ptr",
+        "sums_ptr",
+        "squares_ptr",
+        "initial_ptr",
+        "final_ptr",
+        "before_ptr",
+        "behind_ptr",
+    )
 
     def found(name: str) -> str:
         if name.endswith("_ptr"):
@@ -51,6 +59,7 @@ def by_hand() -> Iterator[tuple[str, Any, dict[str, Any], int, int]]:
           for K, tiles in SM90.walks.items() for x in tiles),
         (128, 128, 64, 4, 3, "everything"), (96, 80, 128, 8, 3, "everything"),
         (128, 2048, 128, 8, 3, "keeps"), (128, 2048, 128, 8, 3, "keeps, reversed"),
+        (128, 2048, 128, 8, 3, "gated"), (128, 2048, 64, 4, 3, "gated"),
     ]:  # fmt: skip
         everything, keeps = what == "everything", what.startswith("keeps")
         options = (64, columns, warps, stages, -1, 1, int(keeps))
@@ -60,6 +69,7 @@ def by_hand() -> Iterator[tuple[str, Any, dict[str, Any], int, int]]:
         variant, _, _ = walks.walk_plan(
             keys.shape, V, *rows, torch.bfloat16, device, 1.0, 1, 1, 1, options, False, True,
             what in ("everything", "keeps, reversed"), packed, *[everything] * 3, keeps,
+            what == "gated", "sigmoid" if what == "gated" else None,
         )  # fmt: skip
         kernel = variant.launcher.kernel
         assert variant.launcher is walks.walk_by_hand()
@@ -68,6 +78,8 @@ def by_hand() -> Iterator[tuple[str, Any, dict[str, Any], int, int]]:
             constants |= {"initial_ptr": None, "final_ptr": None, "cu_seqlens_ptr": None}
         if not keeps:
             constants["kept_ptr"] = None
+        if what != "gated":
+            constants |= {"a_ptr": None, "squares_ptr": None}
         name = f"walk  K {K:<3} V {V:<4} BLOCK_V {columns:<3} {what}"
         yield name, kernel, constants, warps, stages
     for K, V, what in [

@@ -12,9 +12,12 @@ from chela_bench.kernels.chela import ChelaBlock
 from chela_bench.reference import chela as reference
 from tests.attention import DEVICE
 
-pytestmark = pytest.mark.filterwarnings(  # of the reference's FFTs
-    "ignore:Torchinductor does not support code generation for complex operators"
-)
+pytestmark = [
+    pytest.mark.filterwarnings(  # of the reference's FFTs
+        "ignore:Torchinductor does not support code generation for complex operators"
+    ),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores for float32"),  # which are off
+]
 BACKEND = "inductor" if DEVICE == "cuda" else "aot_eager"
 KINDS = pytest.mark.parametrize(
     ("kind", "options"),
@@ -60,14 +63,13 @@ def results(function, module, x, mask, dy):
 
 
 def assert_same(found, right):
-    """Bits, unless inductor wrote the pointwise steps anew."""
+    """But for rounding: compiled, norms and sums of gradients are PyTorch's."""
+    allowed = 1e-5 if BACKEND == "aot_eager" else 1e-2  # inductor's pointwise steps, and TF32
     for x, y in zip(found, right, strict=True):
         if y is None:
             assert x is None
-        elif BACKEND == "aot_eager":
-            assert torch.equal(x, y)
         else:
-            assert (x - y).norm() <= 1e-2 * y.norm() + 1e-6
+            assert (x - y).norm() <= allowed * y.norm() + 1e-6
 
 
 @KINDS
@@ -95,7 +97,7 @@ def test_other_lengths_are_taken(kind, options):
     for T in lengths:
         given = inputs(T)
         found, right = (results(f, made, *given) for f in (compiled, made))
-        assert all(map(torch.equal, found, right))
+        assert_same(found, right)
     assert counter.frame_count == (2 if kind is ChelaBlock else len(lengths))
 
 

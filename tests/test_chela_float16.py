@@ -64,7 +64,10 @@ def test_the_attention_grows_past_float16_and_shrunk_it_does_not(causal):
         factor = shrink[tokens - 1].item()
         assert 0.7 < factor * seen**0.5 < 1.5 and factor.hex().startswith("0x1.0000000000000p")
     if causal:
-        step = layer._shrink(x[:, :1], T - 1), layer._shrink(x[:, :1], torch.tensor([T - 1]))
+        step = (
+            layer._shrink(x[:, :1], T - 1),
+            layer._shrink(x[:, :1], x.new_tensor([T - 1], dtype=torch.long)),
+        )
         assert step[0] == step[1] == shrink[-1:]
 
 

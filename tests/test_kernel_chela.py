@@ -9,6 +9,7 @@ import torch
 
 from chela_bench.bench.check import error_of
 from chela_bench.errors import ArgumentError
+from chela_bench.kernels import chela
 from chela_bench.kernels.chela import ChelaBlock, ChelaLayer
 from chela_bench.kernels.chela_decode import StateCache
 from chela_bench.reference import chela as reference
@@ -87,6 +88,39 @@ def test_matches_the_reference_with_all_gradients(case):
     found = results(ours, x, dy, mask)
     assert all(g is None or g.dtype == dtype for g in found.values())
     assert_near(found, results(exact, x.double(), dy.double(), mask), BUDGET[dtype])
+
+
+WIDE = {  # sizes that are for the kernels scheduled by hand, D = 64
+    "a head": {"d_key": 128, "d_value": 256},
+    "heads": {"d_key": 128, "d_value": 320, "num_heads": 2},
+    "silu": {"d_key": 64, "d_value": 128, "gate_activation": "silu"},
+    "no attention gate": {"d_key": 128, "d_value": 256, "attention_gate": False},
+    "no output gate": {"d_key": 64, "d_value": 96, "output_gate": False},
+    "norm after": {"d_key": 128, "d_value": 256, "norm_position": "after", "eps": 0.1},
+    "no projection": {"d_value": 128, "projection": "none"},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", WIDE)
+def test_kernels_for_hopper_match_the_reference(monkeypatch, name, masked):
+    """With all gradients, and without, where the attention is gated on its way out."""
+    ours, exact = layers(64, torch.bfloat16, max_length=700, **WIDE[name])
+    x, dy = inputs(64, torch.bfloat16, T=700)
+    mask = None
+    if masked:
+        mask = torch.arange(700, device=DEVICE) < torch.tensor([[700], [333]], device=DEVICE)
+        dy = dy * mask[:, :, None]
+    right = results(exact, x.double(), dy.double(), mask)
+    assert_near(results(ours, x, dy, mask), right, BUDGET[torch.bfloat16])
+    gated = []
+    plain = chela.gated_attention
+    monkeypatch.setattr(chela, "gated_attention", lambda *a, **o: gated.append(a) or plain(*a, **o))
+    with torch.no_grad():
+        y = ours(x, mask)
+    assert error_of(y, right["y"], "tokens") <= BUDGET[torch.bfloat16]
+    assert len(gated) == (torch.cuda.get_device_capability()[0] == 9)
 
 
 @pytest.mark.parametrize("norm_position", ["before", "after"])
@@ -196,8 +230,9 @@ def test_auto_is_the_reference_beyond_the_kernels(last, beyond, message):
         assert f"implementation='auto: {chosen}'" in repr(layer)
         assert "implementation='auto: reference'" in repr(layer.double())
         x = torch.randn(1, 9, 1, device="cuda")
-        y = layer.float()(x)
-        right = reference.ChelaLayer.forward(layer, x)
+        with torch.no_grad():
+            y = layer.float()(x)
+            right = reference.ChelaLayer.forward(layer, x)
         assert error_of(y, right.double(), "tokens") <= 1e-2
         y, cache = layer.prefill(x[:, :8])
         assert isinstance(cache, StateCache) == (chosen == "triton")

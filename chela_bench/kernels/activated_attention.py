@@ -2,10 +2,9 @@
 
     o = linear_attention(q, k, v)        v = SiLU(p)        dp = dv SiLU'(p)        db = sum dp
 
-Forward, where the sequence is cut into segments, the pass that sums K^T V over them comes first,
-reads p and writes v for the walk. Backward, where dq and dk come from states that were kept, the
-walk for dv does not read v: the pass that turns dv into dp makes v again, for dq and dk. Bytes an
-element of v in 16 bits, besides those of linear attention: forward 2, else 4; backward 8, else 10.
+Backward, where dq and dk come from states that were kept, the walk for dv does not read v: the pass
+that turns dv into dp makes v again on its way, for dq and dk. Bytes an element of v in 16 bits,
+besides those of linear attention: forward 4; backward 8, elsewhere 10.
 """
 
 from __future__ import annotations
@@ -42,13 +41,8 @@ class _Activated(torch.autograd.Function):
     ) -> Tensor:
         v = torch.empty_like(p)
         call = walk_of(q, k, v, causal=causal, trained=True)
-        is_summed = call.causal and call.segments > 1 and v.numel() > 0
-        if not is_summed:
-            output_gate_forward(p, None, None, v)
-        o, _, states = forward(
-            q, k, v, None, call, output_final_state=False, keep_states=True,
-            activated=p if is_summed else None,
-        )  # fmt: skip
+        output_gate_forward(p, None, None, v)
+        o, _, states = forward(q, k, v, None, call, output_final_state=False, keep_states=True)
         ctx.save_for_backward(q, k, p, states)
         ctx.call, ctx.bias_dtype = call, None if bias is None else bias.dtype
         return o

@@ -6,6 +6,7 @@
     V = SiLU(X~ W_v + b_v)                          silu                      4 V
     O = linear_attention(Q, K, V)                   linear_attention.py       4 V + 8 K
     M = norm_rms(O) * act(Z W_a + b_a)              norm_gate                 6 V
+        or, without gradients, on Hopper            gated_attention           2 V + 2 D
     H = Z W_h + b_h + M U_h                         cuBLAS, one after the other into one sum
     y = sigmoid(Z W_o + b_o) SiLU(H) + ..           output_gate               8 D
 
@@ -29,9 +30,11 @@ from chela_bench.kernels.chela_decode import StateCache
 from chela_bench.kernels.chela_limits import beyond_kernels, takes
 from chela_bench.kernels.chela_merged import MergedKernels
 from chela_bench.kernels.dispatch import autocast
+from chela_bench.kernels.gated_attention import gated_attention, gating_walk
 from chela_bench.kernels.gates_ops import (
     joint_output_gate,
     norm_gate,
+    normed_output_gate,
     output_gate,
     queries_keys,
     silu,
@@ -146,13 +149,21 @@ class ChelaLayer(reference.ChelaLayer):
         values = (projected if is_fused else called)(normed, self.w_v)
         normed = values.x
         z = self._convolved(normed, mask) if cache is None else cache.convolve(normed)
-        m, z = self._attended(values, z, mask, cache, is_fused=is_fused)
-        y = self._mixed(m, z, x, is_fused=is_fused)
+        drops = self.training and self.dropout.p > 0
+        gates_on_the_way = cache is None and not drops
+        m, z, squares = self._attended(
+            values, z, mask, cache, is_fused=is_fused, gates_on_the_way=gates_on_the_way
+        )
+        if squares is not None:
+            g = None if self.w_o is None else self.w_o(z)
+            width, u = m.shape[2], self.u_h(m)
+            y = normed_output_gate(self.w_h(z), u, squares, g, x, width=width, eps=self.eps)
+        else:
+            y = self._mixed(m, z, x, is_fused=is_fused, drops=drops)
         return zero_padding(y if before else normalize(self.norm, y)[0], mask)
 
-    def _mixed(self, m: Tensor, z: Tensor, x: Tensor, *, is_fused: bool) -> Tensor:
+    def _mixed(self, m: Tensor, z: Tensor, x: Tensor, *, is_fused: bool, drops: bool) -> Tensor:
         """y [B, T, D] of M, Z and x."""
-        drops = self.training and self.dropout.p > 0
         if is_fused and self.w_o is not None and not drops:
             both = projected(z, self.w_h, self.w_o)
             bias_h, bias_g = both.biases
@@ -201,8 +212,10 @@ class ChelaLayer(reference.ChelaLayer):
         cache: StateCache | None,
         *,
         is_fused: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """M [B, T, V], and Z for what follows."""
+        gates_on_the_way: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """M [B, T, V]; Z for what follows; and where M is not normed yet, but only if it
+        `gates_on_the_way`, the squares of what it is to be normed by."""
         project = projected if is_fused else called
         p, z, [bias] = (z, z, [None]) if self.w_z is None else project(z, self.w_z)
         q, k = queries_keys(
@@ -212,34 +225,28 @@ class ChelaLayer(reference.ChelaLayer):
         if q.dtype == torch.float16:
             shrink = self._shrink(q, 0 if cache is None else cache.before)
             q = q * shrink.to(q.dtype)[:, None]
-        q, k = (u.unflatten(2, (self.num_heads, -1)) for u in (q, k))
-        o = self._attend_values(q, k, values, mask, cache, is_fused=is_fused).flatten(2)
+        heads = (self.num_heads, -1)
+        q, k, p = (u.unflatten(2, heads) for u in (q, k, values.out))
+        walk = gating_walk(q, k, p, causal=self.causal) if gates_on_the_way else None
+        [bias] = values.biases
+        if is_fused and mask is None:
+            o = activated_attention(q, k, p, causal=self.causal, bias=bias)
+        else:
+            v = zero_padding(silu(values.out, bias=bias), mask).unflatten(2, heads)
+            if walk is not None:
+                a = None if self.w_a is None else self.w_a(z)
+                m, squares = gated_attention(q, k, v, a, walk, activation=self.gate_activation)
+                return m, z, squares
+            if cache is None:
+                o, _ = linear_attention(q, k, v, causal=self.causal)
+            else:
+                o = cache.attend(q, k, v)
         a, z, [bias] = (None, z, [None]) if self.w_a is None else project(z, self.w_a)
         m = norm_gate(
-            o, a, eps=self.eps, activation=self.gate_activation, dtype=z.dtype, bias=bias,
-            shrink=shrink,
+            o.flatten(2), a, eps=self.eps, activation=self.gate_activation, dtype=z.dtype,
+            bias=bias, shrink=shrink,
         )  # fmt: skip
-        return m, z
-
-    def _attend_values(
-        self,
-        q: Tensor,
-        k: Tensor,
-        values: Projection,
-        mask: Tensor | None,
-        cache: StateCache | None,
-        *,
-        is_fused: bool,
-    ) -> Tensor:
-        """O [B, T, H, V / H] of q, k [B, T, H, K / H] and what becomes V."""
-        heads, [bias] = (self.num_heads, -1), values.biases
-        if is_fused and mask is None:
-            p = values.out.unflatten(2, heads)
-            return activated_attention(q, k, p, causal=self.causal, bias=bias)
-        v = zero_padding(silu(values.out, bias=bias), mask).unflatten(2, heads)
-        if cache is not None:
-            return cache.attend(q, k, v)
-        return linear_attention(q, k, v, causal=self.causal)[0]
+        return m, z, None
 
     def _shrink(self, q: Tensor, before: int | Tensor) -> Tensor:
         """About 1 / sqrt(n) of the n tokens that each one attends to [T]; `before` came before q.

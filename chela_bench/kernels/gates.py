@@ -4,7 +4,8 @@
                     do = r * (dm act(a) - n mean(dm act(a) n))      da = dm n act'(a)
                     without a, m = n; rows of o that come shrunk by s have s^2 eps for eps
     output gate     y = sigmoid(g) SiLU(h) + (1 - sigmoid(g)) x     without g, y = SiLU(h) + x;
-                                                                    without x too, y = SiLU(h)
+                                                                    without x too, y = SiLU(h);
+                    with u and the parts of r's sum of squares, h + r u for h
 
 All are [..., N]. A program of norm and gate owns whole rows, N <= 4096, and makes n again in the
 backward: grid (ceil(R / rows)). The output gate's owns a tile: grid (ceil(R / rows) * ceil(N /
@@ -30,8 +31,8 @@ from chela_bench.kernels.rows import _activated, _load, _mask, _sigmoids, _store
 MAX_V = 4096  # a row of norm and gate lies in the registers of one program
 TILE = 2048  # elements of 4 warps: two vectors of 16 bytes a thread, in 16 bits
 RUNTIME = [
-    "R", "T", "walks", "root_eps",
-    *(f"stride_{x}" for x in ("o", "a", "dm", "h", "g", "x", "dy")),
+    "R", "T", "walks", "root_eps", "eps", "per_mean",
+    *(f"stride_{x}" for x in ("o", "a", "dm", "h", "g", "x", "u", "dy")),
 ]  # fmt: skip
 
 
@@ -110,17 +111,25 @@ def _norm_gate_bwd_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _output_gate_fwd_kernel(
-    h_ptr, g_ptr, x_ptr, y_ptr,  # [R, N]; g, or g and x may be missing
-    stride_h: tl.int64, stride_g: tl.int64, stride_x: tl.int64,  # in units of UNIT
-    R: tl.int64,
-    N: tl.constexpr, UNIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    h_ptr, g_ptr, x_ptr, u_ptr, squares_ptr, y_ptr,  # [R, N], squares [R, P]; g, g and x, or u
+    # and squares may be missing
+    stride_h: tl.int64, stride_g: tl.int64, stride_x: tl.int64, stride_u: tl.int64,  # units of UNIT
+    R: tl.int64, eps, per_mean,
+    N: tl.constexpr, P: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     NB: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0).to(tl.int64)
     r = pid // NB * BLOCK_R + tl.arange(0, BLOCK_R)
     n = (pid % NB).to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = _mask(r, n, R, N)
-    y, _ = _activated(_load(h_ptr, r, n, stride_h * UNIT, mask), "silu")
+    h = _load(h_ptr, r, n, stride_h * UNIT, mask)
+    if u_ptr is not None:
+        p = tl.arange(0, BLOCK_P)
+        squares = _load(squares_ptr, r, p, P, _mask(r, p, R, P))
+        inverse = tl.rsqrt(tl.sum(squares, axis=1, keep_dims=True) * per_mean + eps)
+        h += inverse * _load(u_ptr, r, n, stride_u * UNIT, mask)
+    y, _ = _activated(h, "silu")
     if x_ptr is not None:
         x = _load(x_ptr, r, n, stride_x * UNIT, mask)
         if g_ptr is not None:
@@ -250,16 +259,31 @@ def warps(columns: int) -> int:
     return 4 if columns <= TILE else 8
 
 
-def output_gate_forward(h: Tensor, g: Tensor | None, x: Tensor | None, y: Tensor) -> None:
-    """Writes y. All [..., N]; y contiguous."""
+def output_gate_forward(
+    h: Tensor,
+    g: Tensor | None,
+    x: Tensor | None,
+    y: Tensor,
+    *,
+    u: Tensor | None = None,
+    squares: Tensor | None = None,
+    width: int = 1,
+    eps: float = 0.0,
+) -> None:
+    """Writes y. All [..., N]; y contiguous. With u and squares [..., P], contiguous, h is h + r u,
+    where r normalises rows of `width` numbers whose squares sum up to the sum of squares."""
     if h.numel() == 0:
         return
-    tensors, strides, unit, R, N = rows_of(h, g, x)
+    tensors, strides, unit, R, N = rows_of(h, g, x, u)
+    P = 1 if squares is None else squares.shape[-1]
     blocks = tile(N, TILE)
-    constants = _output_gate_fwd.constants(N=N, UNIT=unit, **blocks)
+    constants = _output_gate_fwd.constants(
+        N=N, P=P, UNIT=unit, **blocks, BLOCK_P=triton.next_power_of_2(P)
+    )
     programs = cdiv(R, blocks["BLOCK_R"]) * cdiv(N, blocks["BLOCK_N"])
+    scalars = (*strides, R, float(eps), 1.0 / width)
     with on_device_of(h):
-        _output_gate_fwd(programs, (*tensors, y), (*strides, R), constants, 4, 1)
+        _output_gate_fwd(programs, (*tensors, squares, y), scalars, constants, 4, 1)
 
 
 def output_gate_backward(

@@ -140,6 +140,28 @@ def joint_output_gate(
     return y
 
 
+def normed_output_gate(
+    h: Tensor,
+    u: Tensor,
+    squares: Tensor,
+    g: Tensor | None,
+    x: Tensor,
+    *,
+    width: int,
+    eps: float,
+) -> Tensor:
+    """output_gate of h + r u, r = 1 / sqrt(sum(squares) / width + eps), for u whose rows were to be
+    multiplied by r and are linear in what `width` numbers' squares are summed of.
+
+    h, u, g, x, y [..., D]; squares [..., P] float32, contiguous. Without gradient, and not for
+    tensors that someone watches. Raises ArgumentError.
+    """
+    _check_tensors({"h": h, "u": u, "g": g, "x": x})
+    y = _empty(x)
+    gates.output_gate_forward(h, g, x, y, u=u, squares=squares, width=width, eps=eps)
+    return y
+
+
 def silu(p: Tensor, *, bias: Tensor | None = None) -> Tensor:
     """v = SiLU(p), [..., N] in p's dtype; bias [N] is one that p has in already. Raises
     ArgumentError."""

@@ -92,6 +92,11 @@ class Variant:
         self.num_warps, self.num_stages = num_warps, num_stages
         self._forms: dict[tuple[bool, ...], Form] = {}
 
+    def constant(self, name: str) -> Any:
+        """The value of one constexpr."""
+        names = self.launcher.kernel.arg_names[-len(self.constants) :]
+        return self.constants[names.index(name)]
+
     def __call__(
         self, programs: int, tensors: Sequence[Tensor | None], scalars: tuple[int | float, ...]
     ) -> None:

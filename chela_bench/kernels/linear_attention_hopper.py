@@ -140,6 +140,14 @@ def _keep(
 
 
 @gluon.jit
+def _gate(a, ACTIVATION: gl.constexpr):
+    """act(a), as rows._activated."""
+    a = a.to(gl.float32)
+    sigmoid = 1.0 / (1.0 + gl.exp(-a))
+    return a * sigmoid if ACTIVATION == "silu" else sigmoid
+
+
+@gluon.jit
 def _opaque(x):
     """x, int32, of which LLVM knows nothing. What a loop computes from it is not kept in registers
     from chunk to chunk, where accumulators leave few: those would spill."""
@@ -157,10 +165,11 @@ def _times(t, stride):
 @gluon.jit(do_not_specialize=RUNTIME)
 def _linear_attention_wgmma_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, initial_ptr, final_ptr, kept_ptr, cu_seqlens_ptr,  # pointers
+    a_ptr, squares_ptr,  # as o; [B, T, H, NV, GROUPS] float32
     stride_qb: gl.int64, stride_qt: gl.int64, stride_qh: gl.int64,  # in units of 16 elements
     stride_kb: gl.int64, stride_kt: gl.int64, stride_kh: gl.int64,
     stride_vb: gl.int64, stride_vt: gl.int64, stride_vh: gl.int64,
-    stride_ob: gl.int64, stride_ot: gl.int64, stride_oh: gl.int64,
+    stride_ob: gl.int64, stride_ot: gl.int64, stride_oh: gl.int64,  # of a too
     scale, T: gl.int64, H, segments, pieces,  # runtime scalars
     K: gl.constexpr, V: gl.constexpr,  # dimensions
     BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_V: gl.constexpr,  # tile
@@ -168,9 +177,11 @@ def _linear_attention_wgmma_kernel(
     IS_REVERSED: gl.constexpr, IS_PACKED: gl.constexpr,
     USE_INITIAL_STATE: gl.constexpr, STORE_FINAL_STATE: gl.constexpr,
     STATE_IS_TRANSPOSED: gl.constexpr, KEEP: gl.constexpr, ALIGN: gl.constexpr,
+    SQUARE: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
     """linear_attention_walk._linear_attention_walk_kernel, causal. With one stage of q, where two
-    do not fit, the next is copied only when this one's products are done."""
+    do not fit, the next is copied only when this one's products are done. SQUARE: sums of o^2 over
+    each group's columns are written too, and with a, o act(a) in the place of o."""
     UNIT: gl.constexpr = 16
     NV: gl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     WHOLE_K: gl.constexpr = K == BLOCK_K
@@ -190,6 +201,8 @@ def _linear_attention_wgmma_kernel(
     k_ptr += (b * stride_kb + h * stride_kh + start * stride_kt) * UNIT
     v_ptr += (b * stride_vb + h * stride_vh + start * stride_vt) * UNIT + first_v
     o_ptr += (b * stride_ob + h * stride_oh + start * stride_ot) * UNIT + first_v
+    if a_ptr is not None:
+        a_ptr += (b * stride_ob + h * stride_oh + start * stride_ot) * UNIT + first_v
     q_offs = _offsets(stride_qt, BLOCK_T, BLOCK_K, _copied(BLOCK_K, GROUPS))
     k_offs = _offsets(stride_kt, BLOCK_T, BLOCK_K, _copied(BLOCK_K, GROUPS))
     v_offs = _offsets(stride_vt, BLOCK_T, BLOCK_V, _copied(BLOCK_V, GROUPS))
@@ -262,6 +275,10 @@ def _linear_attention_wgmma_kernel(
         _copy(ks.index(to), k_ptr + t * stride_kt * UNIT, k_offs, rows, K, WHOLE_K)
         _copy(vs.index(to), v_ptr + t * stride_vt * UNIT, v_offs, rows, left_v, WHOLE_V)
         async_copy.commit_group()
+        if a_ptr is not None:  # before it is needed, while products run
+            c = chunks - 1 - i if IS_REVERSED else i
+            mask = _mask(o_offs, left - c * BLOCK_T, left_v, WHOLE_V)
+            a = gl.load(a_ptr + c * BLOCK_T * (stride_ot * UNIT) + o_offs, mask=mask, other=0.0)
 
         scores = warpgroup_mma_wait(1, deps=[scores])
         p = gl.where(seen, scores, 0.0).to(gl.bfloat16)
@@ -280,14 +297,19 @@ def _linear_attention_wgmma_kernel(
             async_copy.commit_group()
         c = chunks - 1 - i if IS_REVERSED else i
         rows = left - c * BLOCK_T
-        _store(
-            o_ptr + c * BLOCK_T * (stride_ot * UNIT),
-            _rounded(o, scale),
-            o_offs,
-            rows,
-            left_v,
-            WHOLE_V,
-        )
+        if SQUARE:
+            own: gl.constexpr = BLOCK_V // GROUPS  # of a group: none waits for the other's sum
+            parts = gl.reshape(o * scale, [BLOCK_T, GROUPS, own])
+            squares = gl.sum(parts * parts, axis=2)
+            SQUARES: gl.constexpr = squares.type.layout
+            r = gl.arange(0, BLOCK_T, gl.SliceLayout(1, SQUARES))[:, None]
+            group = gl.arange(0, GROUPS, gl.SliceLayout(0, SQUARES))[None, :]
+            at = (((b * T + start + c * BLOCK_T) * H + h) * NV + pid_v) * GROUPS
+            gl.store(squares_ptr + at + (r * (H * NV * GROUPS) + group), squares, mask=r < rows)
+        m = gl.convert_layout(_rounded(o, scale), o_offs.type.layout)
+        if a_ptr is not None:
+            m = (m.to(gl.float32) * _gate(a, ACTIVATION)).to(gl.bfloat16)
+        _store(o_ptr + c * BLOCK_T * (stride_ot * UNIT), m, o_offs, rows, left_v, WHOLE_V)
     async_copy.wait_group(0)
     state = warpgroup_mma_wait(0, deps=[next_state])
     if STORE_FINAL_STATE:

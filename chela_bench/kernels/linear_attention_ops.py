@@ -25,7 +25,7 @@ from chela_bench.kernels.linear_attention_config import (
 )
 from chela_bench.kernels.linear_attention_kept import gradients_of_kept
 from chela_bench.kernels.linear_attention_sweep import blocks, sweep
-from chela_bench.kernels.linear_attention_walk import Walk, segment_states, walk
+from chela_bench.kernels.linear_attention_walk import Gate, Walk, segment_states, walk
 
 _library = torch.library.Library("chela_bench", "FRAGMENT")
 _library.define(
@@ -50,12 +50,11 @@ def forward(
     *,
     output_final_state: bool,
     keep_states: bool,
-    activated: Tensor | None = None,
+    gate: Gate | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """o; the final state, if wanted; if gradients are to come (`keep_states`), what states there
     are of these: windows', where the call keeps them; those between segments; two-sided the one
-    that all read. Of `activated`, contiguous as v is, v is SiLU, and written: given where the call
-    sums segments, which read v first."""
+    that all read. A `gate` is for calls whose walk is by hand."""
     _, _, H, K = q.shape
     V = v.shape[-1]
     o = torch.empty_like(v) if v.is_contiguous() else v.new_empty(v.shape)  # the faster first
@@ -68,18 +67,21 @@ def forward(
         kept = q.new_empty(kept_shape(q, V))
     if call.N * H * V > 0:
         plan = call.forward
+        if gate is not None:
+            plan = None
         if plan is None or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16 != 0:
             (q, k, v), plan = rows_contiguous(q, k, v), None
         with on_device_of(q):
             if states is None:
-                walk(q, k, v, o, call, initial=initial, final=final, kept=kept, plan=plan)
+                walk(
+                    q, k, v, o, call, initial=initial, final=final, kept=kept, plan=plan, gate=gate
+                )
             else:
                 every_piece = keep_states and kept is None
                 segment_states(
-                    k, v, states, call, initial=initial, final=final, every_piece=every_piece,
-                    activated=activated,
-                )  # fmt: skip
-                walk(q, k, v, o, call, initial=states, kept=kept, plan=plan)
+                    k, v, states, call, initial=initial, final=final, every_piece=every_piece
+                )
+                walk(q, k, v, o, call, initial=states, kept=kept, plan=plan, gate=gate)
     if not keep_states:
         states = None
     return o, final, states if kept is None else kept

@@ -42,7 +42,6 @@ from chela_bench.kernels.linear_attention_config import (
     walk_config,
 )
 from chela_bench.kernels.linear_attention_model import wgmma_config
-from chela_bench.kernels.rows import _activated
 
 _SCANNED = 1024  # elements of a state that one program adds up
 
@@ -79,6 +78,14 @@ class Walk(NamedTuple):
     def align(self) -> int:
         """Tokens that the length of a segment is a multiple of."""
         return WINDOW if self.keeps else SEGMENT_ALIGN
+
+
+class Gate(NamedTuple):
+    """What the walk for Hopper puts on o, on its way out."""
+
+    a: Tensor | None  # as o: o act(a) is written
+    squares: Tensor  # [B, T, H * groups of columns], float32, to be written: sums of o^2
+    activation: str | None
 
 
 @triton.jit
@@ -216,7 +223,7 @@ def _linear_attention_walk_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _linear_attention_sum_kernel(
-    k_ptr, v_ptr, sums_ptr, cu_seqlens_ptr, p_ptr,  # pointers; p lies as v does
+    k_ptr, v_ptr, sums_ptr, cu_seqlens_ptr,  # pointers
     stride_kb: tl.int64, stride_kt: tl.int64, stride_kh: tl.int64,  # in units of UNIT elements
     stride_vb: tl.int64, stride_vt: tl.int64, stride_vh: tl.int64,
     T: tl.int64, H, segments, skip_from, skip_to,  # runtime scalars
@@ -225,8 +232,7 @@ def _linear_attention_sum_kernel(
     IS_BACKWARD: tl.constexpr, IS_PACKED: tl.constexpr, ALIGN: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """sums[n, h, segment] = K^T V of the segment's tokens, but not from skip_from to skip_to. With
-    p, v is SiLU(p), and written."""
+    """sums[n, h, segment] = K^T V of the segment's tokens, but not from skip_from to skip_to."""
     NK: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     NV: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     pid = tl.program_id(0).to(tl.int64)
@@ -238,8 +244,6 @@ def _linear_attention_sum_kernel(
     b, start, end = _bounds(cu_seqlens_ptr, n, pid_s, segments, 1, T, IS_PACKED, ALIGN)
     k_ptr += (b * stride_kb + h * stride_kh) * UNIT
     v_ptr += (b * stride_vb + h * stride_vh) * UNIT
-    if p_ptr is not None:
-        p_ptr += (b * stride_vb + h * stride_vh) * UNIT
 
     offs_t = tl.arange(0, BLOCK_T)
     offs_k = pid_k.to(tl.int32) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -251,15 +255,7 @@ def _linear_attention_sum_kernel(
         t = start + (chunks - 1 - i if IS_BACKWARD else i) * BLOCK_T
         mask_t = t + offs_t < end
         k_t = _columns(k_ptr, stride_kt * UNIT, t, offs_t, offs_k, mask_t, mask_k)
-        if p_ptr is None:
-            v = _rows(v_ptr, stride_vt * UNIT, t, offs_t, offs_v, mask_t, mask_v)
-        else:
-            p = _rows(p_ptr, stride_vt * UNIT, t, offs_t, offs_v, mask_t, mask_v)
-            v, _ = _activated(p.to(tl.float32), "silu")
-            v = v.to(v_ptr.dtype.element_ty)
-            if pid_k == 0:
-                offs = ((t + offs_t) * stride_vt * UNIT)[:, None] + offs_v[None, :]
-                tl.store(v_ptr + offs, v, mask=mask_t[:, None] & mask_v[None, :])
+        v = _rows(v_ptr, stride_vt * UNIT, t, offs_t, offs_v, mask_t, mask_v)
         if UPCAST:
             k_t, v = k_t.to(tl.float32), v.to(tl.float32)
         state = tl.dot(k_t, v, acc=state, input_precision=PRECISION)
@@ -328,6 +324,7 @@ def walk(
     transposed: bool = False,
     reverse: bool = False,
     plan: WalkPlan | None = None,
+    gate: Gate | None = None,
 ) -> None:
     """Writes o, and the last state into `final`.
 
@@ -336,14 +333,18 @@ def walk(
     `transposed` states are [..., V, K]. There is a `final` [N, H, K, V] of a causal walk in one
     segment only. `kept` [N, H, windows, K, V] in the dtype of q, of a walk that is not transposed
     nor packed, gets the state before each window of WINDOW tokens (with `reverse`, behind it).
-    `plan` is what `walk_plan` would find.
+    `plan` is what `walk_plan` would find. A `gate` is for walks by hand alone.
     """
     variant, programs, scalars = plan or walk_plan(
         q.shape, v.shape[-1], q.stride(), k.stride(), v.stride(), o.stride(), q.dtype, q.device,
         call.scale, call.N, call.segments, call.pieces, call.options, call.precise, call.causal,
         reverse, call.packed, initial is not None, final is not None, transposed, kept is not None,
+        gate is not None, None if gate is None or gate.a is None else gate.activation,
     )  # fmt: skip
-    variant(programs, (q, k, v, o, initial, final, kept, call.cu_seqlens), scalars)
+    pointers: tuple[Tensor | None, ...] = (q, k, v, o, initial, final, kept, call.cu_seqlens)
+    if variant.launcher is not _walk:
+        pointers += (None, None) if gate is None else (gate.a, gate.squares)
+    variant(programs, pointers, scalars)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -369,8 +370,10 @@ def walk_plan(
     has_final: bool,
     transposed: bool,
     has_kept: bool,
+    has_gate: bool = False,
+    activation: str | None = None,
 ) -> WalkPlan:
-    """Every T has its own plan, not its own kernel."""
+    """Every T has its own plan, not its own kernel. activation: of the gate's a, if it has one."""
     _, T, H, K = shape
     unit, strides, near = _rows_of((q_strides, K), (k_strides, K), (v_strides, V), (o_strides, V))
     shared: dict[str, object] = {
@@ -389,8 +392,10 @@ def walk_plan(
             BLOCK_T=config["BLOCK_T"], BLOCK_K=max(64, tile(K)), BLOCK_V=config["BLOCK_V"],
             STAGES=stages, GROUPS=config["num_warps"] // 4,
             Q_STAGES=1 if K > 128 and config["BLOCK_V"] > 64 else stages, **shared,
+            SQUARE=has_gate, ACTIVATION=activation,
         )  # fmt: skip
     else:
+        assert not has_gate
         config = walk_config(options, K, V, dtype)
         constants = _walk.constants(
             UNIT=unit, BLOCK_T=config["BLOCK_T"], BLOCK_K=tile(K), BLOCK_V=config["BLOCK_V"],
@@ -414,20 +419,18 @@ def segment_states(
     reverse: bool = False,
     inclusive: bool = False,
     every_piece: bool = False,
-    activated: Tensor | None = None,
 ) -> None:
     """Writes the state before each piece of each segment (behind it, with `reverse`) into `states`
     [N, H, segments * pieces, K, V], and that after all of them into `final` [N, H, K, V], all
     float32. Two-sided, `states` [N, H, K, V] is the state after all of them too. `inclusive` adds
-    each piece to its own state. Without `every_piece`, only states of whole segments hold. Of
-    `activated`, which has the strides of v, v is SiLU, and written.
+    each piece to its own state. Without `every_piece`, only states of whole segments hold.
     """
     _, T, H, K = k.shape
     V, segments = v.shape[-1], call.segments * call.pieces
     sums = states if call.causal else states.new_empty(call.N, H, segments, K, V)
     whole = final if call.causal else states
     skipped = 1 if every_piece else call.pieces  # nobody reads what the last ones add
-    if inclusive or whole is not None or activated is not None:
+    if inclusive or whole is not None:
         skipped = 0
     first = 0 if reverse else segments - skipped
     config = sum_config(K, V, k.dtype, has_wgmma(k.device))
@@ -441,7 +444,7 @@ def segment_states(
     )  # fmt: skip
     _sum(
         call.N * H * segments * cdiv(K, config["BLOCK_K"]) * cdiv(V, config["BLOCK_V"]),
-        (k, v, sums, call.cu_seqlens, activated),
+        (k, v, sums, call.cu_seqlens),
         (*strides, T, H, segments, first, first + skipped),
         constants, config["num_warps"], config["num_stages"],
     )  # fmt: skip

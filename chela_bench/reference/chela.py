@@ -355,6 +355,8 @@ def _normalize(norm: nn.LayerNorm | nn.RMSNorm, x: Tensor) -> Tensor:
 def _no_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Within, products are of the dtype that they are given in."""
     kind = x.device.type
+    if torch.compiler.is_compiling():  # which cannot ask
+        return torch.autocast(kind, enabled=False)
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.autocast(kind, enabled=False) if on else nullcontext()
 

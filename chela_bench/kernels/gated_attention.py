@@ -1,0 +1,50 @@
+"""Linear attention whose output is gated and measured on its way out, for inference on Hopper.
+
+    m = o act(a)        squares = sum of o^2 over columns of one group of warps
+
+The norm of o scales rows, and so commutes with whatever product of m comes next: it is left to
+whoever has the product, from the squares (gates_ops.normed_output_gate). o itself is not written.
+Bytes an element in 16 bits besides those of linear attention: 2 (a), where norm and gate take 6.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from chela_bench.kernels.dispatch import is_plain
+from chela_bench.kernels.launching import cdiv
+from chela_bench.kernels.linear_attention import walk_of
+from chela_bench.kernels.linear_attention_ops import forward
+from chela_bench.kernels.linear_attention_walk import Gate, Walk, walk_by_hand
+
+
+def gating_walk(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Walk | None:
+    """For `gated_attention` of these, or of a v that lies as this one does; None where the walk is
+    not one for Hopper, gradients are on, or someone watches."""
+    if torch.is_grad_enabled() or not (causal and q.is_cuda and is_plain(q, k, v)):
+        return None
+    call = walk_of(q, k, v, causal=True, trained=False)
+    if call.forward is None or call.forward[0].launcher is not walk_by_hand():
+        return None
+    return call
+
+
+def gated_attention(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor | None, call: Walk, *, activation: str
+) -> tuple[Tensor, Tensor]:
+    """m [B, T, H V] and squares [B, T, P] float32, of which the sum over P is that of o^2.
+
+    q, k [B, T, H, K]; v [B, T, H, V]; a [B, T, H V], or None for m = o; activation "sigmoid" or
+    "silu". `call` is what `gating_walk` said.
+    """
+    assert call.forward is not None
+    B, T, H, V = v.shape
+    kernel = call.forward[0]
+    parts = cdiv(V, kernel.constant("BLOCK_V")) * kernel.constant("GROUPS")
+    squares = v.new_empty(B, T, H * parts, dtype=torch.float32)
+    if a is not None:
+        a = a.contiguous().unflatten(2, (H, V))
+    gate = Gate(a, squares, activation)
+    m, _, _ = forward(q, k, v, None, call, output_final_state=False, keep_states=False, gate=gate)
+    return m.flatten(2), squares
