@@ -490,6 +490,20 @@ def test_rejects_a_bias_that_cannot_be_in(bias, message):
         norm_gate(p, None, eps=EPS, bias=drawn(8))
 
 
+def test_a_gradient_may_take_the_place_of_the_one_that_nobody_else_holds():
+    inputs = inputs_of("norm_gate_sigmoid", (2, 70, 40), torch.float16)
+    [m], wanted, [dm] = with_gradients(partial(norm_gate, eps=EPS), inputs)
+    function = partial(norm_gate, eps=EPS, owns_gradient=True)
+    [found], gradients, _ = with_gradients(function, inputs, [dm])
+    assert torch.equal(found, m)
+    assert gradients["o"].data_ptr() == dm.data_ptr()
+    assert all(torch.equal(gradients[x], wanted[x]) for x in "oa")
+    strided = torch.cat([dm, dm], dim=-1)[..., :40]  # a place of another layout is left alone
+    before = strided.clone()
+    _, gradients, _ = with_gradients(function, inputs, [strided])
+    assert torch.equal(strided, before)
+
+
 def test_halves_are_gated_as_two_tensors_are():
     inputs = inputs_of("output_gate", (2, 70, 40), torch.bfloat16)
     [y], gradients, upstream = with_gradients(output_gate, inputs)
@@ -521,9 +535,9 @@ def test_the_operators_keep_pytorchs_rules(trained):
 
     half = torch.float16
     bf16 = torch.bfloat16
-    opcheck(ops._norm_gate, x(), x(dtype=half), x(8, dtype=half), None, EPS, "silu", bf16)
-    opcheck(ops._norm_gate, x(), x(), None, None, EPS, "silu", bf16)
-    opcheck(ops._norm_gate, x(), None, None, SHRINK, EPS, None, torch.float32)
+    opcheck(ops._norm_gate, x(), x(dtype=half), x(8, dtype=half), None, EPS, "silu", bf16, False)
+    opcheck(ops._norm_gate, x(), x(), None, None, EPS, "silu", bf16, False)
+    opcheck(ops._norm_gate, x(), None, None, SHRINK, EPS, None, torch.float32, True)
     parameters = [x(8) for _ in range(4)]
     opcheck(ops._queries_keys, x(dtype=half), *parameters, None, True)
     opcheck(ops._queries_keys, x(dtype=half), *parameters, x(8, dtype=half), True)

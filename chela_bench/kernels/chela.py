@@ -244,7 +244,7 @@ class ChelaLayer(reference.ChelaLayer):
         a, z, [bias] = (None, z, [None]) if self.w_a is None else project(z, self.w_a)
         m = norm_gate(
             o.flatten(2), a, eps=self.eps, activation=self.gate_activation, dtype=z.dtype,
-            bias=bias, shrink=shrink,
+            bias=bias, shrink=shrink, owns_gradient=is_fused,
         )  # fmt: skip
         return m, z, None
 

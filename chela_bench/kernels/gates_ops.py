@@ -18,6 +18,7 @@ gradient is the sum of the value's over all rows, which the backward makes on it
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -41,6 +42,7 @@ def norm_gate(
     dtype: torch.dtype | None = None,
     bias: Tensor | None = None,
     shrink: Tensor | None = None,
+    owns_gradient: bool = False,
 ) -> Tensor:
     """m = o / sqrt(mean(o^2) + eps) * act(a), the mean over the last axis: o, a, m [..., V].
 
@@ -48,7 +50,8 @@ def norm_gate(
     whatever is finite in o; a row with NaN is NaN. m comes in `dtype`, or else in a's, or without a
     in o's. bias [V] is one that a has in already. `shrink` [T] float32, of o [..., T, V], is what
     each token's row comes multiplied by: its eps is shrink^2 eps, so that m is as if nothing had
-    shrunk. It has no gradient. Raises ArgumentError.
+    shrunk. It has no gradient. owns_gradient: whoever goes on from m says that nobody else holds
+    m's gradient, so that o's may take its place in memory. Raises ArgumentError.
     """
     _check_tensors({"o": o, "a": a})
     _check_bias("a", a, bias)
@@ -68,7 +71,7 @@ def norm_gate(
     dtype = dtype or (o if a is None else a).dtype
     if dtype not in DTYPES:
         raise ArgumentError(f"wanted dtype float32, bfloat16 or float16, got {dtype}; convert m")
-    m: Tensor = _norm_gate(o, a, bias, shrink, eps, activation, dtype)
+    m: Tensor = _norm_gate(o, a, bias, shrink, eps, activation, dtype, owns_gradient)
     return m
 
 
@@ -236,8 +239,9 @@ def _norm_gate_forward(
     eps: float,
     activation: str | None,
     dtype: torch.dtype,
+    owns_gradient: bool,
 ) -> Tensor:
-    m = _norm_gate_output(o, a, bias, shrink, eps, activation, dtype)
+    m = _norm_gate_output(o, a, bias, shrink, eps, activation, dtype, owns_gradient)
     gates.norm_gate_forward(o, a, shrink, m, eps=eps, activation=activation)
     return m
 
@@ -250,12 +254,13 @@ def _norm_gate_output(
     eps: float,
     activation: str | None,
     dtype: torch.dtype,
+    owns_gradient: bool,
 ) -> Tensor:
     return _empty(o, dtype)
 
 
 def _norm_gate_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    o, a, bias, shrink, *options, _ = inputs
+    o, a, bias, shrink, *options, _, ctx.owns_gradient = inputs
     ctx.save_for_backward(o, a, shrink)
     ctx.options = options  # eps, activation
     ctx.bias_dtype = _dtype_of(bias)
@@ -266,8 +271,11 @@ def _norm_gate_differentiate(
 ) -> tuple[Tensor | None, ...]:
     o, a, shrink = ctx.saved_tensors
     needed = ctx.needs_input_grad[:3]
+    alike = dm.is_contiguous() and dm.dtype == o.dtype
+    if ctx.owns_gradient and alike and backward is _norm_gate_backward:  # not the operator
+        backward = partial(backward, room=dm)
     found = backward(o, a, dm, shrink, *ctx.options, ctx.bias_dtype, *needed)
-    return *_needed(found, needed), *(None,) * 4
+    return *_needed(found, needed), *(None,) * 5
 
 
 def _norm_gate_backward(
@@ -281,16 +289,21 @@ def _norm_gate_backward(
     needs_do: bool,
     needs_da: bool,
     needs_db: bool,
+    room: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    do, da, db = found = _norm_gate_gradients(
-        o, a, dm, shrink, eps, activation, bias_dtype, needs_do, needs_da, needs_db
+    """room: for do, which may be dm."""
+    new_do = needs_do and room is None
+    do, da, db = _norm_gate_gradients(
+        o, a, dm, shrink, eps, activation, bias_dtype, new_do, needs_da, needs_db
     )
+    if room is not None:
+        do = room
     gates.norm_gate_backward(
         o, a, dm, shrink,
         do if needs_do else None, da if needs_da else None, db if needs_db else None,
         eps=eps, activation=activation,
     )  # fmt: skip
-    return found
+    return do, da, db
 
 
 def _norm_gate_gradients(
@@ -313,8 +326,7 @@ _norm_gate = Operator(
     "norm_gate",
     (
         "(Tensor o, Tensor? a, Tensor? bias, Tensor? shrink, float eps, str? activation, "
-        "ScalarType dtype) "
-        "-> Tensor",
+        "ScalarType dtype, bool owns_gradient) -> Tensor",
         _norm_gate_forward,
         _norm_gate_output,
     ),
