@@ -290,6 +290,8 @@ def _linear_attention_wgmma_kernel(
             fence_async_shared()
             o = warpgroup_mma(p_smem, v, o, is_async=True)
         next_state = warpgroup_mma(k.permute((1, 0)), v, state, is_async=True)
+        if a_ptr is not None:
+            gate = _gate(a, ACTIVATION)
         o = warpgroup_mma_wait(1, deps=[o])
         if Q_STAGES == 1:
             _barrier()
@@ -308,7 +310,7 @@ def _linear_attention_wgmma_kernel(
             gl.store(squares_ptr + at + (r * (H * NV * GROUPS) + group), squares, mask=r < rows)
         m = gl.convert_layout(_rounded(o, scale), o_offs.type.layout)
         if a_ptr is not None:
-            m = (m.to(gl.float32) * _gate(a, ACTIVATION)).to(gl.bfloat16)
+            m = (m.to(gl.float32) * gate).to(gl.bfloat16)
         _store(o_ptr + c * BLOCK_T * (stride_ot * UNIT), m, o_offs, rows, left_v, WHOLE_V)
     async_copy.wait_group(0)
     state = warpgroup_mma_wait(0, deps=[next_state])
