@@ -247,6 +247,10 @@ def _linear_attention_wgmma_kernel(
     no_o = gl.zeros([BLOCK_T, BLOCK_V], gl.float32, O)
     next_state = warpgroup_mma_init(state)
     for i in range(0, chunks):
+        if a_ptr is not None:  # ahead of the copies that it would wait behind
+            c = chunks - 1 - i if IS_REVERSED else i
+            mask = _mask(o_offs, left - c * BLOCK_T, left_v, WHOLE_V)
+            a = gl.load(a_ptr + c * BLOCK_T * (stride_ot * UNIT) + o_offs, mask=mask, other=0.0)
         async_copy.wait_group(STAGES - 2 if Q_STAGES > 1 else 0)
         stage = i % STAGES
         q, k, v = qs.index(stage if Q_STAGES > 1 else 0), ks.index(stage), vs.index(stage)
@@ -275,10 +279,6 @@ def _linear_attention_wgmma_kernel(
         _copy(ks.index(to), k_ptr + t * stride_kt * UNIT, k_offs, rows, K, WHOLE_K)
         _copy(vs.index(to), v_ptr + t * stride_vt * UNIT, v_offs, rows, left_v, WHOLE_V)
         async_copy.commit_group()
-        if a_ptr is not None:  # before it is needed, while products run
-            c = chunks - 1 - i if IS_REVERSED else i
-            mask = _mask(o_offs, left - c * BLOCK_T, left_v, WHOLE_V)
-            a = gl.load(a_ptr + c * BLOCK_T * (stride_ot * UNIT) + o_offs, mask=mask, other=0.0)
 
         scores = warpgroup_mma_wait(1, deps=[scores])
         p = gl.where(seen, scores, 0.0).to(gl.bfloat16)
