@@ -371,7 +371,7 @@ def _check_facts(*facts: Facts) -> None:
         raise ArgumentError(
             f"wanted q, k and v on one device, got {', '.join(map(str, devices))}; move them"
         )
-    if devices[0].type != "cuda" and not _walk.interpreted:
+    if not _walk.runs_on(devices[0]):
         raise ArgumentError(
             f"wanted tensors on a GPU, got {devices[0]}; move them, use "
             "chela_bench.reference.linear_attention, or start Python with TRITON_INTERPRET=1"
