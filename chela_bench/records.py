@@ -427,6 +427,93 @@ class Run(_Record):
     """What the run's last session took, and whose it was. Null: interrupted, or still going."""
 
 
+class AtlasRow(_Record):
+    """One kernel as compiled for one architecture: what a point's call would launch there."""
+
+    op: str
+    """The op whose call launches it."""
+    impl: str
+    """The implementation of it."""
+    kernel: str
+    """The kernel, without `_kernel`."""
+    language: Literal["triton", "gluon"]
+    """gluon: scheduled by hand, and for one architecture alone."""
+    dtype: DType
+    """Of the call's inputs."""
+    config: dict[str, ConfigValue]
+    """Block sizes, warps and stages that the kernel is launched with."""
+    constants: dict[str, int | float | str | bool | None]
+    """All of its constants by name; pointers that are null among them."""
+    asked: list[dict[str, ConfigValue]]
+    """Configurations of the call that launch it: what `--axis` said. Empty settings: the
+    defaults."""
+    directions: list[Direction]
+    """Of the calls that launch it."""
+    lens: list[int]
+    """T of the calls that launch it, tokens."""
+    arch: str
+    """Architecture that it was compiled for: `sm_90`, `gfx942`."""
+    triton: str
+    """Triton's version, on which all of this depends."""
+    outcome: Literal["ok", "out_of_resources", "compile_error", "timeout", "crash"]
+    """ok; out_of_resources: it compiles and does not fit; or how its compiler ended."""
+    fits: bool
+    """Whether a block of it runs there."""
+    reason: str | None = None
+    """Why it does not: what it needs and what there is. Null: it fits."""
+    smem_bytes: Count | None = None
+    """Shared memory of a block, bytes. Null, as below: it did not compile."""
+    regs: Count | None = None
+    """Registers a thread."""
+    spill_store_bytes: Count | None = None
+    """Spilled to local memory, bytes a thread."""
+    spill_load_bytes: Count | None = None
+    """Read back from local memory, bytes a thread."""
+    stack_bytes: Count | None = None
+    """Local memory of a thread, bytes; spills lie there."""
+    tmem_columns: Count | None = None
+    """Columns of tensor memory (sm_100, sm_103)."""
+    ctas_per_sm: Count | None = None
+    """Blocks resident on an SM at once. Null: not modelled for this architecture."""
+    limiter: str | None = None
+    """What keeps more from being resident: shared memory, registers, tensor memory, warps or
+    blocks."""
+    tensor_core: str | None = None
+    """Matrix instruction that it issues: HGMMA (wgmma), UTCHMMA (tcgen05), HMMA (mma), v_mfma.
+    Null: none."""
+    instructions: Count | None = None
+    """Instructions in its code."""
+    instruction_counts: dict[str, Count] = Field(default_factory=dict)
+    """Of them matrix products, copies to shared memory, local loads and stores, barriers."""
+    compile_ms: Count | None = None
+    """What compiling took, milliseconds, when it was last done."""
+    cubin_sha256: str | None = None
+    """Of the binary."""
+
+    @property
+    def spill_bytes(self) -> int:
+        return (self.spill_store_bytes or 0) + (self.spill_load_bytes or 0)
+
+
+class Refused(_Record):
+    """A call that launches nothing on an architecture, since the host function does not take it."""
+
+    op: str
+    """The op."""
+    impl: str
+    """The implementation of it."""
+    arch: str
+    """Architecture that was asked about."""
+    direction: Direction
+    """Of the call."""
+    asked: dict[str, ConfigValue]
+    """What `--axis` said."""
+    tokens: int
+    """T."""
+    reason: str
+    """What it says."""
+
+
 def point_key(
     op: str,
     impl: str,

@@ -8,8 +8,7 @@ here can disagree with what is launched. One process stands in for one GPU.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +20,8 @@ from triton.runtime.jit import JITFunction
 from chela_bench.bench.cases import Case, Session
 from chela_bench.bench.job import Bench, Job
 from chela_bench.bench.load import load
-from chela_bench.bench.ops import Impl, user_impl
+from chela_bench.bench.ops import Impl
 from chela_bench.bench.registry import get_op
-from chela_bench.errors import ArgumentError
 from chela_bench.kernels.launching import StandIn, stand_in
 from chela_bench.records import Ceilings, Telemetry
 
@@ -40,6 +38,13 @@ class Launch:
     def kernel(self) -> str:
         """The function's name, without what all of ours share."""
         return str(self.source.name).removeprefix("_").removesuffix("_kernel")
+
+    @property
+    def key(self) -> str:
+        """Of all that the compiler is given."""
+        options = sorted((name, str(value)) for name, value in self.options.items())
+        given = f"{self.source.hash()} {self.target} {options}"
+        return hashlib.sha256(given.encode()).hexdigest()
 
     @property
     def is_gluon(self) -> bool:

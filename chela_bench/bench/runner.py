@@ -31,9 +31,9 @@ START_LIMIT_S = 180.0  # importing torch, starting CUDA, measuring the ceilings
 _FOREIGN_ANSWER = "something else wrote into the worker's answers"
 _LAST_BREATH_S = 10.0  # for a worker whose pipe is closed to end
 _LOOK_S = 0.5  # how often a silent worker is looked at: one that forked leaves its pipe open
-_PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
+PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 _WORKER = (  # not `-m`: that would put the current folder, with whatever lies in it, first
-    f"import sys; root = {_PACKAGE_ROOT!r}; root in sys.path or sys.path.insert(0, root); "
+    f"import sys; root = {PACKAGE_ROOT!r}; root in sys.path or sys.path.insert(0, root); "
     "from chela_bench.bench.worker import main; main()"
 )
 

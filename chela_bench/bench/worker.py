@@ -12,7 +12,6 @@ belong to whatever the implementations print and go to the run's worker.log.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
@@ -24,9 +23,9 @@ from typing import Any
 
 from chela_bench.bench.cases import Case, Session
 from chela_bench.errors import ArgumentError, ChelaBenchError, EnvironmentProblem
+from chela_bench.profiles.forks import die_with_parent
 from chela_bench.records import Ceilings, Outcome, Spent, Telemetry
 
-_PR_SET_PDEATHSIG = 1
 _ALLOCATOR_SAYS = ("can't allocate memory", "Storage size calculation overflowed")
 
 
@@ -178,17 +177,6 @@ def outcome_of(error: BaseException) -> tuple[Outcome, str]:
     if (dynamo and isinstance(error, dynamo.TorchDynamoException)) or names & compiler:
         return "compile_error", text
     return "crash", text
-
-
-def die_with_parent(parent_pid: int) -> None:
-    """Linux: the kernel kills this process when its parent ends, however it ends.
-
-    Elsewhere the worker ends when it next reads its closed standard input.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent_pid:  # it ended before the line above
-            os._exit(1)
 
 
 def limit_memory(limit_bytes: int | None) -> None:

@@ -1,0 +1,260 @@
+"""Every kernel of some cases, compiled for GPUs that are not there: what `atlas` and `tune` ask.
+
+No torch here: a process of its own (compiler.py) imports, compiles and may die.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from chela_bench.bench import plan
+from chela_bench.bench.cases import Case
+from chela_bench.bench.config import Config
+from chela_bench.bench.lengths import parse_lengths
+from chela_bench.bench.ops import Impl, Op
+from chela_bench.bench.plan import Flags, Settings
+from chela_bench.bench.registry import all_ops, get_op
+from chela_bench.bench.runner import PACKAGE_ROOT
+from chela_bench.errors import EnvironmentProblem, UsageError
+from chela_bench.profiles.occupancy import find_arch
+from chela_bench.records import AtlasRow, Refused
+
+DEFAULT_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+DEFAULT_LENS = "128,1k,2k,4k,16k,64k"  # a kernel of the long convolution each
+DEFAULT_AXES = {"BLOCK_T": [32, 64, 128], "BLOCK_V": [32, 64, 128]}  # of ops that take both
+LIMIT_S = 120.0  # for one kernel's compiler
+_WORKER = (
+    f"import sys; root = {PACKAGE_ROOT!r}; root in sys.path or sys.path.insert(0, root); "
+    "from chela_bench.bench.compiler import main; main()"
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to compile."""
+
+    parallel: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    limit_s: float = LIMIT_S
+    cache: Path | None = field(default_factory=lambda: cache_folder())
+    keep: bool = False  # compiled kernels, in Triton's own cache, for launches to come
+    processors: int | None = None  # of the card; None: of a usual one of the architecture
+
+
+@dataclass
+class Found:
+    """All rows, and the calls that launch nothing."""
+
+    triton: str = ""
+    rows: list[AtlasRow] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
+    # By architecture, then by the case's key: places of its rows.
+    by_case: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+
+    def rows_of(self, arch: str, case: Case) -> list[AtlasRow]:
+        return [self.rows[i] for i in self.by_case.get(arch, {}).get(case.key, ())]
+
+
+Progress = Callable[[str, int, int], None]  # architecture, kernels done, kernels in all
+
+
+def cache_folder() -> Path:
+    """As the XDG rules have it."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "chela-bench" / "atlas"
+
+
+def triton_impls(op: Op) -> list[Impl]:
+    """Implementations by the project's own kernels: those that need a GPU and nothing else."""
+    return [impl for impl in op.impls if impl.devices == ("cuda",) and impl.requires is None]
+
+
+def resolve(config: Config, flags: Flags) -> Settings:
+    """Ops, implementations, shapes and axes as `sweep` reads them, but those that Triton compiles,
+    at lengths that reach every kernel."""
+    names = flags.ops or [op.name for op in all_ops() if triton_impls(op)]
+    ops = [get_op(name) for name in names]
+    for op in ops:
+        if not triton_impls(op) and not flags.impls:
+            able = [op.name for op in all_ops() if triton_impls(op)]
+            raise UsageError(f"no kernel of ours computes {op.name}; there are: {', '.join(able)}")
+    impls = flags.impls or [impl.name for op in ops for impl in triton_impls(op)]
+    given: dict[str, Any] = {
+        "ops": [op.name for op in ops],
+        "impls": list(dict.fromkeys(impls)),
+        "lens": flags.lens or DEFAULT_LENS,
+    }
+    parse_lengths(given["lens"])
+    settings = plan.resolve(config, _with(flags, **given), ["cuda"])
+    if flags.axes or flags.impls:
+        return settings
+    takes_both = any(
+        set(DEFAULT_AXES) <= set(impl.axes or ()) for op in ops for impl in triton_impls(op)
+    )
+    if not takes_both:
+        return settings
+    return plan.resolve(config, _with(flags, **given, axes=DEFAULT_AXES), ["cuda"])
+
+
+def _with(flags: Flags, **changes: Any) -> Flags:
+    from dataclasses import replace
+
+    return replace(flags, **changes)
+
+
+def cases(settings: Settings) -> list[Case]:
+    """Each call once: a backward alone launches nothing that both in one do not, and a step
+    launches the same whatever the length of its cache."""
+    found = plan.cases(settings)
+    longest = max((case.shape["T"] for case in found), default=0)
+    kept = []
+    for case in found:
+        impl = plan.find_impl(settings, get_op(case.op), case.impl)
+        if case.direction not in impl.directions:
+            continue
+        if case.direction == "decode" and (case.config or case.shape["T"] != longest):
+            continue
+        kept.append(case)
+    return kept
+
+
+def compile_all(
+    cases: Sequence[Case],
+    archs: Sequence[str],
+    options: Options,
+    *,
+    user_impls: Mapping[str, str] | None = None,
+    progress: Progress = lambda arch, done, total: None,
+) -> Found:
+    """Rows in the order of architectures, then of cases.
+
+    Raises UsageError for an architecture that there is not, or a user's file that does not import,
+    and EnvironmentProblem if the process that compiles cannot.
+    """
+    for arch in archs:
+        find_arch(arch)
+    found = Found()
+    done: dict[str, int] = {}
+    total: dict[str, int] = {}
+    with tempfile.TemporaryDirectory(prefix="chela-atlas-") as scratch:
+        request = {
+            "archs": list(archs),
+            "cases": [case.model_dump(mode="json") for case in cases],
+            "impls": dict(user_impls or {}),
+            "parallel": options.parallel,
+            "limit_s": options.limit_s,
+            "cache": None if options.cache is None else str(options.cache),
+            "scratch": scratch,
+            "keep": options.keep,
+            "processors": options.processors,
+        }
+        places: list[tuple[int, int]] = []  # architecture, first case
+        rows: list[tuple[dict[str, Any], list[int]]] = []
+        for answer in _answers(request, scratch):
+            if "row" in answer:
+                row, users = answer["row"], answer["cases"]
+                rows.append((row, users))
+                places.append((list(archs).index(row["arch"]), min(users)))
+                done[row["arch"]] = done.get(row["arch"], 0) + 1
+                progress(row["arch"], done[row["arch"]], total[row["arch"]])
+            elif "launches" in answer:
+                total[answer["arch"]] = answer["launches"]
+                progress(answer["arch"], 0, answer["launches"])
+            elif "refused" in answer:
+                found.refused.append(_refused(answer, cases))
+            else:
+                found.triton = answer["done"]
+    for i in sorted(range(len(rows)), key=places.__getitem__):
+        row, users = rows[i]
+        for user in users:
+            by_key = found.by_case.setdefault(row["arch"], {})
+            by_key.setdefault(cases[user].key, []).append(len(found.rows))
+        found.rows.append(_row(row, [cases[user] for user in users], found.triton))
+    return found
+
+
+def _row(row: dict[str, Any], users: list[Case], triton: str) -> AtlasRow:
+    first = users[0]
+    asked = {json.dumps(case.config, sort_keys=True): case.config for case in users}
+    return AtlasRow.model_validate(
+        {
+            **row,
+            "op": first.op,
+            "impl": first.impl,
+            "dtype": first.dtype,
+            "asked": list(asked.values()),
+            "directions": list(dict.fromkeys(case.direction for case in users)),
+            "lens": sorted({case.shape["T"] for case in users}),
+            "triton": triton,
+        }
+    )
+
+
+def _refused(answer: dict[str, Any], cases: Sequence[Case]) -> Refused:
+    case = cases[answer["refused"]["case"]]
+    return Refused(
+        op=case.op, impl=case.impl, arch=answer["arch"], direction=case.direction,
+        asked=case.config, tokens=case.shape["T"], reason=answer["refused"]["reason"],
+    )  # fmt: skip
+
+
+def _answers(request: dict[str, Any], scratch: str) -> Iterator[dict[str, Any]]:
+    """Of the process that compiles, which ends with the loop."""
+    read_fd, write_fd = os.pipe()
+    log_path = Path(scratch) / "words"
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TMPDIR": scratch}
+    with log_path.open("wb") as log:
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _WORKER, str(write_fd), str(os.getpid())],
+                stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=(write_fd,),
+                start_new_session=True, env=environment,
+            )  # fmt: skip
+        except OSError as error:
+            os.close(read_fd)
+            raise EnvironmentProblem(f"cannot start the compiler's process: {error}") from error
+        finally:
+            os.close(write_fd)
+    finished = False
+    try:
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.close()
+        with os.fdopen(read_fd) as answers:
+            for line in answers:
+                answer = json.loads(line)
+                if "refusal" in answer:
+                    refusal = answer["refusal"]
+                    kind = EnvironmentProblem if refusal["exit_code"] == 6 else UsageError
+                    raise kind(refusal["message"])
+                finished = "done" in answer
+                yield answer
+        process.wait()
+        if not finished:
+            raise EnvironmentProblem(
+                f"the process that compiles ended with exit code {process.returncode}; last "
+                f"output: {_last_line(log_path)}"
+            )
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _last_line(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        lines = path.read_text(errors="replace").strip().splitlines()
+        if lines:
+            return lines[-1][:300]
+    return "none"
