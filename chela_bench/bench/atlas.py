@@ -6,6 +6,7 @@ No torch here: a process of its own (compiler.py) imports, compiles and may die.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -74,8 +75,7 @@ def cache_folder() -> Path:
 
 
 def triton_impls(op: Op) -> list[Impl]:
-    """Implementations by the project's own kernels: those that need a GPU and nothing else."""
-    return [impl for impl in op.impls if impl.devices == ("cuda",) and impl.requires is None]
+    return [impl for impl in op.impls if impl.triton]
 
 
 def resolve(config: Config, flags: Flags) -> Settings:
@@ -175,11 +175,17 @@ def compile_all(
                 found.triton = answer["done"]
     for i in sorted(range(len(rows)), key=places.__getitem__):
         row, users = rows[i]
-        for user in users:
-            by_key = found.by_case.setdefault(row["arch"], {})
-            by_key.setdefault(cases[user].key, []).append(len(found.rows))
-        found.rows.append(_row(row, [cases[user] for user in users], found.triton))
+        by_key = found.by_case.setdefault(row["arch"], {})
+        for _, group in itertools.groupby(users, key=lambda user: _who(cases[user])):
+            some = [cases[user] for user in group]
+            for case in some:
+                by_key.setdefault(case.key, []).append(len(found.rows))
+            found.rows.append(_row(row, some, found.triton))
     return found
+
+
+def _who(case: Case) -> tuple[str, str, str]:
+    return case.op, case.impl, case.dtype
 
 
 def _row(row: dict[str, Any], users: list[Case], triton: str) -> AtlasRow:

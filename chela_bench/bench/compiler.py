@@ -183,7 +183,9 @@ class _Atlas:
         if facts["outcome"] == "ok":
             facts = judged(facts, self._arch)
         constants = {name: _plain(value) for name, value in launch.constants.items()}
-        config = {name: x for name, x in constants.items() if name.startswith(TILE)}
+        axes = {name for i in cases for name in self._cases[i].config}
+        tile = {name: x for name, x in constants.items() if name.startswith(TILE) or name in axes}
+        config = {name: x for name, x in tile.items() if isinstance(x, int | str)}
         config |= {name: launch.options[name] for name in ("num_warps", "num_stages")}
         row = {
             "kernel": launch.kernel,

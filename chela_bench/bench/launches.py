@@ -86,7 +86,7 @@ class Recorder:
         self._bench = _bench()
         self._target = target
         self._caught: list[Launch] = []
-        JITFunction._do_compile = self._catch()  # type: ignore[method-assign]
+        JITFunction._do_compile = self._catch()
 
     def launches(self, case: Case, impl: Impl | None = None) -> list[Launch]:
         """What the case launches, each kernel and specialisation once. `impl`: a user's.

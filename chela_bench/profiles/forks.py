@@ -84,7 +84,7 @@ class _Child:
     def __init__(self, place: int, function: Callable[[], Any], limit_s: float) -> None:
         self.place, self._limit_s = place, limit_s
         self.deadline = time.monotonic() + limit_s
-        self._words = tempfile.TemporaryFile()
+        self._words = tempfile.TemporaryFile()  # noqa: SIM115  closed in `ending`
         self.answers, write_fd = os.pipe()
         self._answer = b""
         self.ended = False
@@ -104,11 +104,10 @@ class _Child:
     def ending(self) -> Ending:
         """Of one that has closed its pipe; else it is killed."""
         hung = not self.ended
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # it may not lead its group
-            os.killpg(self._pid, signal.SIGKILL) if hung else None
         if hung:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it does not lead a group yet
+                os.killpg(self._pid, signal.SIGKILL)
+            os.kill(self._pid, signal.SIGKILL)
         _, status = os.waitpid(self._pid, 0)
         os.close(self.answers)
         with self._words:
