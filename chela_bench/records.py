@@ -29,6 +29,7 @@ DTYPES: tuple[DType, ...] = get_args(DType)
 Count = Annotated[int, Field(ge=0)]
 Nanoseconds = Annotated[int, Field(gt=0)]
 ConfigValue = int | str | bool
+TIE = 1.01  # times the fastest: configurations no slower are as fast
 
 
 class _Record(BaseModel):
@@ -75,8 +76,11 @@ class Hbm(_Record):
 
 
 class Static(_Record):
-    """What the compiler says of a kernel. Null: it was not asked."""
+    """What the compiler says of a kernel: of those that a call launches, the one with the most
+    shared memory among those that the configuration changes. Null: it was not asked."""
 
+    kernel: str | None = None
+    """Which one."""
     smem_bytes: Count | None = None
     """Dynamic shared memory of a block, bytes."""
     regs: Count | None = None
@@ -87,6 +91,10 @@ class Static(_Record):
     """Read back from local memory, bytes a thread."""
     ctas_per_sm: Count | None = None
     """Blocks resident on an SM at once."""
+    num_warps: Count | None = None
+    """Warps of a block."""
+    compile_ms: Count | None = None
+    """What compiling all that the configuration changes took, milliseconds."""
 
 
 class Telemetry(_Record):
@@ -151,6 +159,9 @@ class Point(_Record):
     time_ns: Quantiles | None = None
     """Time of a call (decode: of a step, as everything below): kernel time on a GPU, wall time on
     a CPU. Null: failed, or no kernel time could be taken; then wall_ns stands alone."""
+    rounds: Count | None = None
+    """Rounds in which configurations were timed in turn, that the samples come from. Null: timed
+    by itself."""
     wall_ns: Nanoseconds | None = None
     """One call from launch to synchronised end, nanoseconds, median. Null: failed."""
     wall_n: Count | None = None

@@ -7,6 +7,7 @@ belong to whatever the implementations print and go to the run's worker.log.
     -> {"session": {...}}      <- {"hello": {"environment": ..., "versions": ...}}
     -> {"begin": ceilings}     <- {"ready": {"ceilings": ...}}      (null: measure them)
     -> {"case": {...}}         <- {"phase": "build"} ... {"point", "samples_ns", "spoilt"}
+    -> {"interleave": {...}}   <- {"phase": "build"} ... {"samples_ns", "rounds", "spoilt"}
     -> any of these            <- {"refused": {"exit_code", "message"}}
 """
 
@@ -53,6 +54,8 @@ def main() -> None:
                 raise EnvironmentProblem("the first command of a worker must be its session")
             elif "begin" in command:
                 worker.begin(command["begin"])
+            elif "interleave" in command:
+                worker.interleave(**command["interleave"])
             else:
                 worker.measure(Case.model_validate(command["case"]))
         except ChelaBenchError as error:
@@ -125,7 +128,7 @@ class Worker:
 
     def measure(self, case: Case) -> None:
         from chela_bench.bench.bounds import point_of
-        from chela_bench.bench.leftovers import left_behind, release_memory, state
+        from chela_bench.bench.leftovers import release_memory, state
         from chela_bench.bench.measure import measure
 
         bench = self.bench
@@ -145,13 +148,33 @@ class Worker:
                 reason=reason,
             )
         release_memory(cuda=bench.cuda)
+        spoilt = self._spoilt(case.key, before)
         spent = Spent(**{f"{name}_s": round(s, 6) for name, s in bench.spent_s.items()})
         point = point.model_copy(update={"spent": spent})
-        spoilt = left_behind(before, cuda=bench.cuda)
-        if spoilt is not None:
-            print(f"{case.key}: {spoilt}; a new worker follows", file=sys.stderr, flush=True)
         answer = {"point": point.model_dump(mode="json"), "samples_ns": samples}
-        self.answer({**answer, "spoilt": spoilt is not None})
+        self.answer({**answer, "spoilt": spoilt})
+
+    def interleave(self, cases: list[dict[str, Any]], seconds: float) -> None:
+        """Times right configurations of one call in turn."""
+        from chela_bench.bench.interleave import interleaved
+        from chela_bench.bench.leftovers import release_memory, state
+
+        bench = self.bench
+        wanted = [Case.model_validate(case) for case in cases]
+        before = state(cuda=bench.cuda)
+        samples, rounds = interleaved(bench, wanted, self.user_impls, seconds)
+        release_memory(cuda=bench.cuda)
+        spoilt = self._spoilt(f"{len(cases)} configurations in turn", before)
+        self.answer({"samples_ns": samples, "rounds": rounds, "spoilt": spoilt})
+
+    def _spoilt(self, what: str, before: Any) -> bool:
+        """Whether something was left behind, which the log tells."""
+        from chela_bench.bench.leftovers import left_behind
+
+        spoilt = left_behind(before, cuda=self.bench.cuda)
+        if spoilt is not None:
+            print(f"{what}: {spoilt}; a new worker follows", file=sys.stderr, flush=True)
+        return spoilt is not None
 
 
 def outcome_of(error: BaseException) -> tuple[Outcome, str]:

@@ -187,6 +187,16 @@ def has_wgmma(device: torch.device) -> bool:
     return bool(properties.major == 9)
 
 
+def capability(device: torch.device) -> str | None:
+    """`9.0` of an H100; None of what is no NVIDIA GPU."""
+    if (gpu := _stand_in(device)) is not None:
+        return f"{gpu.capability // 10}.{gpu.capability % 10}" if gpu.capability else None
+    if device.type != "cuda":
+        return None
+    properties: Any = torch.cuda.get_device_properties(device)
+    return f"{properties.major}.{properties.minor}"
+
+
 def cdiv(size: int, block: int) -> int:
     return -(-size // block)
 

@@ -73,7 +73,7 @@ def draw_heat_map(heat: HeatMap) -> Figure:
     title = textwrap.fill(heat.title, max(30, int(width * 9)))
     notes = textwrap.fill("; ".join(_notes(heat)), max(40, int(width * 13)))
     lines = subtitle.count("\n") + title.count("\n") + notes.count("\n")
-    room = "\n" * (subtitle.count("\n") + 2)  # below the title, for what is smaller
+    room = "\n" * (subtitle.count("\n") + 1)  # below the title, for what is smaller
     height = down * (rows * _CELL_IN * 0.62 + 0.85) + _HEAD_IN + _FOOT_IN + 0.17 * lines
     with matplotlib.rc_context({**settings(), "axes.grid": False}):
         figure = Figure((width, height), dpi=100, layout="constrained")
