@@ -26,6 +26,7 @@ def atlas_maps(rows: Sequence[AtlasRow], archs: Sequence[str]) -> dict[str, Heat
         axes = varied([asked for row in some for asked in row.asked])
         if axes is None:
             continue
+        others = other_axes([asked for row in some for asked in row.asked], axes)
         for kind, title, value, best, label in _QUANTITIES:
             panels = tuple(
                 _panel([row for row in some if row.arch == arch], arch, axes, value, best)
@@ -39,7 +40,7 @@ def atlas_maps(rows: Sequence[AtlasRow], archs: Sequence[str]) -> dict[str, Heat
             name = f"{op}-{impl}-{some[0].dtype}-atlas-{kind}"
             found[name] = HeatMap(
                 title, subtitle, axes[1], axes[0], panels, label,
-                notes=(f"best of all {others}",) if (others := _others(some, axes)) else (),
+                notes=(f"best of all {others}",) if others else (),
             )  # fmt: skip
     return found
 
@@ -57,10 +58,11 @@ def varied(asked: Sequence[dict[str, ConfigValue]]) -> tuple[str, str] | None:
     return next(iter(combinations([*numeric, *(n for n in several if n not in numeric)], 2)), None)
 
 
-def _others(rows: Sequence[AtlasRow], axes: tuple[str, str]) -> str:
-    names = dict.fromkeys(n for row in rows for asked in row.asked for n in asked)
-    varying = [n for n in names if len({a.get(n) for row in rows for a in row.asked}) > 1]
-    return ", ".join(name for name in varying if name not in axes)
+def other_axes(configs: Sequence[dict[str, ConfigValue]], axes: tuple[str, str]) -> str:
+    """Settings that differ beside the two that are drawn."""
+    names = dict.fromkeys(name for config in configs for name in config)
+    several = [n for n in names if len({c[n] for c in configs if n in c}) > 1]
+    return ", ".join(name for name in several if name not in axes)
 
 
 def _panel(

@@ -33,6 +33,7 @@ class Panel:
     values: Mapping[Place, float]
     missing: Mapping[Place, str] = field(default_factory=dict)
     levels: Mapping[Place, float] = field(default_factory=dict)
+    under: Mapping[Place, str] = field(default_factory=dict)  # smaller, below the value
     marked: frozenset[Place] = frozenset()  # framed: the best
 
 
@@ -103,9 +104,13 @@ def _notes(heat: HeatMap) -> list[str]:
         notes.append("hatched: no value, for the reason in the cell")
     if any(panel.marked for panel in heat.panels):
         notes.append("framed: best, and all within 1 % of it")
-    if heat.contours and any(panel.levels for panel in heat.panels):
-        names = ", ".join(heat.contours)
-        notes.append(f"lines: where shared memory passes {names}")
+    crossed = [
+        name
+        for name, level in heat.contours.items()
+        if any(_contour(heat, panel, level) for panel in heat.panels)
+    ]
+    if crossed:
+        notes.append(f"lines: where shared memory passes {', '.join(crossed)}")
     return notes
 
 
@@ -127,10 +132,14 @@ def _draw_panel(axes: Axes, heat: HeatMap, panel: Panel, norm: Normalize) -> Non
     for (x, y), value in panel.values.items():
         dark = float(norm(value)) > 0.6
         marked = (x, y) in panel.marked
+        colour, below = "white" if dark else INK, panel.under.get((x, y))
+        column, row = float(xs.index(x)), ys.index(y) + (0.1 if below else 0.0)
         axes.text(
-            xs.index(x), ys.index(y), heat.label(value), ha="center", va="center", fontsize=8.5,
-            color="white" if dark else INK, fontweight="bold" if marked else "normal",
+            column, row, heat.label(value), ha="center", va="center", fontsize=8.5, color=colour,
+            fontweight="bold" if marked else "normal",
         )  # fmt: skip
+        if below:
+            axes.text(column, row - 0.3, below, ha="center", va="center", fontsize=7, color=colour)
         if marked:
             _frame(axes, xs.index(x), ys.index(y))
     for (x, y), why in panel.missing.items():
@@ -164,28 +173,33 @@ def _frame(axes: Axes, column: int, row: int) -> None:
 
 
 def _draw_contours(axes: Axes, heat: HeatMap, panel: Panel) -> None:
-    """Between two cells on either side of a level; its name beside the first such line."""
-    xs, ys = heat.x_values, heat.y_values
+    """Its name stands beside the first line of a level."""
     styles: list[Any] = ["-", (0, (5, 2)), (0, (2, 2)), (0, (1, 1.5))]
     for number, (name, level) in enumerate(heat.contours.items()):
-        named = False
-        for (x, y), value in panel.levels.items():
-            column, row = xs.index(x), ys.index(y)
-            for step_x, step_y in ((1, 0), (0, 1)):
-                if column + step_x >= len(xs) or row + step_y >= len(ys):
-                    continue
-                other = panel.levels.get((xs[column + step_x], ys[row + step_y]))
-                if other is None or (value <= level) == (other <= level):
-                    continue
-                line_x = [column + 0.5, column + 0.5] if step_x else [column - 0.5, column + 0.5]
-                line_y = [row - 0.5, row + 0.5] if step_x else [row + 0.5, row + 0.5]
-                axes.plot(
-                    line_x, line_y, color=INK, linewidth=1.8, linestyle=styles[number % len(styles)]
-                )
-                if not named:
-                    named = True
-                    axes.annotate(
-                        name, (line_x[1], line_y[1]), (-2, 1), textcoords="offset points",
-                        ha="right", va="bottom", fontsize=7, color=INK,
-                        bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.5},
-                    )  # fmt: skip
+        for i, (line_x, line_y) in enumerate(_contour(heat, panel, level)):
+            style = styles[number % len(styles)]
+            axes.plot(line_x, line_y, color=INK, linewidth=1.8, linestyle=style)
+            if i == 0:
+                axes.annotate(
+                    name, (line_x[1], line_y[1]), (-2, 1), textcoords="offset points",
+                    ha="right", va="bottom", fontsize=7, color=INK,
+                    bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.5},
+                )  # fmt: skip
+
+
+def _contour(heat: HeatMap, panel: Panel, level: float) -> list[tuple[list[float], list[float]]]:
+    """Edges between two cells on either side of the level."""
+    xs, ys = heat.x_values, heat.y_values
+    edges = []
+    for (x, y), value in panel.levels.items():
+        column, row = xs.index(x), ys.index(y)
+        for step_x, step_y in ((1, 0), (0, 1)):
+            if column + step_x >= len(xs) or row + step_y >= len(ys):
+                continue
+            other = panel.levels.get((xs[column + step_x], ys[row + step_y]))
+            if other is None or (value <= level) == (other <= level):
+                continue
+            across = [column + 0.5, column + 0.5] if step_x else [column - 0.5, column + 0.5]
+            along = [row - 0.5, row + 0.5] if step_x else [row + 0.5, row + 0.5]
+            edges.append((across, along))
+    return edges

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from chela_bench.records import TIE, ConfigValue, Point, Run, Static, shape_label
 from chela_bench.reports.atlas import config_label
-from chela_bench.reports.atlas_maps import varied
+from chela_bench.reports.atlas_maps import other_axes, varied
 from chela_bench.reports.columns import Column, line, tables
 from chela_bench.reports.heat import HeatMap, Panel, Place
 from chela_bench.reports.text import duration, length, machine, plain, tally, three_digits
@@ -302,9 +302,9 @@ def tune_maps(run: Run, points: Sequence[Point]) -> dict[str, HeatMap]:
         if axes is None:
             continue
         panels = tuple(_panel(call, axes) for call in some)
-        others = [n for n in some[0].varying if n not in axes]
+        others = other_axes([p.config for call in some for p in call.points], axes)
         kind = "wall time" if run.environment.device == "cpu" else "kernel time"
-        notes = (f"best of all {', '.join(others)}",) if others else ()
+        notes = (f"best of all {others}",) if others else ()
         name = "".join(c if c.isalnum() or c in "._-" else "_" for c in impl)
         found[f"{op}-{name}-{direction}-{dtype}-{sizes_label}-tune"] = HeatMap(
             title=f"{plain(op)}/{plain(impl)}, {direction}: {kind} of a call",
@@ -320,6 +320,7 @@ def _panel(call: Call, axes: tuple[str, str]) -> Panel:
     values: dict[Place, float] = {}
     levels: dict[Place, float] = {}
     missing: dict[Place, str] = {}
+    under: dict[Place, str] = {}
     ties = {point.key for point in call.ties}
     marked = set()
     for point in reversed(call.timed):  # the fastest is the last to be written
@@ -328,6 +329,7 @@ def _panel(call: Call, axes: tuple[str, str]) -> Panel:
             values[place] = (point.seconds or 0.0) * 1e9
             if point.static.smem_bytes is not None:
                 levels[place] = float(point.static.smem_bytes)
+                under[place] = f"{_kb(point.static.smem_bytes)} KB"
             if point.key in ties:
                 marked.add(place)
     for point in call.points:
@@ -335,7 +337,8 @@ def _panel(call: Call, axes: tuple[str, str]) -> Panel:
         if place is not None and point.outcome != "ok":
             missing[place] = point.outcome.replace("_", " ")
     kept = {place: why for place, why in missing.items() if place not in values}
-    return Panel(f"T = {length(call.first.shape['T'])}", values, kept, levels, frozenset(marked))
+    name = f"T = {length(call.first.shape['T'])}"
+    return Panel(name, values, kept, levels, under, frozenset(marked))
 
 
 def _place(config: Mapping[str, ConfigValue], axes: tuple[str, str]) -> Place | None:
