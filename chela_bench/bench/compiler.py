@@ -104,7 +104,8 @@ class _Atlas:
     def run(self) -> list[str]:
         launches, users = self._recorded()
         cache = Cache(self._request["cache"])
-        keys = [cache.key(launch) for launch in launches]
+        keys = [cache.key(key) for key in launches]
+        found = list(launches.values())
         known = [cache.read(key) for key in keys]
         waiting = [i for i, facts in enumerate(known) if facts is None]
         self._answer(
@@ -116,11 +117,11 @@ class _Atlas:
         )
         for i, facts in enumerate(known):
             if facts is not None:
-                self._tell(launches[i], users[i], facts)
+                self._tell(found[i], users[i], facts)
         if waiting:
             _before_compiling()
         endings = each_in_a_fork(
-            [self._compiling(launches[i]) for i in waiting],
+            [self._compiling(found[i]) for i in waiting],
             parallel=self._request["parallel"],
             limit_s=self._request["limit_s"],
         )
@@ -129,11 +130,11 @@ class _Atlas:
             facts = _facts(ending)
             if facts["outcome"] in ("ok", "compile_error"):  # others may not happen again
                 cache.write(keys[i], facts)
-            self._tell(launches[i], users[i], facts)
+            self._tell(found[i], users[i], facts)
         return [name for name in _SLOW_IMPORTS if name in sys.modules]
 
-    def _recorded(self) -> tuple[list[Any], list[list[int]]]:
-        """Every kernel and specialisation once, and the cases that launch it."""
+    def _recorded(self) -> tuple[dict[str, Any], list[list[int]]]:
+        """Every kernel and specialisation once, by its key, and the cases that launch it."""
         from triton.backends.compiler import GPUTarget
 
         from chela_bench.bench.launches import Recorder
@@ -148,7 +149,7 @@ class _Atlas:
             target_of_user = self._request["impls"].get(case.impl)
             impl = user_impl(case.impl, target_of_user) if target_of_user else None
             try:
-                found = recorder.launches(case, impl)
+                found = {launch.key: launch for launch in recorder.launches(case, impl)}
             except Exception as error:  # a configuration that it does not take, a user's mistake
                 text = f"{type(error).__name__}: {error}"
                 if isinstance(error, ChelaBenchError):
@@ -158,12 +159,10 @@ class _Atlas:
             if not found:
                 reason = "it launches no Triton kernel"
                 self._answer({"arch": arch.name, "refused": {"case": i, "reason": reason}})
-            for launch in found:
-                launches.setdefault(launch.key, launch)
-                cases = users.setdefault(launch.key, [])
-                if i not in cases:
-                    cases.append(i)
-        return list(launches.values()), list(users.values())
+            for key, launch in found.items():
+                launches.setdefault(key, launch)
+                users.setdefault(key, []).append(i)
+        return launches, list(users.values())
 
     def _compiling(self, launch: Any) -> Callable[[], dict[str, Any]]:
         def compile_it() -> dict[str, Any]:
@@ -236,7 +235,7 @@ class Cache:
     def __init__(self, folder: str | None) -> None:
         self._folder = None if folder is None else Path(folder)
 
-    def key(self, launch: Any) -> str:
+    def key(self, launch: str) -> str:
         """Of the source with all that it calls, types, constants, alignment, options, target,
         Triton's version, and the settings of the environment that Triton's own cache minds."""
         import triton
@@ -245,7 +244,7 @@ class Cache:
         parts = [
             CACHE_VERSION,
             triton.__version__,
-            launch.key,
+            launch,
             sorted(get_cache_invalidating_env_vars().items()),
             [os.environ.get(name) for name in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")],
         ]

@@ -8,10 +8,11 @@ Triton brings along. Of a kernel for AMD, from its assembly.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
 import os
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -50,10 +51,15 @@ def compile_kernel(source: Any, target: Any, options: dict[str, Any], arch: Arch
 
     with _environment(TRITON_ALWAYS_COMPILE="1", TRITON_DUMP_PTXAS_LOG="1"):
         begin = time.perf_counter()
-        with _captured_output() as log:
+        log = io.StringIO()
+        with contextlib.redirect_stdout(log):  # Python's alone: what a crash says goes its way
             compiled = triton.compile(source, target=target, options=options)
         compile_ms = round((time.perf_counter() - begin) * 1e3)
-    facts = _of_cubin(compiled, log, arch) if "cubin" in compiled.asm else _of_amdgcn(compiled)
+    facts = (
+        _of_cubin(compiled, log.getvalue(), arch)
+        if "cubin" in compiled.asm
+        else _of_amdgcn(compiled)
+    )
     return {**facts, "num_warps": compiled.metadata.num_warps, "compile_ms": compile_ms}
 
 
@@ -71,7 +77,7 @@ def judged(facts: dict[str, Any], arch: Arch) -> dict[str, Any]:
     }
 
 
-def _of_cubin(compiled: Any, log: list[str], arch: Arch) -> dict[str, Any]:
+def _of_cubin(compiled: Any, log: str, arch: Arch) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
@@ -81,7 +87,7 @@ def _of_cubin(compiled: Any, log: list[str], arch: Arch) -> dict[str, Any]:
     if not found:
         raise EnvironmentProblem(f"cuobjdump tells no registers: {usage.strip()[:200]!r}")
     regs, stack, shared = (max(int(row[i]) for row in found) for i in range(3))
-    spills = [[int(n) for n in row] for row in _SPILLS.findall("".join(log))]
+    spills = [[int(n) for n in row] for row in _SPILLS.findall(log)]
     counts = Counter(_INSTRUCTION.findall(listing))
     static = max(0, shared - arch.smem_reserved)  # cuobjdump counts the system's own
     return {
@@ -144,8 +150,6 @@ def run_tool(name: str, *arguments: str) -> str:
 
 
 def _sha256(binary: bytes) -> str:
-    import hashlib
-
     return hashlib.sha256(binary).hexdigest()
 
 
@@ -161,22 +165,3 @@ def _environment(**changes: str) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-
-
-@contextlib.contextmanager
-def _captured_output() -> Iterator[list[str]]:
-    """What is written to standard output, by C++ too, while inside; after an error it is passed on,
-    since it says more."""
-    kept: list[str] = []
-    sys.stdout.flush()
-    outside = os.dup(1)
-    with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 1)
-        try:
-            yield kept
-        finally:
-            sys.stdout.flush()
-            os.dup2(outside, 1)
-            os.close(outside)
-            file.seek(0)
-            kept.append(file.read().decode(errors="replace"))
