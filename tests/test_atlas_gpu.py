@@ -3,27 +3,18 @@ kernels take."""
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
-from triton.runtime.jit import JITFunction
 
 from chela_bench.bench import atlas
-from chela_bench.bench.adapters import triton_chunked, triton_long_conv
 from chela_bench.bench.cases import Case
-from chela_bench.bench.inputs import DTYPES, Draw, attention, long_conv
-from chela_bench.kernels import (
-    linear_attention,
-    linear_attention_ops,
-    linear_attention_sweep,
-    linear_attention_walk,
-    tuned,
-)
+from chela_bench.kernels import tuned
 from chela_bench.profiles.occupancy import ARCHS
-from tests.running import chela_bench
+from tests.running import chela_bench, environment
 
 pytestmark = pytest.mark.gpu
 
@@ -43,65 +34,61 @@ def arch():
     return "sm_{}{}".format(*torch.cuda.get_device_capability())
 
 
-def launched(case, monkeypatch):
-    """Kernels that Triton compiles while the call runs, by the binary's hash."""
-    found = {}
-    compile_it = JITFunction._do_compile
+ONLINE = """
+import ctypes, hashlib, json, sys
+import torch
+from triton.runtime.jit import JITFunction
+from chela_bench.bench.adapters import triton_chunked, triton_long_conv
+from chela_bench.bench.inputs import DTYPES, Draw, attention, long_conv
 
-    def noting(self, *arguments):
-        kernel = compile_it(self, *arguments)
-        kernel._init_handles()
-        found[hashlib.sha256(kernel.asm["cubin"]).hexdigest()] = kernel
-        return kernel
+driver = ctypes.CDLL("libcuda.so.1")
+compile_it, loaded = JITFunction._do_compile, {}
 
-    for module in (linear_attention, linear_attention_walk, linear_attention_sweep,
-                   linear_attention_ops):  # fmt: skip
-        for name in ("_resolved", "walk_plan", "_sweep_plan"):
-            cached = getattr(module, name, None)
-            if hasattr(cached, "cache_clear"):
-                cached.cache_clear()
-    from chela_bench.kernels import launching
+def noting(self, *arguments):
+    kernel = compile_it(self, *arguments)
+    kernel._init_handles()
+    warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
+    blocks = ctypes.c_int()
+    status = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(
+        ctypes.byref(blocks), ctypes.c_void_p(kernel.function), ctypes.c_int(32 * warps),
+        ctypes.c_size_t(shared))
+    assert status == 0, status
+    loaded[hashlib.sha256(kernel.asm["cubin"]).hexdigest()] = {
+        "kernel": kernel.name, "regs": kernel.n_regs, "smem_bytes": shared, "num_warps": warps,
+        "ctas_per_sm": blocks.value}
+    return kernel
 
-    forget = pytest.MonkeyPatch()
-    for kernel in _kernels():
-        forget.setattr(kernel, "device_caches", type(kernel.device_caches)(kernel.create_binder))
-    forget.setattr(launching.Launcher, "variant", _fresh_variant)
-    forget.setattr(JITFunction, "_do_compile", noting)
-    try:
-        make = {"linear_attention": attention, "long_conv": long_conv}[case.op]
-        run = {"linear_attention": triton_chunked, "long_conv": triton_long_conv}[case.op]
-        device = torch.device("cuda", torch.cuda.current_device())
-        inputs = make(Draw(case.shape, DTYPES[case.dtype], device, 0, "randn"))
-        inputs.requires_grad_(case.direction == "fwdbwd")
-        arguments = inputs.arguments(inputs.tensors)
-        if case.direction == "fwd":
-            with torch.no_grad():
-                run(*arguments, **case.config)
-        else:
-            output = run(*arguments, **case.config)
-            torch.autograd.grad(output, list(inputs.tensors.values()), torch.ones_like(output))
-        torch.cuda.synchronize()
-    finally:
-        forget.undo()
-    return found
+JITFunction._do_compile = noting
+case = json.load(sys.stdin)
+draw = Draw(case["shape"], DTYPES[case["dtype"]], torch.device("cuda", 0), 0, "randn")
+make, run = {"linear_attention": (attention, triton_chunked),
+             "long_conv": (long_conv, triton_long_conv)}[case["op"]]
+inputs = make(draw)
+inputs.requires_grad_(case["direction"] != "fwd")
+with torch.set_grad_enabled(case["direction"] != "fwd"):
+    output = run(*inputs.arguments(inputs.tensors), **case["config"])
+    if case["direction"] != "fwd":
+        torch.autograd.grad(output, list(inputs.tensors.values()), torch.ones_like(output))
+torch.cuda.synchronize()
+print(json.dumps(loaded))
+"""
 
 
-def _fresh_variant(self, constants, num_warps, num_stages, device, dtypes):
-    from chela_bench.kernels.launching import Variant
-
-    return Variant(self, constants, num_warps, num_stages, device)
-
-
-def _kernels():
-    import gc
-
-    return [each for each in gc.get_objects() if isinstance(each, JITFunction)]
+def loaded_by_the_driver(case):
+    """Kernels that Triton compiles while the call runs, by the binary's hash, in a process that has
+    compiled nothing before; blocks by cuOccupancyMaxActiveBlocksPerMultiprocessor."""
+    done = subprocess.run(
+        [sys.executable, "-c", ONLINE], input=case.model_dump_json(), env=environment(**GPU),
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize(
     "given", CASES, ids=lambda x: "-".join([x[0], x[2], x[3], f"T{x[4]['T']}", *map(str, x[5])])
 )
-def test_registers_shared_memory_and_binaries_are_what_the_driver_loads(given, monkeypatch):
+def test_registers_shared_memory_and_binaries_are_what_the_driver_loads(given):
     op, impl, direction, dtype, shape, config = given
     case = Case(op=op, impl=impl, direction=direction, dtype=dtype, shape=shape, config=config)
     properties = torch.cuda.get_device_properties(0)
@@ -109,29 +96,16 @@ def test_registers_shared_memory_and_binaries_are_what_the_driver_loads(given, m
     found = atlas.compile_all([case], [arch()], options)
     assert not found.refused
     offline = {row.cubin_sha256: row for row in found.rows}
-    online = launched(case, monkeypatch)
+    online = loaded_by_the_driver(case)
     assert online
-    assert set(online) <= set(offline), [kernel.name for kernel in online.values()]
+    told = {x["kernel"] for digest, x in online.items() if digest not in offline}
+    assert not told, "other binaries offline"
     for digest, kernel in online.items():
         row = offline[digest]
-        assert row.regs == kernel.n_regs
-        assert row.smem_bytes == kernel.metadata.shared
-        assert row.config["num_warps"] == kernel.metadata.num_warps
+        assert (row.regs, row.smem_bytes) == (kernel["regs"], kernel["smem_bytes"])
+        assert row.config["num_warps"] == kernel["num_warps"]
         assert row.fits
-        assert row.ctas_per_sm == resident(kernel)
-    assert set(offline) == set(online)
-
-
-def resident(kernel):
-    """cuOccupancyMaxActiveBlocksPerMultiprocessor, of a kernel that the driver has loaded."""
-    driver = ctypes.CDLL("libcuda.so.1")
-    count = ctypes.c_int()
-    status = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(
-        ctypes.byref(count), ctypes.c_void_p(kernel.function),
-        ctypes.c_int(32 * kernel.metadata.num_warps), ctypes.c_size_t(kernel.metadata.shared),
-    )  # fmt: skip
-    assert status == 0
-    return count.value
+        assert row.ctas_per_sm == kernel["ctas_per_sm"]
 
 
 def test_the_table_of_limits_is_the_cards():
