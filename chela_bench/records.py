@@ -439,7 +439,10 @@ class Run(_Record):
 
 
 class AtlasRow(_Record):
-    """One kernel as compiled for one architecture: what a point's call would launch there."""
+    """One kernel as compiled for one architecture: what a point's call would launch there.
+
+    Null: it did not compile, unless a field says otherwise.
+    """
 
     op: str
     """The op whose call launches it."""
@@ -454,7 +457,7 @@ class AtlasRow(_Record):
     config: dict[str, ConfigValue]
     """Block sizes, warps and stages that the kernel is launched with."""
     constants: dict[str, int | float | str | bool | None]
-    """All of its constants by name; pointers that are null among them."""
+    """All of its constants by name. Null: a pointer that is none."""
     asked: list[dict[str, ConfigValue]]
     """Configurations of the call that launch it: what `--axis` said. Empty settings: the
     defaults."""
@@ -473,7 +476,7 @@ class AtlasRow(_Record):
     reason: str | None = None
     """Why it does not: what it needs and what there is. Null: it fits."""
     smem_bytes: Count | None = None
-    """Shared memory of a block, bytes. Null, as below: it did not compile."""
+    """Shared memory of a block, bytes."""
     regs: Count | None = None
     """Registers a thread."""
     spill_store_bytes: Count | None = None
