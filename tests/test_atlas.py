@@ -134,6 +134,35 @@ def test_a_second_run_compiles_what_crashed_or_is_damaged_alone_and_gives_up_wha
     assert _told(again.rows[: -len(hanging)]) == _told(planted.rows)
 
 
+def test_the_same_question_of_the_same_code_starts_no_compiler(tmp_path, monkeypatch):
+    """The second time; a damaged answer, another version or another setting asks anew."""
+    first = ours(cache=tmp_path, H=1, K=16, V=16)
+    assert [row.outcome for row in first.rows] == ["ok"]
+
+    def no_compiler(request, scratch):
+        raise AssertionError(f"asked again for {request['archs']}")
+
+    monkeypatch.setattr(atlas, "_answers", no_compiler)
+    again = ours(cache=tmp_path, H=1, K=16, V=16)
+    assert again == first
+    for changed in ({"V": 32}, {"archs": ("sm_80",)}):
+        with pytest.raises(AssertionError, match="asked again"):
+            ours(**{"cache": tmp_path, "H": 1, "K": 16, "V": 16, **changed})
+    [kept] = (tmp_path / "whole").iterdir()
+    whole = kept.read_bytes()
+    for damage in (
+        b"", whole[:-3], b"{}", b"[" * 100_000, whole.replace(b'"fits": true', b'"fits": 7'),
+        whole.replace(b'"asked"', b'"asker"', 1),
+    ):  # fmt: skip
+        kept.write_bytes(damage)
+        with pytest.raises(AssertionError, match="asked again"):
+            ours(cache=tmp_path, H=1, K=16, V=16)
+    kept.write_bytes(whole)
+    monkeypatch.setattr(atlas.machine, "source_sha256", lambda: "of other code")
+    with pytest.raises(AssertionError, match="asked again"):
+        ours(cache=tmp_path, H=1, K=16, V=16)
+
+
 def _told(rows):
     return [row.model_dump(exclude={"compile_ms"}) for row in rows]
 

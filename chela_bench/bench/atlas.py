@@ -6,6 +6,7 @@ No torch here: a process of its own (compiler.py) imports, compiles and may die.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,12 +28,15 @@ from chela_bench.bench.ops import Impl, Op
 from chela_bench.bench.plan import Flags, Settings
 from chela_bench.bench.registry import all_ops, get_op
 from chela_bench.bench.runner import PACKAGE_ROOT
+from chela_bench.bench.store import write_atomically
 from chela_bench.errors import EnvironmentProblem, UsageError
+from chela_bench.profiles import machine
 from chela_bench.profiles.occupancy import find_arch
 from chela_bench.records import AtlasRow, Refused
 
 DEFAULT_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 DEFAULT_LENS = "128,1k,2k,4k,16k,64k"  # a kernel of the long convolution each
+DEFAULT_DIRECTIONS = ("fwd", "fwdbwd", "decode")  # those that an op has
 DEFAULT_AXES = {"BLOCK_T": [32, 64, 128], "BLOCK_V": [32, 64, 128]}  # of ops that take both
 LIMIT_S = 120.0  # for one kernel's compiler
 _WORKER = (
@@ -92,6 +97,7 @@ def resolve(config: Config, flags: Flags) -> Settings:
         "ops": [op.name for op in ops],
         "impls": list(dict.fromkeys(impls)),
         "lens": flags.lens or DEFAULT_LENS,
+        "directions": flags.directions or DEFAULT_DIRECTIONS,
     }
     parse_lengths(given["lens"])
     settings = plan.resolve(config, _with(flags, **given), ["cuda"])
@@ -143,38 +149,35 @@ def compile_all(
     for arch in archs:
         find_arch(arch)
     found = Found()
-    done: dict[str, int] = {}
-    total: dict[str, int] = {}
-    with tempfile.TemporaryDirectory(prefix="chela-atlas-") as scratch:
+    rows: list[tuple[dict[str, Any], list[int], int]] = []
+    memory = _Memory(cases, options, user_impls or {})
+    waiting = [arch for arch in archs if not memory.recall(arch)]
+    for arch in archs:
+        if arch not in waiting:
+            count = sum("row" in answer for answer in memory.answers[arch])
+            progress(arch, count, count)
+    if waiting:
         request = {
-            "archs": list(archs),
+            "archs": waiting,
             "cases": [case.model_dump(mode="json") for case in cases],
             "impls": dict(user_impls or {}),
             "parallel": options.parallel,
             "limit_s": options.limit_s,
             "cache": None if options.cache is None else str(options.cache),
-            "scratch": scratch,
             "keep": options.keep,
             "processors": options.processors,
         }
-        places: list[tuple[int, int]] = []  # architecture, first case
-        rows: list[tuple[dict[str, Any], list[int]]] = []
-        for answer in _answers(request, scratch):
+        _compile(request, memory, progress)
+    found.triton = memory.triton
+    for arch in archs:
+        for answer in memory.answers[arch]:
             if "row" in answer:
-                row, users = answer["row"], answer["cases"]
-                rows.append((row, users))
-                places.append((list(archs).index(row["arch"]), min(users)))
-                done[row["arch"]] = done.get(row["arch"], 0) + 1
-                progress(row["arch"], done[row["arch"]], total[row["arch"]])
-            elif "launches" in answer:
-                total[answer["arch"]] = answer["launches"]
-                progress(answer["arch"], 0, answer["launches"])
-            elif "refused" in answer:
-                found.refused.append(_refused(answer, cases))
+                rows.append((answer["row"], answer["cases"], answer["place"]))
             else:
-                found.triton = answer["done"]
+                found.refused.append(_refused(answer, cases))
+    places = [(archs.index(row["arch"]), min(users), place) for row, users, place in rows]
     for i in sorted(range(len(rows)), key=places.__getitem__):
-        row, users = rows[i]
+        row, users, _ = rows[i]
         by_key = found.by_case.setdefault(row["arch"], {})
         for _, group in itertools.groupby(users, key=lambda user: _who(cases[user])):
             some = [cases[user] for user in group]
@@ -182,6 +185,94 @@ def compile_all(
                 by_key.setdefault(case.key, []).append(len(found.rows))
             found.rows.append(_row(row, some, found.triton))
     return found
+
+
+def _compile(request: dict[str, Any], memory: _Memory, progress: Progress) -> None:
+    """Fills the memory with the answers about each of the request's architectures."""
+    done: dict[str, int] = {}
+    total: dict[str, int] = {}
+    with tempfile.TemporaryDirectory(prefix="chela-atlas-") as scratch:
+        for answer in _answers({**request, "scratch": scratch}, scratch):
+            if "done" in answer:
+                memory.triton = answer["done"]
+            elif "launches" in answer:
+                total[answer["arch"]] = answer["launches"]
+                memory.answers[answer["arch"]] += []
+                progress(answer["arch"], 0, answer["launches"])
+            elif "row" in answer:
+                arch = answer["row"]["arch"]
+                memory.answers[arch].append(answer)
+                done[arch] = done.get(arch, 0) + 1
+                progress(arch, done[arch], total[arch])
+            else:
+                memory.answers[answer["arch"]].append(answer)
+    for arch in request["archs"]:
+        memory.keep(arch)
+
+
+class _Memory:
+    """All answers about an architecture, kept for the next time that the same is asked of the same
+    code: then nothing has to be imported."""
+
+    def __init__(
+        self, cases: Sequence[Case], options: Options, user_impls: Mapping[str, str]
+    ) -> None:
+        self.answers: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        self.triton = machine.versions().get("triton", "")
+        # What is to be left in Triton's own cache has to be compiled; of others' code the hash of
+        # one file does not tell what it imports.
+        ours = all(_target(case, user_impls).startswith("chela_bench.") for case in cases)
+        cached = options.cache is not None and not options.keep and ours
+        self._folder = options.cache / "whole" if options.cache is not None and cached else None
+        tables = sorted((Path(__file__).parents[1] / "kernels").glob("*.json"))
+        self._asked = [
+            machine.source_sha256(),
+            [hashlib.sha256(path.read_bytes()).hexdigest() for path in tables],
+            sorted(machine.versions().items()),
+            sorted(x for x in os.environ.items() if x[0].startswith(("TRITON_", "LLVM_"))),
+            [case.model_dump(mode="json") for case in cases],
+            options.processors,
+        ]
+
+    def recall(self, arch: str) -> bool:
+        path = self._path(arch)
+        if path is None:
+            return False
+        try:
+            held = json.loads(path.read_bytes())
+            if held["asked"] != json.loads(json.dumps([*self._asked, arch])):
+                return False
+            for answer in held["answers"]:
+                if "row" in answer:
+                    _row(answer["row"], [_EXAMPLE], self.triton)
+            self.answers[arch] = held["answers"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return False
+        return True
+
+    def keep(self, arch: str) -> None:
+        """Unless something crashed or hung, which it may not do again."""
+        path = self._path(arch)
+        rows = [answer["row"] for answer in self.answers[arch] if "row" in answer]
+        if path is None or any(row["outcome"] in ("crash", "timeout") for row in rows):
+            return
+        held = {"asked": [*self._asked, arch], "answers": self.answers[arch]}
+        with contextlib.suppress(OSError):  # a full disk costs the next run its time alone
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(held).encode())
+
+    def _path(self, arch: str) -> Path | None:
+        if self._folder is None:
+            return None
+        digest = hashlib.sha256(json.dumps([*self._asked, arch]).encode()).hexdigest()
+        return self._folder / f"{digest}.json"
+
+
+def _target(case: Case, user_impls: Mapping[str, str]) -> str:
+    return user_impls.get(case.impl) or get_op(case.op).impl(case.impl).target
+
+
+_EXAMPLE = Case(op="", impl="", direction="fwd", dtype="fp32", shape={"B": 1, "T": 1})
 
 
 def _who(case: Case) -> tuple[str, str, str]:

@@ -6,7 +6,7 @@ what the cases would launch (launches.py), looks it up in the cache, and forks a
 that has to be compiled, since a compiler may crash or hang. The second argument is the parent's id.
 
     -> {"archs", "cases", "impls", "parallel", "limit_s", "cache", "scratch", "keep"}
-    <- {"arch", "launches", "cached"}         <- {"row": {...}, "cases": [...]}
+    <- {"arch", "launches", "cached"}         <- {"row": {...}, "cases": [...], "place"}
     <- {"arch", "refused": {...}}             <- {"done": triton's version}
     <- {"refusal": {"exit_code", "message"}}
 """
@@ -117,7 +117,7 @@ class _Atlas:
         )
         for i, facts in enumerate(known):
             if facts is not None:
-                self._tell(found[i], users[i], facts)
+                self._tell(i, found[i], users[i], facts)
         if waiting:
             _before_compiling()
         endings = each_in_a_fork(
@@ -130,7 +130,7 @@ class _Atlas:
             facts = _facts(ending)
             if facts["outcome"] in ("ok", "compile_error"):  # others may not happen again
                 cache.write(keys[i], facts)
-            self._tell(found[i], users[i], facts)
+            self._tell(i, found[i], users[i], facts)
         return [name for name in _SLOW_IMPORTS if name in sys.modules]
 
     def _recorded(self) -> tuple[dict[str, Any], list[list[int]]]:
@@ -176,7 +176,7 @@ class _Atlas:
 
         return compile_it
 
-    def _tell(self, launch: Any, cases: list[int], facts: dict[str, Any]) -> None:
+    def _tell(self, place: int, launch: Any, cases: list[int], facts: dict[str, Any]) -> None:
         from chela_bench.profiles.static import judged
 
         if facts["outcome"] == "ok":
@@ -194,7 +194,7 @@ class _Atlas:
             "arch": self._arch.name,
             **facts,
         }
-        self._answer({"row": row, "cases": cases})
+        self._answer({"row": row, "cases": cases, "place": place})
 
 
 def _before_compiling() -> None:
