@@ -13,6 +13,7 @@ that has to be compiled, since a compiler may crash or hang. The second argument
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import json
@@ -199,9 +200,10 @@ class _Atlas:
 
 def _before_compiling() -> None:
     """What every compile would find out for itself: a hash of all of Triton."""
-    from triton.runtime.cache import triton_key
+    with contextlib.suppress(ImportError):  # not Triton's public interface; it saves a second each
+        from triton.runtime.cache import triton_key
 
-    triton_key()
+        triton_key()
 
 
 def _facts(ending: Ending) -> dict[str, Any]:
