@@ -75,9 +75,10 @@ def test_the_limits_that_nsight_compute_measured(row):
         # Turing tuning guide: 64 KB, all of it a block's.
         ("sm_75", 4, 64 * KB, 32, 1, "shared memory"),
         ("sm_75", 4, 32 * KB, 32, 2, "shared memory"),
-        # cuda_occupancy.h: warps are given out in fours: five of 255 registers count as eight.
+        # cuda_occupancy.h: warps are given out in fours: five count as eight.
         ("sm_90", 4, 0, 255, 2, "registers"),
         ("sm_90", 5, 0, 255, 1, "registers"),
+        ("sm_90", 5, 0, 128, 2, "registers"),
     ],
 )  # fmt: skip
 def test_published_cases(arch, warps, smem_bytes, regs, blocks, limiter):
