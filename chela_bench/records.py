@@ -29,6 +29,7 @@ DTYPES: tuple[DType, ...] = get_args(DType)
 Count = Annotated[int, Field(ge=0)]
 Nanoseconds = Annotated[int, Field(gt=0)]
 ConfigValue = int | str | bool
+TIE = 1.01  # times the fastest: configurations no slower are as fast
 
 
 class _Record(BaseModel):
@@ -75,8 +76,11 @@ class Hbm(_Record):
 
 
 class Static(_Record):
-    """What the compiler says of a kernel. Null: it was not asked."""
+    """What the compiler says of a kernel: of those that a call launches, the one with the most
+    shared memory among those that the configuration changes. Null: it was not asked."""
 
+    kernel: str | None = None
+    """Which one."""
     smem_bytes: Count | None = None
     """Dynamic shared memory of a block, bytes."""
     regs: Count | None = None
@@ -87,6 +91,10 @@ class Static(_Record):
     """Read back from local memory, bytes a thread."""
     ctas_per_sm: Count | None = None
     """Blocks resident on an SM at once."""
+    num_warps: Count | None = None
+    """Warps of a block."""
+    compile_ms: Count | None = None
+    """What compiling all that the configuration changes took, milliseconds."""
 
 
 class Telemetry(_Record):
@@ -151,6 +159,9 @@ class Point(_Record):
     time_ns: Quantiles | None = None
     """Time of a call (decode: of a step, as everything below): kernel time on a GPU, wall time on
     a CPU. Null: failed, or no kernel time could be taken; then wall_ns stands alone."""
+    rounds: Count | None = None
+    """Rounds in which configurations were timed in turn, that the samples come from. Null: timed
+    by itself."""
     wall_ns: Nanoseconds | None = None
     """One call from launch to synchronised end, nanoseconds, median. Null: failed."""
     wall_n: Count | None = None
@@ -425,6 +436,96 @@ class Run(_Record):
     """The further GPUs of a sweep on several; `environment` and `ceilings` are the first one's."""
     cost: Cost | None = None
     """What the run's last session took, and whose it was. Null: interrupted, or still going."""
+
+
+class AtlasRow(_Record):
+    """One kernel as compiled for one architecture: what a point's call would launch there.
+
+    Null: it did not compile, unless a field says otherwise.
+    """
+
+    op: str
+    """The op whose call launches it."""
+    impl: str
+    """The implementation of it."""
+    kernel: str
+    """The kernel, without `_kernel`."""
+    language: Literal["triton", "gluon"]
+    """gluon: scheduled by hand, and for one architecture alone."""
+    dtype: DType
+    """Of the call's inputs."""
+    config: dict[str, ConfigValue]
+    """Block sizes, warps and stages that the kernel is launched with."""
+    constants: dict[str, int | float | str | bool | None]
+    """All of its constants by name. Null: a pointer that is none."""
+    asked: list[dict[str, ConfigValue]]
+    """Configurations of the call that launch it: what `--axis` said. Empty settings: the
+    defaults."""
+    directions: list[Direction]
+    """Of the calls that launch it."""
+    lens: list[int]
+    """T of the calls that launch it, tokens."""
+    arch: str
+    """Architecture that it was compiled for: `sm_90`, `gfx942`."""
+    triton: str
+    """Triton's version, on which all of this depends."""
+    outcome: Literal["ok", "out_of_resources", "compile_error", "timeout", "crash"]
+    """ok; out_of_resources: it compiles and does not fit; or how its compiler ended."""
+    fits: bool
+    """Whether a block of it runs there."""
+    reason: str | None = None
+    """Why it does not: what it needs and what there is. Null: it fits."""
+    smem_bytes: Count | None = None
+    """Shared memory of a block, bytes."""
+    regs: Count | None = None
+    """Registers a thread."""
+    spill_store_bytes: Count | None = None
+    """Spilled to local memory, bytes a thread."""
+    spill_load_bytes: Count | None = None
+    """Read back from local memory, bytes a thread."""
+    stack_bytes: Count | None = None
+    """Local memory of a thread, bytes; spills lie there."""
+    tmem_columns: Count | None = None
+    """Columns of tensor memory (sm_100, sm_103)."""
+    ctas_per_sm: Count | None = None
+    """Blocks resident on an SM at once. Null: not modelled for this architecture."""
+    limiter: str | None = None
+    """What keeps more from being resident: shared memory, registers, tensor memory, warps or
+    blocks."""
+    tensor_core: str | None = None
+    """Matrix instruction that it issues: HGMMA (wgmma), UTCHMMA (tcgen05), HMMA (mma), v_mfma.
+    Null: none."""
+    instructions: Count | None = None
+    """Instructions in its code."""
+    instruction_counts: dict[str, Count] = Field(default_factory=dict)
+    """Of them matrix products, copies to shared memory, local loads and stores, barriers."""
+    compile_ms: Count | None = None
+    """What compiling took, milliseconds, when it was last done."""
+    cubin_sha256: str | None = None
+    """Of the binary."""
+
+    @property
+    def spill_bytes(self) -> int:
+        return (self.spill_store_bytes or 0) + (self.spill_load_bytes or 0)
+
+
+class Refused(_Record):
+    """A call that launches nothing on an architecture, since the host function does not take it."""
+
+    op: str
+    """The op."""
+    impl: str
+    """The implementation of it."""
+    arch: str
+    """Architecture that was asked about."""
+    direction: Direction
+    """Of the call."""
+    asked: dict[str, ConfigValue]
+    """What `--axis` said."""
+    tokens: int
+    """T."""
+    reason: str
+    """What it says."""
 
 
 def point_key(

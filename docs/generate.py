@@ -32,6 +32,8 @@ FILES: dict[str, type[BaseModel]] = {
     "run.json": records.Run,
     "points.jsonl": records.Point,
     "samples.jsonl": store.SampleLine,
+    "atlas --json, points": records.AtlasRow,
+    "atlas --json, refused": records.Refused,
 }
 
 

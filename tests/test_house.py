@@ -22,7 +22,7 @@ PACKAGE = ROOT / "chela_bench"
 ARROWS = {
     "reference": {"errors", "torch"},
     "kernels": {"reference", "errors", "torch", "triton"},
-    "profiles": {"errors", "records", "torch"},
+    "profiles": {"errors", "records", "torch", "triton"},
     "bench": {"kernels", "reference", "profiles", "records", "errors", "torch", "triton"},
     "reports": {"records", "errors"},
     "cli": {"bench", "profiles", "reports", "records", "errors"},
@@ -97,6 +97,7 @@ def _modules_after(statement: str) -> set[str]:
         "import chela_bench.cli.report",
         "import chela_bench.cli.runs, chela_bench.cli.show, chela_bench.cli.completion",
         "import chela_bench.cli.doctor, chela_bench.profiles.doctor",
+        "import chela_bench.cli.atlas, chela_bench.cli.tune",
         "import chela_bench.bench.plan, chela_bench.bench.sweep, chela_bench.bench.runner",
         "from click.testing import CliRunner; from chela_bench.cli import cli; "
         "assert CliRunner().invoke(cli, ['--help']).exit_code == 0",

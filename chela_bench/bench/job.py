@@ -14,7 +14,7 @@ from torch import Tensor
 
 from chela_bench.bench import timing
 from chela_bench.bench.cases import Case, Session
-from chela_bench.bench.inputs import DTYPES, Draw, Inputs
+from chela_bench.bench.inputs import DTYPES, Draw, Inputs, standard_normal
 from chela_bench.bench.load import load
 from chela_bench.bench.models import decode_window
 from chela_bench.bench.ops import Impl, Op
@@ -148,10 +148,7 @@ class Job:
 
     def output_gradient(self, like: Tensor) -> Tensor:
         """do: the same numbers for every implementation of one shape."""
-        generator = torch.Generator(self.bench.device).manual_seed(self.bench.session.seed + 7)
-        noise = torch.randn(
-            like.shape, generator=generator, device=like.device, dtype=torch.float32
-        )
+        noise = standard_normal(like.shape, self.bench.session.seed + 7, self.bench.device)
         return noise.to(DTYPES[self.case.dtype])
 
     def call(self, inputs: Inputs) -> Results:

@@ -114,7 +114,7 @@ def resolve(config: Config, flags: Flags, devices: Sequence[str]) -> Settings:
         preset = config.presets[preset_name]
         sweep = sweep.model_copy(update=preset.sweep.model_dump(exclude_none=True))
         limits = config.limits_with(preset)
-    ops = [get_op(name) for name in _unique(flags.ops or sweep.ops)]
+    ops = [get_op(name) for name in unique(flags.ops or sweep.ops)]
     ops, impls, user_impls = _choose_impls(ops, flags)
     shapes = _choose_shapes(config, ops, flags, sweep.shapes)
     chosen = [op for op in ops if op.name in shapes]
@@ -211,7 +211,7 @@ def parse_axis(text: str) -> tuple[str, list[ConfigValue]]:
     parts = [part.strip() for part in values.split(",")]
     if not equals or not name.strip().isidentifier() or not all(parts):
         raise UsageError(f"--axis takes NAME=VALUE,VALUE,..., as in BLOCK_T=32,64; got {text!r}")
-    return name.strip(), _unique([int(p) if _WHOLE.fullmatch(p) else p for p in parts])
+    return name.strip(), unique([int(p) if _WHOLE.fullmatch(p) else p for p in parts])
 
 
 def parse_sizes(text: str) -> dict[str, int]:
@@ -233,7 +233,7 @@ def _choose_impls(
 ) -> tuple[list[Op], dict[str, list[str]], dict[str, str]]:
     """The ops left, their implementations by name, and the user's functions by name."""
     files = [name for name in flags.impls if ".py:" in name or name.endswith(".py")]
-    names = _unique([name for name in flags.impls if name not in files])
+    names = unique([name for name in flags.impls if name not in files])
     if not flags.impls:
         return ops, {op.name: [impl.name for impl in op.impls] for op in ops}, {}
     for name in names:
@@ -258,7 +258,7 @@ def _choose_impls(
 
 def _user_impls(texts: Sequence[str]) -> dict[str, str]:
     """Targets by name: `file.py:function`, with as many folders in front as tell files apart."""
-    targets = _unique(_user_target(text) for text in texts)
+    targets = unique(_user_target(text) for text in texts)
     names: dict[str, str] = {}
     for target in targets:
         path, _, function = target.rpartition(":")
@@ -293,7 +293,7 @@ def _utf8(flag: str, text: str) -> str:
 def _choose_shapes(
     config: Config, ops: list[Op], flags: Flags, default: Sequence[str]
 ) -> dict[str, dict[str, dict[str, int]]]:
-    names = _unique(flags.shapes or default)
+    names = unique(flags.shapes or default)
     chosen: dict[str, dict[str, dict[str, int]]] = {}
     for op in ops:
         table = config.shapes.get(op.name, {})
@@ -305,14 +305,14 @@ def _choose_shapes(
                 f"no shape {', '.join(map(repr, names))} for {op.name} in bench.toml; "
                 f"it has: {', '.join(table) or 'none'}"
             )
-    known = _unique(name for op in ops for name in config.shapes.get(op.name, {}))
+    known = unique(name for op in ops for name in config.shapes.get(op.name, {}))
     for name in flags.shapes:  # a preset's may belong to ops that were not asked for
         if name not in known:
             raise _unknown("shape", name, dict.fromkeys(known), "(see bench.toml)")
     for dim, size in flags.sizes.items():
         users = [op for op in ops if dim in op.dims and op.name in chosen]
         if not users or dim == "T":
-            dims = _unique(d for op in ops for d in op.dims if d != "T")
+            dims = unique(d for op in ops for d in op.dims if d != "T")
             way_out = "lengths are --lens" if dim == "T" else f"there are: {', '.join(dims)}"
             raise UsageError(f"--set {dim}={size}: no such dimension here; {way_out}")
         for op in users:
@@ -350,9 +350,7 @@ def _refuse_unused_axes(settings: Settings) -> None:
     ]
     for axis, values in settings.axes.items():
         if not any(_takes(op, impl, axis) for op, impl in pairs):
-            known = _unique(
-                name for op, impl in pairs for name in (*op.options, *(impl.axes or ()))
-            )
+            known = unique(name for op, impl in pairs for name in (*op.options, *(impl.axes or ())))
             raise UsageError(
                 f"--axis {axis}: nothing selected has such an axis; there are: "
                 f"{', '.join(known) or 'none'}"
@@ -367,12 +365,12 @@ def _known(kind: str, given: Sequence[str], allowed: Sequence[Any]) -> list[Any]
     for name in given:
         if name not in allowed:
             raise _unknown(kind, name, dict.fromkeys(allowed))
-    return _unique(given)
+    return unique(given)
 
 
 def _unknown(kind: str, name: str, known: Mapping[str, object], more: str = "") -> UsageError:
     return UsageError(f"no {kind} {name!r}; there are: {', '.join(known)} {more}".strip())
 
 
-def _unique(items: Any) -> list[Any]:
+def unique(items: Any) -> list[Any]:
     return list(dict.fromkeys(items))

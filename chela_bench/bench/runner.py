@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -31,9 +31,9 @@ START_LIMIT_S = 180.0  # importing torch, starting CUDA, measuring the ceilings
 _FOREIGN_ANSWER = "something else wrote into the worker's answers"
 _LAST_BREATH_S = 10.0  # for a worker whose pipe is closed to end
 _LOOK_S = 0.5  # how often a silent worker is looked at: one that forked leaves its pipe open
-_PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
+PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 _WORKER = (  # not `-m`: that would put the current folder, with whatever lies in it, first
-    f"import sys; root = {_PACKAGE_ROOT!r}; root in sys.path or sys.path.insert(0, root); "
+    f"import sys; root = {PACKAGE_ROOT!r}; root in sys.path or sys.path.insert(0, root); "
     "from chela_bench.bench.worker import main; main()"
 )
 
@@ -254,6 +254,44 @@ class Runner:
             point, samples = self.failed(case, "timeout", reason), []
         spent = {"started_utc": started, "spent_s": round(time.monotonic() - begin, 4)}
         return point.model_copy(update=spent), samples
+
+    def interleave(
+        self,
+        cases: Sequence[Case],
+        seconds: float,
+        on_phase: Callable[[str], None] = lambda phase: None,
+    ) -> tuple[dict[str, list[float]], int]:
+        """Samples by key of configurations of one call, timed in turn for so long, and how many
+        rounds there were. Raises WorkerDied or WorkerHung; the next case gets a new worker."""
+        if self._worker is not None and self._worker.ended:
+            self._discard()
+        if self._worker is None:
+            self._start()
+        assert self._worker is not None
+        limits = self._session.limits
+        try:
+            rows = [case.model_dump(mode="json") for case in cases]
+            self._worker.send({"interleave": {"cases": rows, "seconds": seconds}})
+            phase, limit_s = "start", limits.phase_s
+            while True:
+                answer = self._worker.receive(time.monotonic() + limit_s)
+                if answer is None:
+                    raise WorkerHung(phase, limit_s)
+                if "phase" not in answer:
+                    break
+                phase = answer["phase"]
+                limit_s = limits.build_s if phase == "build" else limits.phase_s
+                on_phase(phase)
+            try:
+                samples, rounds, spoilt = (answer[x] for x in ("samples_ns", "rounds", "spoilt"))
+            except KeyError:
+                raise WorkerDied(_FOREIGN_ANSWER) from None
+        except (WorkerDied, WorkerHung):
+            self._discard()
+            raise
+        if spoilt:
+            self._discard()
+        return samples, rounds
 
     def _ask_worker(self, case: Case, on_phase: Callable[[str], None]) -> tuple[Point, list[float]]:
         if self._worker is None:

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +17,7 @@ from chela_bench.bench import plan, store
 from chela_bench.bench.cases import Case
 from chela_bench.bench.crew import Began, Crew, Entered
 from chela_bench.bench.plan import Settings
-from chela_bench.bench.runner import shuffled, utc_now
+from chela_bench.bench.runner import Runner, shuffled, utc_now
 from chela_bench.errors import RecordError, UsageError
 from chela_bench.profiles import machine, nvml
 from chela_bench.records import Ceilings, Cost, Device, Outcome, Point, Run, Spent
@@ -64,15 +64,16 @@ def sweep(
     begin = time.monotonic()
     cases = plan.cases(settings)
     with store.RunFolder(folder_path) as folder:
-        with Crew(settings.sessions(), folder.log, ceilings=_ceilings(resumed)) as crew:
+        with Crew(settings.sessions(), folder.log, ceilings=known_ceilings(resumed)) as crew:
             _refuse_mixed_models(settings, crew.devices)
-            run = _header(settings, cases, folder_path, crew, resumed)
+            versions = crew.runners[0].versions
+            run = header(settings, len(cases), folder_path, crew.devices, versions, resumed)
             done = {p.key for p in store.load_points(folder_path) if p.outcome not in retry}
             left = [case for case in cases if case.key not in done]
             if resumed is not None and left:
                 run = run.model_copy(update={"finished_utc": None, "cost": None})
             folder.write_run(run)
-            listener.started(run, folder_path, len(left), _warnings(crew))
+            listener.started(run, folder_path, len(left), disturbances(crew.runners))
             spent = _measure_all(settings, left, crew, folder, listener)
         if run.finished_utc is None:
             wall_s = (time.monotonic() - begin) * len(settings.devices)
@@ -123,7 +124,7 @@ def _cost(wall_s: float, spent: list[Spent]) -> Cost:
     )
 
 
-def _ceilings(resumed: Run | None) -> dict[str, Ceilings]:
+def known_ceilings(resumed: Run | None) -> dict[str, Ceilings]:
     """Ceilings that are known, by device as points name it."""
     if resumed is None:
         return {}
@@ -145,10 +146,16 @@ def _refuse_mixed_models(settings: Settings, devices: list[Device]) -> None:
         )
 
 
-def _header(
-    settings: Settings, cases: list[Case], folder: Path, crew: Crew, resumed: Run | None
+def header(
+    settings: Settings,
+    planned: int,
+    folder: Path,
+    devices: Sequence[Device],
+    versions: dict[str, str],
+    resumed: Run | None,
 ) -> Run:
-    first, *others = crew.devices
+    """A new run's, or the resumed one's, if it may go on here. Raises RecordError."""
+    first, *others = devices
     sha, dirty = git_state()
     run = Run(
         run_id=folder.name,
@@ -160,8 +167,8 @@ def _header(
         seed=settings.seed,
         inputs=settings.inputs,
         settings=settings.model_dump(mode="json"),
-        planned_points=len(cases),
-        versions=crew.runners[0].versions,
+        planned_points=planned,
+        versions=versions,
         environment=first.environment,
         ceilings=first.ceilings,
         other_devices=others,
@@ -200,9 +207,10 @@ def _refuse_difference(folder: Path, name: str, then: object, now: object) -> No
         )
 
 
-def _warnings(crew: Crew) -> list[str]:
+def disturbances(runners: Sequence[Runner]) -> list[str]:
+    """Other processes on the cards."""
     found = []
-    for runner in crew.runners:
+    for runner in runners:
         own = {runner.worker_pid} if runner.worker_pid is not None else set[int]()
         uuid = runner.environment.uuid
         others = [] if uuid is None else nvml.other_processes(uuid, own)

@@ -7,12 +7,12 @@ belong to whatever the implementations print and go to the run's worker.log.
     -> {"session": {...}}      <- {"hello": {"environment": ..., "versions": ...}}
     -> {"begin": ceilings}     <- {"ready": {"ceilings": ...}}      (null: measure them)
     -> {"case": {...}}         <- {"phase": "build"} ... {"point", "samples_ns", "spoilt"}
+    -> {"interleave": {...}}   <- {"phase": "build"} ... {"samples_ns", "rounds", "spoilt"}
     -> any of these            <- {"refused": {"exit_code", "message"}}
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
@@ -24,9 +24,9 @@ from typing import Any
 
 from chela_bench.bench.cases import Case, Session
 from chela_bench.errors import ArgumentError, ChelaBenchError, EnvironmentProblem
+from chela_bench.profiles.forks import die_with_parent
 from chela_bench.records import Ceilings, Outcome, Spent, Telemetry
 
-_PR_SET_PDEATHSIG = 1
 _ALLOCATOR_SAYS = ("can't allocate memory", "Storage size calculation overflowed")
 
 
@@ -54,6 +54,8 @@ def main() -> None:
                 raise EnvironmentProblem("the first command of a worker must be its session")
             elif "begin" in command:
                 worker.begin(command["begin"])
+            elif "interleave" in command:
+                worker.interleave(**command["interleave"])
             else:
                 worker.measure(Case.model_validate(command["case"]))
         except ChelaBenchError as error:
@@ -126,7 +128,7 @@ class Worker:
 
     def measure(self, case: Case) -> None:
         from chela_bench.bench.bounds import point_of
-        from chela_bench.bench.leftovers import left_behind, release_memory, state
+        from chela_bench.bench.leftovers import release_memory, state
         from chela_bench.bench.measure import measure
 
         bench = self.bench
@@ -146,13 +148,33 @@ class Worker:
                 reason=reason,
             )
         release_memory(cuda=bench.cuda)
+        spoilt = self._spoilt(case.key, before)
         spent = Spent(**{f"{name}_s": round(s, 6) for name, s in bench.spent_s.items()})
         point = point.model_copy(update={"spent": spent})
-        spoilt = left_behind(before, cuda=bench.cuda)
-        if spoilt is not None:
-            print(f"{case.key}: {spoilt}; a new worker follows", file=sys.stderr, flush=True)
         answer = {"point": point.model_dump(mode="json"), "samples_ns": samples}
-        self.answer({**answer, "spoilt": spoilt is not None})
+        self.answer({**answer, "spoilt": spoilt})
+
+    def interleave(self, cases: list[dict[str, Any]], seconds: float) -> None:
+        """Times right configurations of one call in turn."""
+        from chela_bench.bench.interleave import interleaved
+        from chela_bench.bench.leftovers import release_memory, state
+
+        bench = self.bench
+        wanted = [Case.model_validate(case) for case in cases]
+        before = state(cuda=bench.cuda)
+        samples, rounds = interleaved(bench, wanted, self.user_impls, seconds)
+        release_memory(cuda=bench.cuda)
+        spoilt = self._spoilt(f"{len(cases)} configurations in turn", before)
+        self.answer({"samples_ns": samples, "rounds": rounds, "spoilt": spoilt})
+
+    def _spoilt(self, what: str, before: Any) -> bool:
+        """Whether something was left behind, which the log tells."""
+        from chela_bench.bench.leftovers import left_behind
+
+        spoilt = left_behind(before, cuda=self.bench.cuda)
+        if spoilt is not None:
+            print(f"{what}: {spoilt}; a new worker follows", file=sys.stderr, flush=True)
+        return spoilt is not None
 
 
 def outcome_of(error: BaseException) -> tuple[Outcome, str]:
@@ -178,17 +200,6 @@ def outcome_of(error: BaseException) -> tuple[Outcome, str]:
     if (dynamo and isinstance(error, dynamo.TorchDynamoException)) or names & compiler:
         return "compile_error", text
     return "crash", text
-
-
-def die_with_parent(parent_pid: int) -> None:
-    """Linux: the kernel kills this process when its parent ends, however it ends.
-
-    Elsewhere the worker ends when it next reads its closed standard input.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent_pid:  # it ended before the line above
-            os._exit(1)
 
 
 def limit_memory(limit_bytes: int | None) -> None:

@@ -11,6 +11,7 @@ import click
 from chela_bench.cli.lines import say
 from chela_bench.cli.options import config_option, device_option, out_option
 from chela_bench.errors import ChelaBenchError
+from chela_bench.profiles.compiling import compiling, examine_compiling
 from chela_bench.profiles.doctor import Check, can_run, examine
 from chela_bench.profiles.inventory import Peer, collect
 
@@ -34,7 +35,7 @@ def doctor(ctx: click.Context, device: str, config: Path | None, out: Path, as_j
     path, problem = _config(config)
     peers, plugins = _peers(), _plugins()
     facts = collect(device, peers=peers, config=path, config_problem=problem, out=out)
-    checks = [*examine(facts), *plugins]
+    checks = [*examine(facts), *examine_compiling(compiling()), *plugins]
     runs = can_run(checks)
     if as_json:
         found = {"device": facts.device, "can_run": runs, "checks": [asdict(c) for c in checks]}
