@@ -64,7 +64,7 @@ def hbm_bytes(point: Point) -> Moved | None:
     hbm, total = point.hbm, point.hbm.total_bytes
     if total is None:
         return None
-    modelled = hbm.read_bytes is None or hbm.write_bytes is None
+    modelled = hbm.measured_bytes is None
     return Moved(total, MODEL if modelled else hbm.source or "measured")
 
 

@@ -48,8 +48,10 @@ _MEASURED: dict[str, _Column] = {
     "hbm_model_bytes": (_INTEGER, lambda _, p: p.hbm.model_bytes),
     "hbm_read_bytes": (_INTEGER, lambda _, p: p.hbm.read_bytes),
     "hbm_write_bytes": (_INTEGER, lambda _, p: p.hbm.write_bytes),
+    "hbm_gpm_bytes": (_INTEGER, lambda _, p: p.hbm.gpm_bytes),
+    "hbm_x_floor": (_FLOAT, lambda _, p: p.hbm_x_floor),
     "hbm_source": (_TEXT, lambda _, p: p.hbm.source),
-    "hbm_measured_over_model": (_FLOAT, lambda _, p: _measured_over_model(p)),
+    "hbm_measured_over_model": (_FLOAT, lambda _, p: p.hbm.measured_over_model),
     "oracle": (_TEXT, lambda _, p: p.oracle),
     "error_rel": (_FLOAT, lambda _, p: p.error_rel),
     "error_budget": (_FLOAT, lambda _, p: p.error_budget),
@@ -62,6 +64,10 @@ _MEASURED: dict[str, _Column] = {
     "mem_clock_mhz": (_INTEGER, lambda _, p: p.telemetry.mem_clock_mhz),
     "power_mw": (_INTEGER, lambda _, p: p.telemetry.power_mw),
     "temperature_c": (_INTEGER, lambda _, p: p.telemetry.temperature_c),
+    "sm_clock_min_mhz": (_INTEGER, lambda _, p: p.telemetry.sm_clock_min_mhz),
+    "power_max_mw": (_INTEGER, lambda _, p: p.telemetry.power_max_mw),
+    "temperature_max_c": (_INTEGER, lambda _, p: p.telemetry.temperature_max_c),
+    "memory_bytes": (_INTEGER, lambda _, p: p.telemetry.memory_bytes),
     "throttle": (_TEXT, lambda _, p: _throttle(p)),
     "energy_j": (_FLOAT, lambda _, p: p.energy_j),
     "timer": (_TEXT, lambda _, p: p.timer),
@@ -125,13 +131,6 @@ def _config(values: list[ConfigValue | None]) -> pd.Series[Any]:
     if kinds == {bool}:
         return pd.Series(values, dtype=_FLAG)
     return pd.Series([None if value is None else str(value) for value in values], dtype=_TEXT)
-
-
-def _measured_over_model(point: Point) -> float | None:
-    hbm = point.hbm
-    if hbm.read_bytes is None or hbm.write_bytes is None or not hbm.model_bytes:
-        return None
-    return (hbm.read_bytes + hbm.write_bytes) / hbm.model_bytes
 
 
 def _throttle(point: Point) -> str | None:
