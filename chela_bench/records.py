@@ -59,8 +59,10 @@ class Hbm(_Record):
     read_bytes: Count | None = None
     """Bytes read, by Nsight Compute from a cold L2. Null: not measured."""
     write_bytes: Count | None = None
-    """Bytes written, likewise; what L2 still holds at the end is not among them. Null: not
-    measured."""
+    """Bytes written, likewise. Null: not measured."""
+    late_write_bytes: Count | None = None
+    """Those of write_bytes that L2 still held when the call ended, and that left it when it was
+    evicted afterwards. Null: not measured."""
     gpm_bytes: Count | None = None
     """Bytes read and written together, by NVML's GPM over a loop of calls, so with a warm L2; as
     coarse as a percent of the peak. Null: not measured."""

@@ -166,12 +166,16 @@ def resolve(config: Config, flags: Flags, devices: Sequence[str]) -> Settings:
 
 def _refuse_counters_of_nothing(flags: Flags, devices: Sequence[str]) -> None:
     """What only a GPU counts, where there is none; ncu's bytes of one model under other cards'."""
-    for flag, given in (
-        ("--energy", flags.energy), (f"--hbm {flags.hbm}", flags.hbm in ("ncu", "gpm")),
-    ):  # fmt: skip
-        if given and devices[0] == "cpu":
-            raise EnvironmentProblem(f"{flag} counts on a GPU, and there is none in use here; "
-                                     "leave it out, or see chela-bench doctor")  # fmt: skip
+    if devices[0] == "cpu":
+        way_out = "see chela-bench doctor"
+        if flags.detail:
+            raise EnvironmentProblem(f"profile counts on a GPU, and none is in use here; {way_out}, "
+                                     "or read a capture with --from")  # fmt: skip
+        given = {"--energy": flags.energy, f"--hbm {flags.hbm}": flags.hbm in ("ncu", "gpm")}
+        for flag in (flag for flag, on in given.items() if on):
+            raise EnvironmentProblem(
+                f"{flag} counts on a GPU, and none is in use here; leave it out, or {way_out}"
+            )
     if flags.mix_gpus and flags.hbm == "ncu":
         raise UsageError("--hbm ncu counts on one card, for GPUs of one model; without --mix-gpus")
 

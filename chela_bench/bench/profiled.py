@@ -2,7 +2,8 @@
 
 Started with three arguments: a file with the session and the cases, a file that says how far it
 is, a line a step, and the bench's process id. A case is compiled, tuned and run once before; then
-L2 is evicted, and the kernels of the next call alone are counted. Their results are not judged:
+L2 is evicted, and the kernels of the next call alone are counted; then L2 is evicted once more, so
+that what the call wrote and L2 still holds is counted on its way out. The results are not judged:
 the bench has done that, on the same code, shape and dtype.
 
     {"pid": 17}    {"begins": 0}    {"ended": 0, "problem": null}    {"spoilt": "..."}
@@ -31,7 +32,7 @@ from chela_bench.bench.worker import Worker, outcome_of
 from chela_bench.profiles.ncu import RANGE
 
 _LOOK_S = 1.0
-Ranged = Callable[[int, timing.Steps], None]
+Ranged = Callable[[str, Callable[[], object]], None]
 
 
 def main() -> None:
@@ -83,17 +84,22 @@ def run(worker: Worker, number: int, case: Case, ranged: Ranged) -> None:
         call()
         steps = timing.steps_of(call)
         steps.rewind()
-        if worker.bench.evictor is not None:
-            worker.bench.evictor()
-        ranged(number, steps)
+        evict = _nothing if worker.bench.evictor is None else worker.bench.evictor
+        evict()
+        ranged(f"{RANGE}-{number}", steps.run)
+        ranged(f"{RANGE}-late-{number}", evict)
 
 
-def ranged(number: int, steps: timing.Steps) -> None:
+def _nothing() -> None: ...
+
+
+def ranged(name: str, work: Callable[[], object]) -> None:
+    """Runs the work on the device, idle before and after, in the range that is counted."""
     torch.cuda.synchronize()
     torch.cuda.nvtx.range_push(RANGE)
-    torch.cuda.nvtx.range_push(f"{RANGE}-{number}")
+    torch.cuda.nvtx.range_push(name)
     try:
-        steps.run()
+        work()
         torch.cuda.synchronize()
     finally:
         torch.cuda.nvtx.range_pop()

@@ -38,6 +38,7 @@ class Counts:
     """What a round of runs found: kernels by case, and why others have none."""
 
     kernels: dict[int, list[Kernel]] = field(default_factory=dict)
+    late_bytes: dict[int, int] = field(default_factory=dict)
     reasons: dict[int, str] = field(default_factory=dict)
 
 
@@ -102,7 +103,7 @@ def add_bytes(
             folder.append(without_bytes(point, bytes_.reasons[number]), [])
             continue
         kernels = ncu_csv.with_detail(kernels, more.kernels.get(number, []))
-        point = with_bytes(point, kernels)
+        point = with_bytes(point, kernels, bytes_.late_bytes.get(number, 0))
         folder.append(point, [])
         finished(point)
 
@@ -148,6 +149,7 @@ def _settle(
     One that ended well and is not in the capture, since that is torn or missing, is run again.
     """
     found = capture.by_point() if isinstance(capture, ncu_csv.Capture) else {}
+    late = capture.late_bytes() if isinstance(capture, ncu_csv.Capture) else {}
     whole = isinstance(capture, ncu_csv.Capture) and not capture.torn
     ended = {step["ended"]: step["problem"] for step in steps if "ended" in step}
     settled = set()
@@ -156,6 +158,7 @@ def _settle(
             counts.reasons[number] = f"ncu: under it, {problem}"
         elif found.get(number):
             counts.kernels[number] = found[number]
+            counts.late_bytes[number] = late.get(number, 0)
         elif whole:
             counts.reasons[number] = "ncu: it counted no kernel of this call"
         else:
@@ -169,17 +172,22 @@ def _settle(
     return settled
 
 
-def with_bytes(point: Point, kernels: Sequence[Kernel]) -> Point:
+def with_bytes(point: Point, kernels: Sequence[Kernel], late_bytes: int) -> Point:
     """The point with what was counted; of steps, a step's share."""
     if point.direction == "decode":
-        kernels = [_share(kernel) for kernel in kernels]
+        kernels, late_bytes = [_share(kernel) for kernel in kernels], round(late_bytes / STEPS)
     read = _sum(kernel.read_bytes for kernel in kernels)
     written = _sum(kernel.write_bytes for kernel in kernels)
     if read is None or written is None:
         return without_bytes(point, "ncu: it told no bytes of some kernel").model_copy(
             update={"kernels": list(kernels)}
         )
-    measured = {"read_bytes": read, "write_bytes": written, "source": "ncu"}
+    measured = {
+        "read_bytes": read,
+        "write_bytes": written + late_bytes,
+        "late_write_bytes": late_bytes,
+        "source": "ncu",
+    }
     nulls = {name: why for name, why in point.null_reasons.items() if name != COLUMN}
     return point.model_copy(
         update={

@@ -18,6 +18,7 @@ from chela_bench.errors import ChelaBenchError, EnvironmentProblem
 
 COMMANDS = {  # name -> module:attribute, and the line that --help shows without importing it
     "sweep": ("chela_bench.cli.sweep:sweep", "Measure implementations over sequence lengths."),
+    "profile": ("chela_bench.cli.profile:profile", "Every kernel's bytes, SRAM and occupancy."),
     "report": ("chela_bench.cli.report:report", "Tables and figures from run folders."),
     "runs": ("chela_bench.cli.runs:runs", "Run folders, newest first."),
     "show": ("chela_bench.cli.show:show", "The tables of a run, writing nothing."),

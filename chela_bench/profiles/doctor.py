@@ -277,19 +277,16 @@ def _ncu(facts: Facts) -> Iterator[Check]:
 
 def _counters(facts: Facts) -> Check:
     """As tried; untried, as the driver says."""
-    if facts.counting == "works":
-        return Check("counters", "ok", "permitted: ncu has just counted a kernel's bytes")
-    if facts.counting is not None:
-        what, _, remedy = facts.counting.partition(": ")
+    if facts.counters_problem is not None:
+        what, remedy = facts.counters_problem
         return Check("counters", "warning", what, remedy)
+    if facts.counters_tried:
+        return Check("counters", "ok", "permitted: ncu has just counted a kernel's bytes")
     if facts.counters_admin_only and not facts.admin:
         found = "for administrators alone: ncu will say ERR_NVGPUCTRPERM"
         return Check("counters", "warning", found, COUNTERS_REMEDY)
-    said = (
-        "permitted, says the driver"
-        if facts.admin or facts.counters_admin_only is False
-        else ("the driver does not say who may read them")
-    )
+    allowed = facts.admin or facts.counters_admin_only is False
+    said = "permitted, as the driver says" if allowed else "the driver does not say who may"
     return Check("counters", "ok", f"{said}; not tried")
 
 

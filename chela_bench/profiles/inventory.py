@@ -134,7 +134,8 @@ class Facts:
     ncu: Ncu | None = None
     counters_admin_only: bool | None = None  # None: the driver does not tell
     admin: bool = False
-    counting: str | None = None  # "works", or why not and the remedy; None: not tried
+    counters_tried: bool = False  # by ncu, on a kernel
+    counters_problem: tuple[str, str] | None = None  # what it said then, and the remedy
     gpm_problem: str | None = None  # of the card in use, and what else to take
     energy: bool = False  # whether it counts its energy
     peers: tuple[Peer, ...] = ()
@@ -196,7 +197,8 @@ def _counters(facts: Facts) -> dict[str, Any]:
         from chela_bench.profiles import ncu
 
         if facts.device != "cpu" and at_least(facts.ncu.version, ncu.MINIMUM):
-            found["counting"] = str(ncu.probe(facts.ncu.path) or "works")
+            found["counters_tried"] = True
+            found["counters_problem"] = ncu.probe(facts.ncu.path)
     card = card_in_use(facts)
     if card is not None and card.uuid is not None:
         from chela_bench.profiles import gpm, nvml

@@ -33,7 +33,9 @@ from chela_bench.profiles.inventory import (
 )
 
 MINIMUM = "2022.3"  # the first that knows Hopper
-RANGE = "chela"  # of NVTX: around all that is counted; a range of each point's own is inside
+# Of NVTX, around all that is counted. Inside are `chela-N`, point N's call, and `chela-late-N`,
+# what evicts from L2 what the call has written there.
+RANGE = "chela"
 TIME = "gpu__time_duration.sum"
 READ, WRITTEN = "dram__bytes_read.sum", "dram__bytes_write.sum"
 L2_BYTES, L2_HITS = "lts__t_bytes.sum", "lts__t_sector_hit_rate.pct"
@@ -243,7 +245,9 @@ def complaint(output: str) -> Complaint | None:
     if not said and "No kernels were profiled" in output:
         said = ["No kernels were profiled"]
     if said:
-        return Complaint(f"ncu says: {' '.join(said[0].split())[:200]}", "run chela-bench doctor")
+        return Complaint(
+            f"ncu says: {' '.join(said[0].split())[:200]}", "run ncu by hand to see more"
+        )
     return None
 
 

@@ -17,7 +17,7 @@ from chela_bench.profiles import ncu
 from chela_bench.records import Kernel
 
 _PUSHED = "thread Domain:Push/Pop_Range"
-_POINT = re.compile(rf'[:"]{ncu.RANGE}-(\d+)[:"]')
+_POINT = re.compile(rf'[:"]{ncu.RANGE}-(?P<late>late-)?(?P<point>\d+)[:"]')
 _SCALES = {  # to bytes and nanoseconds; a unit that is not here is taken as it is
     "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "Tbyte": 1e12,
     "us": 1e3, "ms": 1e6, "s": 1e9, "usecond": 1e3, "msecond": 1e6, "second": 1e9,
@@ -60,10 +60,12 @@ _MEANS = ("l2_hit_pct", "occupancy_pct")
 
 @dataclass(frozen=True)
 class Launch:
-    """One row: a kernel with one launch, and the point whose range it was in."""
+    """One row: a kernel with one launch, and the point whose range it was in; `late` if it only
+    evicted what the point's call had left in L2."""
 
     point: int | None
     kernel: Kernel
+    late: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,21 @@ class Capture:
     def by_point(self) -> dict[int | None, list[Kernel]]:
         """Kernels of each point. Not of the one that a torn capture ends in, which may lack some;
         launches outside of any point stand under None."""
-        found: dict[int | None, list[Launch]] = {}
+        found: dict[int | None, list[Kernel]] = {}
         for launch in self.launches:
-            found.setdefault(launch.point, []).append(launch)
+            if not launch.late:
+                found.setdefault(launch.point, []).append(launch.kernel)
         if self.torn and self.launches:
-            del found[self.launches[-1].point]
-        return {point: merged(each.kernel for each in rows) for point, rows in found.items()}
+            found.pop(self.launches[-1].point, None)
+        return {point: merged(kernels) for point, kernels in found.items()}
+
+    def late_bytes(self) -> dict[int | None, int]:
+        """Bytes that each point's call had written, and that left L2 only after it."""
+        found: dict[int | None, int] = {}
+        for launch in self.launches:
+            if launch.late and launch.kernel.write_bytes is not None:
+                found[launch.point] = found.get(launch.point, 0) + launch.kernel.write_bytes
+        return found
 
 
 def parse(text: str, metrics: Sequence[str] = ()) -> Capture:
@@ -173,7 +184,9 @@ def _launch(row: dict[str, str], units: dict[str, str], number: _Numbers) -> Lau
         limiters=[what for what, value in limits.items() if value == fewest],
         **columns,  # type: ignore[arg-type]
     )
-    return Launch(int(found[1]) if found else None, kernel)
+    if found is None:
+        return Launch(None, kernel)
+    return Launch(int(found["point"]), kernel, late=found["late"] is not None)
 
 
 @dataclass

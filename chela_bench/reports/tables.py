@@ -48,6 +48,7 @@ _MEASURED: dict[str, _Column] = {
     "hbm_model_bytes": (_INTEGER, lambda _, p: p.hbm.model_bytes),
     "hbm_read_bytes": (_INTEGER, lambda _, p: p.hbm.read_bytes),
     "hbm_write_bytes": (_INTEGER, lambda _, p: p.hbm.write_bytes),
+    "hbm_late_write_bytes": (_INTEGER, lambda _, p: p.hbm.late_write_bytes),
     "hbm_gpm_bytes": (_INTEGER, lambda _, p: p.hbm.gpm_bytes),
     "hbm_x_floor": (_FLOAT, lambda _, p: p.hbm_x_floor),
     "hbm_source": (_TEXT, lambda _, p: p.hbm.source),

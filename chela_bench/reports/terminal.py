@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 from rich import box
@@ -21,26 +21,33 @@ from chela_bench.reports.groups import (
     groups,
 )
 from chela_bench.reports.rows import COLUMNS, STEPS, engineering
+from chela_bench.reports.sheets import Sheet, sheets
 from chela_bench.reports.text import duration, length, lengths, machine, tally, three_digits
 
 _GAP = 2  # characters between columns
 _LONGEST_NAME = 18  # a longer one is folded
 
+_Column = tuple[str, Sequence[Text]]
 
-def sweep_table(run: Run, points: Sequence[Point]) -> RenderableType:
+
+def sweep_table(
+    run: Run, points: Sequence[Point], *, beside: Sequence[str] = ("HBM traffic",)
+) -> RenderableType:
     """One table for each op, direction, dtype and shape; what failed and why; a line of counts.
 
     A cell is the median time and its multiple of the floor; `*` marks the fastest correct
     implementation of its row. Columns that do not fit the width continue in a further block. What
-    was skipped at every length has no column, unless nothing else has one.
+    was skipped at every length has no column, unless nothing else has one. `beside` names the
+    sheets that follow where something was counted.
     """
-    return _Sweep(run, tuple(points))
+    return _Sweep(run, tuple(points), tuple(beside))
 
 
 @dataclass(frozen=True)
 class _Sweep:
     run: Run
     points: tuple[Point, ...]
+    beside: tuple[str, ...]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield _line(" | ".join(machine(self.run, self.points)), "dim")
@@ -50,6 +57,7 @@ class _Sweep:
             yield _heading(group)
             yield from _blocks(group, options.max_width)
             yield from _legend(group)
+            yield from _sheets(self.run, group, options.max_width, self.beside)
             yield from map(_line, _rates(group))
             yield from map(_line, comparison(group, drawn_beside(group, found)))
             yield from _failures(group)
@@ -84,20 +92,64 @@ def _blocks(group: Group, width: int) -> Iterator[RenderableType]:
             ("GFLOP", [Text("-" if n is None else three_digits(n / 1e9)) for n in flops])
         )
     tried = [s for s in group.series if any(p.outcome != "skipped" for p in s.points)]
-    waiting = [(series.label, _cells(group, series)) for series in tried or group.series]
+    waiting: list[_Column] = [(s.label, _cells(group, s)) for s in tried or group.series]
     if group.is_layer and waiting and _room(leading, width) < _column_width(*waiting[0]):
         yield _table(leading, width)
         yield Text()
         leading = leading[:1]
+    yield from _cut(leading, waiting, width, repeated=1)
+
+
+def _cut(
+    leading: Sequence[_Column],
+    waiting: Sequence[_Column],
+    width: int,
+    *,
+    repeated: int,
+    words: int = 0,
+) -> Iterator[RenderableType]:
+    """The leading columns and as many of the others as fit; then the first `repeated` of the
+    leading and the next ones. Of the leading, the last `words` are no numbers."""
+    waiting = list(waiting)
     while waiting:
-        block, room = leading, _room(leading, width)
-        while waiting and (room >= _column_width(*waiting[0]) or block is leading):
+        block, room = list(leading), _room(leading, width)
+        while waiting and (room >= _column_width(*waiting[0]) or len(block) == len(leading)):
             room -= _column_width(*waiting[0]) + _GAP
-            block = [*block, waiting.pop(0)]
-        yield _table(block, width)
-        leading = leading[:1]
+            block.append(waiting.pop(0))
+        yield _table(block, width, left=range(1, 1 + words))
+        leading = leading[:repeated]
         if waiting:
             yield Text()
+
+
+def sheet_table(sheet: Sheet) -> RenderableType:
+    """One sheet, cut where the width ends, with its note."""
+    return _Sheet(sheet)
+
+
+@dataclass(frozen=True)
+class _Sheet:
+    sheet: Sheet
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from _sheet_lines(self.sheet, options.max_width)
+
+
+def _sheet_lines(sheet: Sheet, width: int) -> Iterator[RenderableType]:
+    columns = [
+        (name, [Text(row[n], overflow="fold") for row in sheet.rows])
+        for n, name in enumerate(sheet.header)
+    ]
+    head, rest = columns[: sheet.left], columns[sheet.left :]
+    yield from _cut(head, rest, width, repeated=len(head), words=len(head) - 1)
+    yield _line(sheet.note, "dim")
+
+
+def _sheets(run: Run, group: Group, width: int, names: Sequence[str]) -> Iterator[RenderableType]:
+    for sheet in (sheet for sheet in sheets(run, group) if sheet.name in names):
+        yield Text()
+        yield _line(sheet.name, "bold")
+        yield from _sheet_lines(sheet, width)
 
 
 def _rates(group: Group) -> Iterator[str]:
@@ -123,15 +175,15 @@ def _column_width(name: str, cells: Sequence[Text]) -> int:
     return max(min(Text(name).cell_len, _LONGEST_NAME), *(cell.cell_len for cell in cells))
 
 
-def _table(columns: Sequence[tuple[str, Sequence[Text]]], width: int) -> Table:
+def _table(columns: Sequence[_Column], width: int, *, left: Container[int] = ()) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), highlight=False
     )
     fits = sum(_column_width(*column) + _GAP for column in columns) - _GAP <= width
-    for name, cells in columns:
+    for number, (name, cells) in enumerate(columns):
         table.add_column(
             Text(name, overflow="fold"),
-            justify="right",
+            justify="left" if number in left else "right",
             vertical="bottom",
             overflow="fold",
             width=_column_width(name, cells) if fits else None,
