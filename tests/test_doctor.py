@@ -44,6 +44,8 @@ H100 = Facts(
     cards=(CARD,),
     ncu=Ncu("/usr/local/cuda/bin/ncu", "2025.3.1.0"),
     counters_admin_only=False,
+    counters_tried=True,
+    energy=True,
     peers=(FLA,),
     config="bench.toml",
     out="runs",
@@ -71,8 +73,8 @@ def test_a_good_gpu_machine_is_all_plain_facts():
     assert checks["SM"].found == "132, compute capability 9.0"
     assert list(checks) == [
         "Python", "packages", "torch", "triton", "compiler", "driver", "CUDA", "NVML", "GPU", "SM",
-        "SRAM", "L2", "ECC", "MIG", "processes", "ncu", "counters", "peers", "bench.toml",
-        "run folder",
+        "SRAM", "L2", "ECC", "MIG", "processes", "ncu", "counters", "GPM", "energy", "peers",
+        "bench.toml", "run folder",
     ]  # fmt: skip
 
 
@@ -363,7 +365,7 @@ def test_a_tool_that_says_its_version(tmp_path, monkeypatch):
     ncu.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     assert inventory.find_ncu() == str(ncu)
-    assert inventory._ncu_version(str(ncu)) == "2025.3.1.0"
+    assert inventory.ncu_version(str(ncu)) == "2025.3.1.0"
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

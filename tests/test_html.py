@@ -36,6 +36,8 @@ BREAKS_OUT = "\"><img src=x onerror=alert(1)><!-- ' --></script></style></title>
 VOID = {"meta", "link", "img", "br", "hr", "input", "wbr"}
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg"/>'
 
+KINDS = ("time", "floor", "hbm", "memory", "roofline")
+
 
 @dataclass
 class Element:
@@ -192,12 +194,12 @@ def test_other_peoples_text_is_text(text: str) -> None:
 def test_the_figures_are_the_files() -> None:
     run, points = make_run(), h100_sweep()
     svgs = {name: render(figure, "svg") for name, figure in figures(run, points).items()}
-    assert len(svgs) == 4
+    assert len(svgs) == 5
     text = page(run, points, svgs)
     images = tree(text).all("img")
     drawn = [b64decode(str(i.attributes["src"]).partition("base64,")[2]) for i in images]
     slug = "linear_attention-fwd-bf16-B1-H16-K128-V128"
-    assert drawn == [svgs[f"{slug}-{kind}"] for kind in ("time", "floor", "hbm", "memory")]
+    assert drawn == [svgs[f"{slug}-{kind}"] for kind in KINDS]
     assert all("triton_chunked" in str(image.attributes["alt"]) for image in images)
     assert len(text) < 300_000  # a full sweep has about ten times as many figures
 
@@ -351,5 +353,5 @@ def test_report_writes_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     root = tree((tmp_path / "out" / "index.html").read_text(encoding="utf-8"))
     drawn = [b64decode(str(i.attributes["src"]).partition("base64,")[2]) for i in root.all("img")]
     assert sorted(drawn) == sorted(path.read_bytes() for path in (tmp_path / "out").glob("*.svg"))
-    assert len(drawn) == 29
+    assert len(drawn) == 31
     assert len(rows_of(tables(root, "failures")[0])) == 25

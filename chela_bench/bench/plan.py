@@ -169,8 +169,10 @@ def _refuse_counters_of_nothing(flags: Flags, devices: Sequence[str]) -> None:
     if devices[0] == "cpu":
         way_out = "see chela-bench doctor"
         if flags.detail:
-            raise EnvironmentProblem(f"profile counts on a GPU, and none is in use here; {way_out}, "
-                                     "or read a capture with --from")  # fmt: skip
+            raise EnvironmentProblem(
+                "profile counts on a GPU, and none is in use here; read a capture with --from, or "
+                f"{way_out}"
+            )
         given = {"--energy": flags.energy, f"--hbm {flags.hbm}": flags.hbm in ("ncu", "gpm")}
         for flag in (flag for flag, on in given.items() if on):
             raise EnvironmentProblem(

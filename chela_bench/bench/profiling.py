@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from chela_bench.bench import store
 from chela_bench.bench.cases import Case, Session
 from chela_bench.bench.models import STEPS
-from chela_bench.bench.runner import gpu_lock, python_command, worker_environment
+from chela_bench.bench.runner import gpu_lock, main_of, worker_environment
 from chela_bench.errors import EnvironmentProblem, RecordError
 from chela_bench.profiles import ncu, ncu_csv
 from chela_bench.profiles.ncu import Tool
@@ -28,7 +29,7 @@ DETAILED_LAUNCHES = 200
 DETAILED_BYTES = 4 << 30  # written back between passes; from there on it takes minutes
 COLUMN = "hbm.read_bytes"  # whose null_reasons say why there is no figure
 _START_S = 180.0
-_APPLICATION = "chela_bench.bench.profiled"
+_APPLICATION = main_of("chela_bench.bench.profiled")
 
 Say = Callable[[str], None]
 
@@ -233,7 +234,8 @@ def _run(
         progress.write_text("")
     except OSError as error:
         raise EnvironmentProblem(f"cannot write {plan}: {error.strerror}") from error
-    application = [*python_command(_APPLICATION), str(plan), str(progress), str(os.getpid())]
+    words = str(plan), str(progress), str(os.getpid())
+    application = [sys.executable, "-P", "-c", _APPLICATION, *words]
     limits = way.session.limits
     try:
         done = ncu.collect(

@@ -32,19 +32,20 @@ _FOREIGN_ANSWER = "something else wrote into the worker's answers"
 _LAST_BREATH_S = 10.0  # for a worker whose pipe is closed to end
 _LOOK_S = 0.5  # how often a silent worker is looked at: one that forked leaves its pipe open
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
-_WORKER = "chela_bench.bench.worker"
 
 
-def python_command(module: str) -> list[str]:
-    """Runs `main` of a module of this package, with this Python.
+def main_of(module: str) -> str:
+    """Code that runs `main` of a module of this package, for `python -P -c`.
 
     Not `-m`: that would put the current folder, with whatever lies in it, first.
     """
-    code = (
+    return (
         f"import sys; root = {_PACKAGE_ROOT!r}; root in sys.path or sys.path.insert(0, root); "
         f"from {module} import main; main()"
     )
-    return [sys.executable, "-P", "-c", code]
+
+
+_WORKER = main_of("chela_bench.bench.worker")
 
 
 def worker_environment() -> dict[str, str]:
@@ -82,7 +83,7 @@ class WorkerProcess:
         read_fd, write_fd = os.pipe()
         with log.open("ab") as log_file:
             self._process = subprocess.Popen(
-                [*python_command(_WORKER), str(write_fd), str(os.getpid())],
+                [sys.executable, "-P", "-c", _WORKER, str(write_fd), str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=log_file,
                 stderr=log_file,

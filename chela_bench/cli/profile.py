@@ -12,22 +12,24 @@ from chela_bench.bench import plan
 from chela_bench.bench.config import find_config, load_config
 from chela_bench.cli import complete
 from chela_bench.cli.captures import capture_sheet, read_capture
-from chela_bench.cli.options import (
+from chela_bench.cli.choices import (
     axes_option,
-    config_option,
-    device_option,
     directions_option,
     dtypes_option,
-    energy_option,
     flags,
-    json_option,
     lens_option,
     many,
-    ncu_report_option,
-    out_option,
     seed_option,
     shapes_option,
     sizes_option,
+)
+from chela_bench.cli.options import (
+    config_option,
+    device_option,
+    energy_option,
+    json_option,
+    ncu_report_option,
+    out_option,
 )
 from chela_bench.cli.sweeping import carry_out
 from chela_bench.errors import UsageError

@@ -24,7 +24,7 @@ from chela_bench.reports.pictures import (
     sweeps,
     time_picture,
 )
-from chela_bench.reports.roofline import draw_roofline
+from chela_bench.reports.roofline_drawing import draw_roofline
 from chela_bench.reports.style import settings
 
 Format = Literal["svg", "png", "pdf"]

@@ -8,6 +8,7 @@ tables; the page's own policy lets nothing else run and nothing be fetched.
 
 from __future__ import annotations
 
+import re
 import shlex
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
@@ -164,6 +165,15 @@ def _alt(what: str, group: Group) -> str:
     return f"{against}, {group.title}: {named}. The table below has the values."
 
 
+def amount(text: str) -> float | None:
+    """What a sheet's cell sorts by: its first number, a length in tokens; None if it has none."""
+    found = re.match(r"([\d ]*\d(?:\.\d+)?)([kM]?)", text)
+    if found is None:
+        return None
+    scale = {"k": 1024, "M": 1024**2}.get(found[2], 1)
+    return float(found[1].replace(" ", "")) * scale
+
+
 def _resource(name: str) -> str:
     return (files("chela_bench.reports") / "templates" / name).read_text(encoding="utf-8")
 
@@ -177,4 +187,5 @@ def _template() -> Template:
         lstrip_blocks=True,
     )
     environment.filters["tokens"] = length
+    environment.filters["amount"] = amount
     return environment.get_template("report.html.j2")

@@ -22,7 +22,8 @@ from chela_bench.reports.groups import (
     named_groups,
     reading_order,
 )
-from chela_bench.reports.roofline import Roof, RoofPicture, track
+from chela_bench.reports.roofline import Roof
+from chela_bench.reports.roofline_drawing import RoofPicture, track
 from chela_bench.reports.rows import MODEL, hbm_bytes
 from chela_bench.reports.style import Style, styles, tint
 from chela_bench.reports.text import duration, machine, memory, plain, three_digits

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import pandas as pd
 
-from chela_bench.records import ConfigValue, Point, Run
+from chela_bench.records import ConfigValue, Kernel, Point, Run
 from chela_bench.reports.groups import reading_order
 
 _DIMS = ("B", "T", "H", "K", "V", "D")
@@ -107,6 +107,22 @@ def points_frame(run: Run, points: list[Point]) -> pd.DataFrame:
         },
     }
     return pd.DataFrame(columns)
+
+
+def kernels_frame(points: list[Point]) -> pd.DataFrame:
+    """One row a kernel of each profiled point, units in the names; `key` is the point's."""
+    rows = [
+        {"key": point.key, **kernel.model_dump(), "limiters": "; ".join(kernel.limiters)}
+        for point in sorted(points, key=reading_order)
+        for kernel in point.kernels
+    ]
+    frame = pd.DataFrame(rows, columns=["key", *Kernel.model_fields])
+    kinds = {
+        name: _FLOAT if name.endswith("_pct") or name == "waves" else _INTEGER
+        for name in Kernel.model_fields
+        if name not in ("name", "grid", "limiters")
+    }
+    return frame.astype(kinds)
 
 
 def _columns(
