@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from base64 import b64decode, b64encode
 from dataclasses import dataclass, field
@@ -121,7 +122,8 @@ def test_the_page_is_well_formed(run: Run, points: list[Point]) -> None:
     for labelled in root.all("section"):
         assert labelled.attributes["aria-labelledby"] in ids
     assert all(image.attributes["alt"] for image in root.all("img"))
-    assert [e.tag for e in root.all("h1", "h2", "h3")] == ["h1"] + ["h2"] * len(root.all("h2"))
+    levels = [int(e.tag[1]) for e in root.all("h1", "h2", "h3")]
+    assert levels.count(1) == 1 and all(b <= a + 1 for a, b in itertools.pairwise([0, *levels]))
     assert root.all("html")[0].attributes["lang"] == "en"
     for table in root.all("table"):
         assert table.inside[0].tag == "caption"
@@ -201,7 +203,7 @@ def test_the_figures_are_the_files() -> None:
     slug = "linear_attention-fwd-bf16-B1-H16-K128-V128"
     assert drawn == [svgs[f"{slug}-{kind}"] for kind in KINDS]
     assert all("triton_chunked" in str(image.attributes["alt"]) for image in images)
-    assert len(text) < 300_000  # a full sweep has about ten times as many figures
+    assert len(text) < 350_000  # a full sweep has about ten times as many figures
 
 
 def test_a_row_of_the_table() -> None:
