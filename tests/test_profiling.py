@@ -139,6 +139,13 @@ def test_a_point_takes_the_sum_of_its_kernels():
     assert Point.model_validate_json(counted.model_dump_json()) == counted
 
 
+def test_copies_that_are_no_kernels_are_named():
+    kernel = Kernel(name="a", launches=2, read_bytes=1, write_bytes=1)
+    assert "kernels" not in profiling.with_bytes(make_point(launches=2), [kernel], 0).null_reasons
+    counted = profiling.with_bytes(make_point(launches=5), [kernel], 0)
+    assert counted.null_reasons["kernels"] == "3 of 5 launches are the driver's copies or fills"
+
+
 def test_a_step_takes_its_share():
     point = make_point(direction="decode", op="chela_layer", shape={"B": 2, "T": 256, "D": 16})
     kernel = Kernel(name="a", launches=STEPS, read_bytes=64 * 7, write_bytes=64, time_ns=640)

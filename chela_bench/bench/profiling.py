@@ -174,7 +174,10 @@ def _settle(
 
 
 def with_bytes(point: Point, kernels: Sequence[Kernel], late_bytes: int) -> Point:
-    """The point with what was counted; of steps, a step's share."""
+    """The point with what was counted; of steps, a step's share.
+
+    ncu sees kernels alone: what the driver copies or fills by itself is named.
+    """
     if point.direction == "decode":
         kernels, late_bytes = [_share(kernel) for kernel in kernels], round(late_bytes / STEPS)
     read = _sum(kernel.read_bytes for kernel in kernels)
@@ -190,6 +193,9 @@ def with_bytes(point: Point, kernels: Sequence[Kernel], late_bytes: int) -> Poin
         "source": "ncu",
     }
     nulls = {name: why for name, why in point.null_reasons.items() if name != COLUMN}
+    unseen = (point.launches or 0) - sum(kernel.launches for kernel in kernels)
+    if unseen > 0:
+        nulls["kernels"] = f"{unseen} of {point.launches} launches are the driver's copies or fills"
     return point.model_copy(
         update={
             "hbm": point.hbm.model_copy(update=measured),
