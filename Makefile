@@ -10,7 +10,7 @@ endif
 EXTRAS := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo dev,peers || echo dev)
 ARGS ?=
 # Tests that measure time, or start and kill processes, run one at a time.
-ALONE := $(addprefix tests/test_,$(addsuffix .py,cli completion crew faults plugins runner surroundings \
+ALONE := $(addprefix tests/test_,$(addsuffix .py,cli completion crew faults ncu plugins profiling runner surroundings \
 	sweep timing tuning worker))
 
 .PHONY: .venv sweep test check docs test-gpu clean

@@ -166,6 +166,8 @@ def test_kernels_without_bytes_are_no_figure():
         ({"launches": 3}, True),
         ({"launches": profiling.MOST_LAUNCHES + 1}, False),
         ({"launches": None, "T": 512}, True),
+        ({"launches": 9000, "T": 512}, True),
+        ({"launches": None, "direction": "decode", "T": 512}, False),
         ({"launches": None, "T": 513}, False),
         ({"launches": 60, "direction": "decode"}, True),
         ({"launches": 70, "direction": "decode"}, False),

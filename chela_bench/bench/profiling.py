@@ -24,7 +24,7 @@ from chela_bench.profiles.ncu import Tool
 from chela_bench.records import Ceilings, Environment, Kernel, Point
 
 MOST_LAUNCHES = 4000  # of a call; each costs the tool milliseconds
-SHORT_TOKENS = 512  # what launches too often to be counted is run up to here all the same
+SHORT_TOKENS = 512  # up to here a loop over tokens is run all the same
 DETAILED_LAUNCHES = 200
 DETAILED_BYTES = 4 << 30  # written back between passes; from there on it takes minutes
 COLUMN = "hbm.read_bytes"  # whose null_reasons say why there is no figure
@@ -211,14 +211,13 @@ def without_bytes(point: Point, reason: str) -> Point:
 
 def too_many_launches(point: Point) -> str | None:
     """Why a call is not run under the tool, or None."""
-    if point.launches is None:
-        if point.shape["T"] <= SHORT_TOKENS:
-            return None
-        return f"ncu: more launches than were counted; it takes them up to T = {SHORT_TOKENS}"
-    launches = point.launches * (STEPS if point.direction == "decode" else 1)
-    if launches <= MOST_LAUNCHES:
+    steps = STEPS if point.direction == "decode" else 1
+    launches = None if point.launches is None else point.launches * steps
+    short = steps == 1 and point.shape["T"] <= SHORT_TOKENS
+    if short or (launches is not None and launches <= MOST_LAUNCHES):
         return None
-    return f"ncu: {launches} launches; it takes up to {MOST_LAUNCHES}"
+    many = "uncounted" if launches is None else f"{launches}"
+    return f"ncu: {many} launches; it takes {MOST_LAUNCHES}, or T up to {SHORT_TOKENS}"
 
 
 def _run(
