@@ -189,3 +189,9 @@ def test_kernels_csv_has_a_row_a_kernel():
     assert str(frame.read_bytes.dtype) == "Int64" and str(frame.waves.dtype) == "float64"
     assert set(frame.limiters) == {"shared memory"}
     assert kernels_frame(h100_sweep()).empty
+
+
+def test_energy_is_a_column_where_it_was_measured():
+    points = [make_point(energy_j=0.0125), make_point(2048)]
+    assert "| mJ |" in summary(make_run(), points) and "12.5" in summary(make_run(), points)
+    assert "| mJ |" not in summary(make_run(), h100_sweep())

@@ -14,7 +14,7 @@ from chela_bench.reports.text import facts, length, plain, tally
 
 _COLUMNS = (
     "time ms", "x floor", "tokens/s", "bytes/token", "parameters", "GFLOP", "TFLOP/s", "peak MiB",
-    "HBM MiB", "host us", "error / budget",
+    "HBM MiB", "host us", "mJ", "error / budget",
 )  # fmt: skip
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 _SPECIAL = re.compile(r"[\\`*\[\]|~$#]|(?<![^\W_])_|_(?![^\W_])")
