@@ -121,6 +121,16 @@ def test_every_cut_is_torn_or_the_same():
         assert cut.torn or len(cut.launches) in (len(whole.launches), len(whole.launches) - 1)
 
 
+def test_a_number_that_is_cut_is_no_number():
+    """`"53,500,672"` cut to `"53,50` in the last cell of the last row."""
+    header = next(csv.reader([TEXT.splitlines()[3]]))
+    at = header.index(ncu.READ)
+    text = rewritten(lambda row: [*row[:at], *row[at + 1 :], row[at]])
+    end = text.rindex('"53,500,672"') + len('"53,50')
+    cut = parse(text[:end])
+    assert cut.torn and [launch.kernel.name for launch in cut.launches][-1] == "seg_state"
+
+
 def test_a_row_that_lacks_cells_in_the_middle_is_refused():
     lines = TEXT.splitlines()
     lines[6] = lines[6].rpartition(',"')[0]
