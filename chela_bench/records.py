@@ -58,21 +58,92 @@ class Hbm(_Record):
     """Bytes through device memory in one call, and where the figure comes from."""
 
     read_bytes: Count | None = None
-    """Bytes read, measured. Null: not measured."""
+    """Bytes read, by Nsight Compute from a cold L2. Null: not measured."""
     write_bytes: Count | None = None
-    """Bytes written, measured. Null: not measured."""
+    """Bytes written, likewise. Null: not measured."""
+    late_write_bytes: Count | None = None
+    """Those of write_bytes that L2 still held when the call ended, and that left it when it was
+    evicted afterwards. Null: not measured."""
+    gpm_bytes: Count | None = None
+    """Bytes read and written together, by NVML's GPM over a loop of calls, so with a warm L2; as
+    coarse as a percent of the peak. Null: not measured."""
     model_bytes: Count | None = None
     """Bytes read and written by the implementation's own formula. Null: it has none for this
     direction, or the point did not get that far."""
     source: Literal["ncu", "gpm", "model"] | None = None
-    """ncu: performance counters; gpm: NVML, coarse; model: the formula alone. Null: no figure."""
+    """What `measured_bytes` comes from, or model where nothing was measured. Null: no figure."""
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def measured_bytes(self) -> int | None:
+        """Read plus written, by ncu, else by gpm. Null: not measured."""
+        if self.read_bytes is None or self.write_bytes is None:
+            return self.gpm_bytes
+        return self.read_bytes + self.write_bytes
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def measured_over_model(self) -> float | None:
+        """measured_bytes over model_bytes."""
+        if self.measured_bytes is None or not self.model_bytes:
+            return None
+        return self.measured_bytes / self.model_bytes
 
     @property
     def total_bytes(self) -> int | None:
-        """Measured, read plus written; else modelled; else None."""
-        if self.read_bytes is None or self.write_bytes is None:
-            return self.model_bytes
-        return self.read_bytes + self.write_bytes
+        """Measured; else modelled; else None."""
+        return self.model_bytes if self.measured_bytes is None else self.measured_bytes
+
+
+class Kernel(_Record):
+    """A kernel of a call, by Nsight Compute: all launches of one name, grid, block, registers and
+    shared memory.
+
+    Null: this ncu, card or run does not tell. Percentages are means over the launches, by time.
+    """
+
+    name: str
+    """As it is called in its source."""
+    launches: Annotated[int, Field(ge=1)] = 1
+    """In one call; times, bytes and instructions are sums over them."""
+    grid: str | None = None
+    """Programs in x, y and z: `(128, 1, 1)`."""
+    threads: Count | None = None
+    """Of a block."""
+    time_ns: Count | None = None
+    """Under the profiler, one kernel at a time."""
+    read_bytes: Count | None = None
+    """From device memory."""
+    write_bytes: Count | None = None
+    """To device memory."""
+    l2_bytes: Count | None = None
+    """Through the L2 cache, read and written."""
+    l2_hit_pct: float | None = None
+    """Of the L2 cache's accesses, those that it held."""
+    regs: Count | None = None
+    """Registers a thread."""
+    smem_static_bytes: Count | None = None
+    """Shared memory of a block that was fixed when it was compiled."""
+    smem_dynamic_bytes: Count | None = None
+    """Shared memory of a block that the launch asked for: Triton's and Gluon's."""
+    local_load_instructions: Count | None = None
+    """Warp instructions that read local memory: spills."""
+    local_store_instructions: Count | None = None
+    """Warp instructions that write local memory."""
+    tensor_instructions: Count | None = None
+    """Warp instructions on the tensor cores."""
+    bank_conflicts: Count | None = None
+    """In shared memory."""
+    occupancy_pct: float | None = None
+    """Warps resident on an SM, of the most that there can be: achieved."""
+    occupancy_limit_pct: float | None = None
+    """The same as the launch allows it: theoretical."""
+    limiters: list[str] = Field(default_factory=list)
+    """What allows no further block on an SM: registers, shared memory, warps, blocks, barriers."""
+    waves: float | None = None
+    """Blocks over those that fit on the card at once."""
+    passes: Count | None = None
+    """Replays that the profiler's bytes took. Above 1 they are of a warm L2, in part."""
 
 
 class Static(_Record):
@@ -98,19 +169,30 @@ class Static(_Record):
 
 
 class Telemetry(_Record):
-    """NVML's reading right after the timing loop, while the device was still busy with it.
+    """NVML's readings during the timing loop, the last one right after it, while the device was
+    still busy with it.
 
     Null: failed, on a CPU, or not told by this card.
     """
 
     sm_clock_mhz: Count | None = None
-    """SM clock, MHz."""
+    """SM clock, MHz: the last reading."""
+    sm_clock_min_mhz: Count | None = None
+    """Lowest of all readings."""
     mem_clock_mhz: Count | None = None
-    """Memory clock, MHz."""
+    """Memory clock, MHz: the last reading."""
     power_mw: Count | None = None
-    """Board power, milliwatts."""
+    """Board power, milliwatts: the last reading."""
+    power_max_mw: Count | None = None
+    """Highest of all readings."""
     temperature_c: Count | None = None
-    """GPU temperature, degrees Celsius."""
+    """GPU temperature, degrees Celsius: the last reading."""
+    temperature_max_c: Count | None = None
+    """Highest of all readings."""
+    memory_bytes: Count | None = None
+    """Device memory in use, everyone's, bytes: the most of all readings."""
+    readings: Count | None = None
+    """How many there were."""
 
 
 class Spent(_Record):
@@ -188,6 +270,8 @@ class Point(_Record):
     failed before it was read, or on a CPU."""
     hbm: Hbm = Hbm()
     """Bytes through device memory."""
+    kernels: list[Kernel] = Field(default_factory=list)
+    """Of one call, in the order of their first launch. Empty: not profiled by Nsight Compute."""
     oracle: str | None = None
     """What the result was compared with. Null: not tried, or it died first."""
     error_rel: float | None = None
@@ -201,10 +285,11 @@ class Point(_Record):
     telemetry: Telemetry = Telemetry()
     """Clocks, power and temperature."""
     throttle: list[str] | None = None
-    """NVML's throttle reasons during timing; empty: none. Null: failed, on a CPU, or not told by
-    this card."""
+    """NVML's throttle reasons in any reading during timing; empty: none. Null: failed, on a CPU, or
+    not told by this card."""
     energy_j: float | None = None
-    """Energy of a call, joules. Null: not asked for."""
+    """Energy of a call, joules: the card's own counter over at least two seconds of calls. Null:
+    not asked for (`--energy`), failed, or not told by this card."""
     null_reasons: dict[str, str] = Field(default_factory=dict)
     """Column -> why it is null, in an ok point. A null without a reason was not asked for."""
     started_utc: str | None = None
@@ -267,6 +352,13 @@ class Point(_Record):
         """Bytes through device memory, measured, else modelled, over B * T; decode: over B."""
         moved = self.hbm.total_bytes
         return None if moved is None else moved / self.tokens
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def hbm_x_floor(self) -> float | None:
+        """Bytes through device memory, measured, else modelled, over compulsory_bytes."""
+        moved = self.hbm.total_bytes
+        return None if moved is None or not self.compulsory_bytes else moved / self.compulsory_bytes
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -382,13 +474,16 @@ class Cost(_Record):
     """Checking of all points, seconds."""
     timing_s: float
     """Timing of all points, seconds."""
+    profiling_s: float = 0.0
+    """Nsight Compute's part: kernels run again under it, seconds."""
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def own_s(self) -> float:
         """What was none of these, seconds: starting workers, measuring ceilings, drawing inputs,
         counting launches, reading NVML, passing and writing results."""
-        own_s = self.wall_s - self.compiling_s - self.checking_s - self.timing_s
+        others_s = self.compiling_s + self.checking_s + self.timing_s + self.profiling_s
+        own_s = self.wall_s - others_s
         return round(max(0.0, own_s), 6)
 
     @computed_field  # type: ignore[prop-decorator]

@@ -27,7 +27,7 @@ from chela_bench.bench.lengths import parse_lengths
 from chela_bench.bench.ops import Impl, Op
 from chela_bench.bench.plan import Flags, Settings
 from chela_bench.bench.registry import all_ops, get_op
-from chela_bench.bench.runner import PACKAGE_ROOT
+from chela_bench.bench.runner import main_of
 from chela_bench.bench.store import write_atomically
 from chela_bench.errors import EnvironmentProblem, UsageError
 from chela_bench.profiles import machine
@@ -39,10 +39,7 @@ DEFAULT_LENS = "128,1k,2k,4k,16k,64k"  # a kernel of the long convolution each
 DEFAULT_DIRECTIONS = ("fwd", "fwdbwd", "decode")  # those that an op has
 DEFAULT_AXES = {"BLOCK_T": [32, 64, 128], "BLOCK_V": [32, 64, 128]}  # of ops that take both
 LIMIT_S = 120.0  # for one kernel's compiler
-_WORKER = (
-    f"import sys; root = {PACKAGE_ROOT!r}; root in sys.path or sys.path.insert(0, root); "
-    "from chela_bench.bench.compiler import main; main()"
-)
+_WORKER = main_of("chela_bench.bench.compiler")
 
 
 @dataclass(frozen=True)

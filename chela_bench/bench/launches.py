@@ -23,7 +23,8 @@ from chela_bench.bench.load import load
 from chela_bench.bench.ops import Impl
 from chela_bench.bench.registry import get_op
 from chela_bench.kernels.launching import StandIn, stand_in
-from chela_bench.records import Ceilings, Telemetry
+from chela_bench.profiles.nvml import Sampler
+from chela_bench.records import Ceilings
 
 
 @dataclass(frozen=True)
@@ -121,5 +122,5 @@ def _bench() -> Bench:
     )  # fmt: skip
     return Bench(
         session=session, device=torch.device("meta"), device_name="meta", l2_bytes=0,
-        ceilings=Ceilings(), telemetry=lambda: (Telemetry(), None), announce=lambda _: None,
+        ceilings=Ceilings(), sampler=lambda: Sampler(""), announce=lambda _: None,
     )  # fmt: skip

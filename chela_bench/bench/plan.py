@@ -7,17 +7,17 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from chela_bench.bench.cases import Case, Distribution, Limits, Session
+from chela_bench.bench.cases import Case, Distribution, GpmWay, Limits, Session
 from chela_bench.bench.config import LARGEST, Config, Size
 from chela_bench.bench.lengths import parse_lengths
 from chela_bench.bench.load import is_file, sha256_of_files
 from chela_bench.bench.ops import Impl, Op, user_impl
 from chela_bench.bench.registry import get_op
-from chela_bench.errors import UsageError
+from chela_bench.errors import EnvironmentProblem, UsageError
 from chela_bench.records import (
     DIRECTIONS,
     DTYPES,
@@ -27,6 +27,8 @@ from chela_bench.records import (
     DType,
     Timer,
 )
+
+HbmWay = Literal["model", "ncu", "gpm", "auto"]
 
 _WHOLE = re.compile(r"-?[0-9]{1,18}")
 
@@ -49,6 +51,9 @@ class Flags:
     inputs: Distribution | None = None
     seed: int | None = None
     mix_gpus: bool = False
+    hbm: HbmWay = "model"
+    energy: bool = False
+    detail: bool = False
 
 
 class Settings(BaseModel):
@@ -73,6 +78,9 @@ class Settings(BaseModel):
     inputs: Distribution
     seed: int
     limits: Limits
+    hbm: HbmWay = "model"
+    energy: bool = False
+    detail: bool = False  # more of each kernel than its bytes, in a second run under ncu
 
     @model_validator(mode="after")
     def _every_op_is_whole(self) -> Settings:
@@ -86,7 +94,13 @@ class Settings(BaseModel):
     def device_kind(self) -> str:
         return self.devices[0].partition(":")[0]
 
-    def sessions(self) -> list[Session]:
+    def sessions(self, *, ncu: bool = False) -> list[Session]:
+        """One a device. With `ncu`, which counts afterwards, --hbm auto needs no other counter."""
+        gpm: GpmWay = "no"
+        if self.hbm == "gpm":
+            gpm = "or refuse"
+        elif self.detail or (self.hbm == "auto" and not ncu):
+            gpm = "where it can"
         return [
             Session(
                 device=device,
@@ -97,6 +111,8 @@ class Settings(BaseModel):
                 limits=self.limits,
                 user_impls=self.user_impls,
                 user_files_sha256=self.user_files_sha256,
+                energy=self.energy,
+                gpm=gpm,
             )
             for device in self.devices
         ]
@@ -121,6 +137,7 @@ def resolve(config: Config, flags: Flags, devices: Sequence[str]) -> Settings:
     directions = _known("direction", flags.directions or sweep.directions, DIRECTIONS)
     if not flags.impls:
         impls = {op.name: _with_some_of(op, directions) for op in chosen}
+    _refuse_counters_of_nothing(flags, devices)
     settings = Settings(
         devices=list(devices),
         mix_gpus=flags.mix_gpus,
@@ -139,9 +156,30 @@ def resolve(config: Config, flags: Flags, devices: Sequence[str]) -> Settings:
         inputs=flags.inputs or sweep.inputs,
         seed=sweep.seed if flags.seed is None else flags.seed,
         limits=limits,
+        hbm=flags.hbm,
+        energy=flags.energy,
+        detail=flags.detail,
     )
     _refuse_unused_axes(settings)
     return settings
+
+
+def _refuse_counters_of_nothing(flags: Flags, devices: Sequence[str]) -> None:
+    """What only a GPU counts, where there is none; ncu's bytes of one model under other cards'."""
+    if devices[0] == "cpu":
+        way_out = "see chela-bench doctor"
+        if flags.detail:
+            raise EnvironmentProblem(
+                "profile counts on a GPU, and none is in use here; read a capture with --from, or "
+                f"{way_out}"
+            )
+        given = {"--energy": flags.energy, f"--hbm {flags.hbm}": flags.hbm in ("ncu", "gpm")}
+        for flag in (flag for flag, on in given.items() if on):
+            raise EnvironmentProblem(
+                f"{flag} counts on a GPU, and none is in use here; leave it out, or {way_out}"
+            )
+    if flags.mix_gpus and flags.hbm == "ncu":
+        raise UsageError("--hbm ncu counts on one card, for GPUs of one model; without --mix-gpus")
 
 
 def cases(settings: Settings) -> list[Case]:

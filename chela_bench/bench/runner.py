@@ -31,11 +31,30 @@ START_LIMIT_S = 180.0  # importing torch, starting CUDA, measuring the ceilings
 _FOREIGN_ANSWER = "something else wrote into the worker's answers"
 _LAST_BREATH_S = 10.0  # for a worker whose pipe is closed to end
 _LOOK_S = 0.5  # how often a silent worker is looked at: one that forked leaves its pipe open
+_WORKER = "chela_bench.bench.worker"
 PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
-_WORKER = (  # not `-m`: that would put the current folder, with whatever lies in it, first
-    f"import sys; root = {PACKAGE_ROOT!r}; root in sys.path or sys.path.insert(0, root); "
-    "from chela_bench.bench.worker import main; main()"
-)
+
+
+def main_of(module: str, root: str = PACKAGE_ROOT) -> str:
+    """Code that runs `main` of a module of this package, for `python -P -c`; of the package in
+    `root`, if another.
+
+    Not `-m`: that would put the current folder, with whatever lies in it, first.
+    """
+    return (
+        f"import sys; root = {root!r}; root in sys.path or sys.path.insert(0, root); "
+        f"from {module} import main; main()"
+    )
+
+
+def worker_environment() -> dict[str, str]:
+    return {
+        **os.environ,
+        # One process is one thing to kill: torch.compile's pool would outlive the worker.
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        "TEARDOWN_CUPTI": "1",  # a profiler that stays attached slows every later launch
+        "PYTHONUNBUFFERED": "1",  # the last words of one that dies
+    }
 
 
 class WorkerDied(Exception):
@@ -61,22 +80,15 @@ class WorkerProcess:
         self.session = session
         self._log = log
         read_fd, write_fd = os.pipe()
-        environment = {
-            **os.environ,
-            # One process is one thing to kill: torch.compile's pool would outlive the worker.
-            "TORCHINDUCTOR_COMPILE_THREADS": "1",
-            "TEARDOWN_CUPTI": "1",  # a profiler that stays attached slows every later launch
-            "PYTHONUNBUFFERED": "1",  # the last words of one that dies
-        }
         with log.open("ab") as log_file:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _WORKER, str(write_fd), str(os.getpid())],
+                [sys.executable, "-P", "-c", main_of(_WORKER), str(write_fd), str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=log_file,
                 stderr=log_file,
                 pass_fds=(write_fd,),
                 start_new_session=True,  # Ctrl-C reaches the parent alone
-                env=environment,
+                env=worker_environment(),
             )
         os.close(write_fd)
         self._answers = read_fd
@@ -351,16 +363,8 @@ class Runner:
             ) from None
 
     def _lock_gpu(self) -> None:
-        """One sweep holds one GPU; the system drops the lock when this process ends."""
-        uuid = self.environment.uuid
-        if uuid is None or self._gpu_lock is not None:
-            return
-        shared = Path("/tmp")  # one place for all users, whatever their TMPDIR
-        folder = shared if shared.is_dir() else Path(tempfile.gettempdir())
-        path = folder / f"chela-bench-{uuid}.lock"
-        self._gpu_lock = lock_file(
-            path, f"{self.environment.name} ({uuid}) is in use by another sweep"
-        )
+        if self.environment.uuid is not None and self._gpu_lock is None:
+            self._gpu_lock = gpu_lock(self.environment)
 
     def _discard(self) -> None:
         if self._worker is not None:
@@ -377,6 +381,14 @@ class Runner:
             outcome=outcome,
             reason=reason,
         )
+
+
+def gpu_lock(environment: Environment) -> IO[str]:
+    """One sweep holds one GPU; the system drops the lock when this process ends."""
+    shared = Path("/tmp")  # one place for all users, whatever their TMPDIR
+    folder = shared if shared.is_dir() else Path(tempfile.gettempdir())
+    path = folder / f"chela-bench-{environment.uuid}.lock"
+    return lock_file(path, f"{environment.name} ({environment.uuid}) is in use by another sweep")
 
 
 def lock_file(path: Path, taken: str) -> IO[str]:

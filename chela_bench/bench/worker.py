@@ -25,7 +25,7 @@ from typing import Any
 from chela_bench.bench.cases import Case, Session
 from chela_bench.errors import ArgumentError, ChelaBenchError, EnvironmentProblem
 from chela_bench.profiles.forks import die_with_parent
-from chela_bench.records import Ceilings, Outcome, Spent, Telemetry
+from chela_bench.records import Ceilings, Outcome, Spent
 
 _ALLOCATOR_SAYS = ("can't allocate memory", "Storage size calculation overflowed")
 
@@ -91,7 +91,7 @@ class Worker:
         from chela_bench.bench.job import Bench
         from chela_bench.bench.load import load, refuse_changed_files
         from chela_bench.bench.ops import user_impl
-        from chela_bench.profiles import nvml
+        from chela_bench.profiles import gpm, nvml
         from chela_bench.profiles.ceilings import measure_ceilings
 
         device = torch.device(self.session.device)
@@ -109,17 +109,19 @@ class Worker:
             nvml.keep_open()
         else:
             limit_memory(self.session.memory_limit_bytes)
+        uuid = self.environment.uuid
+        if uuid and self.session.gpm == "or refuse" and (problem := gpm.problem(uuid)):
+            raise EnvironmentProblem(f"--hbm gpm: {problem}")
         known = Ceilings() if ceilings is None else Ceilings.model_validate(ceilings)
         if cuda and ceilings is None:
             known = measure_ceilings(device)
-        uuid = self.environment.uuid
         self.bench = Bench(
             session=self.session,
             device=device,
             device_name=uuid or "cpu",
             l2_bytes=l2_bytes,
             ceilings=known,
-            telemetry=lambda: nvml.telemetry(uuid) if uuid else (Telemetry(), None),
+            sampler=lambda: nvml.Sampler(uuid or ""),
             announce=lambda phase: self.answer({"phase": phase}),
             timer=timing.EventTimer(l2_bytes=l2_bytes, cold=cold) if events else None,
             evictor=timing.L2Evictor(l2_bytes) if cuda and cold and not events else None,

@@ -18,6 +18,7 @@ from chela_bench.errors import ChelaBenchError, EnvironmentProblem
 
 COMMANDS = {  # name -> module:attribute, and the line that --help shows without importing it
     "sweep": ("chela_bench.cli.sweep:sweep", "Measure implementations over sequence lengths."),
+    "profile": ("chela_bench.cli.profile:profile", "Every kernel's bytes, SRAM and occupancy."),
     "tune": ("chela_bench.cli.tune:tune", "Try block sizes: compiled, checked, timed in turn."),
     "atlas": ("chela_bench.cli.atlas:atlas", "Compile block sizes for GPUs that are not there."),
     "report": ("chela_bench.cli.report:report", "Tables and figures from run folders."),

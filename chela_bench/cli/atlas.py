@@ -15,8 +15,8 @@ from chela_bench.bench.config import find_config, load_config
 from chela_bench.bench.load import refuse_changed_files
 from chela_bench.bench.plan import unique
 from chela_bench.cli import complete
+from chela_bench.cli.choices import Names, flags_of, many
 from chela_bench.cli.options import config_option
-from chela_bench.cli.plan_options import Names, flags_of, many
 from chela_bench.cli.progress import CompileProgress
 from chela_bench.cli.signals import Interrupted, interrupted_by_signals
 from chela_bench.errors import EnvironmentProblem, UsageError

@@ -86,9 +86,9 @@ def _starting(names: Iterable[str], incomplete: str) -> list[CompletionItem]:
 
 
 def _ops(ctx: click.Context) -> list[Op]:
-    """Those given, else all."""
-    found = ctx.params.get("op") or ()
-    given = [found] if isinstance(found, str) else [name for names in found for name in names]
+    """Those given with --op, or as the argument that `profile` takes; else all."""
+    said = ctx.params.get("op") or ()
+    given = [said] if isinstance(said, str) else [name for names in said for name in names]
     return [op for op in _all_ops() if not given or op.name in given]
 
 

@@ -25,3 +25,13 @@ out_option = click.option(
     show_default=True,
     help="Folder that run folders go into.",
 )
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+energy_option = click.option(
+    "--energy", is_flag=True, help="Joules of a call too, over two seconds of calls each."
+)
+ncu_report_option = click.option(
+    "--ncu-report",
+    type=click.Path(path_type=Path),
+    metavar="FILE.ncu-rep",
+    help="Keep Nsight Compute's own report, for its window.",
+)

@@ -11,7 +11,9 @@ from chela_bench.records import Point, Run, document
 from chela_bench.reports.terminal import sweep_table
 
 
-def print_run(run: Run, points: Sequence[Point], *, as_json: bool) -> None:
+def print_run(
+    run: Run, points: Sequence[Point], *, as_json: bool, beside: Sequence[str] = ("HBM traffic",)
+) -> None:
     """Tables for a terminal, or the `--json` document.
 
     Through click: rich by itself ends the process where a pipe is closed.
@@ -21,5 +23,5 @@ def print_run(run: Run, points: Sequence[Point], *, as_json: bool) -> None:
         return
     console = Console()
     with console.capture() as captured:
-        console.print(sweep_table(run, points))
+        console.print(sweep_table(run, points, beside=beside))
     click.echo(captured.get(), nl=False)

@@ -120,6 +120,9 @@ class SweepProgress:
             result = f"{point.outcome}: {point.reason}"
         self._say(f"[{self._done}/{self._total}] {point.key}: {result}")
 
+    def said(self, line: str) -> None:
+        self._say(line)
+
     def _say(self, line: str) -> None:
         with contextlib.suppress(OSError):
             self._console.print(plain(line), markup=False, highlight=False, soft_wrap=True)

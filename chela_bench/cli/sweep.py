@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import json
 from pathlib import Path
 from typing import Any, get_args
@@ -15,29 +13,44 @@ from chela_bench.bench import plan, store
 from chela_bench.bench.cases import Case, Distribution
 from chela_bench.bench.config import find_config, load_config
 from chela_bench.bench.load import refuse_changed_files
-from chela_bench.bench.sweep import Result, new_folder, refuse_other_settings
-from chela_bench.bench.sweep import sweep as run_sweep
+from chela_bench.bench.sweep import refuse_other_settings
 from chela_bench.cli import complete
-from chela_bench.cli.options import config_option, device_option, out_option
-from chela_bench.cli.output import print_run
-from chela_bench.cli.plan_options import flags_of, many
-from chela_bench.cli.progress import SweepProgress
-from chela_bench.cli.signals import Interrupted, interrupted_by_signals
-from chela_bench.errors import ChelaBenchError, RecordError, UsageError
+from chela_bench.cli.choices import (
+    axes_option,
+    directions_option,
+    dtypes_option,
+    flags_of,
+    lens_option,
+    many,
+    ops_option,
+    seed_option,
+    shapes_option,
+    sizes_option,
+)
+from chela_bench.cli.options import (
+    config_option,
+    device_option,
+    energy_option,
+    json_option,
+    ncu_report_option,
+    out_option,
+)
+from chela_bench.cli.sweeping import carry_out
+from chela_bench.errors import RecordError, UsageError
 from chela_bench.profiles.machine import choose_device, choose_gpus
-from chela_bench.records import DIRECTIONS, DTYPES, L2, OUTCOMES, Point, Run, Timer
-from chela_bench.reports.text import own_cost, plain
+from chela_bench.records import L2, OUTCOMES, Run, Timer
+from chela_bench.reports.text import plain
 
 
 @click.command()
-@click.option("--lens", help="1k..64k (doubling) or 1k,3k,8k; k = 1024.")
-@many("--op", "Ops to measure.", complete.ops)
+@lens_option
+@ops_option
 @many("--impl", "Implementations, or path/to/file.py:function with one --op.", complete.impls)
-@many("--shape", "Shapes by name, from bench.toml.", complete.shapes)
-@many("--dtype", f"{', '.join(DTYPES)}.", complete.dtypes)
-@many("--direction", f"{', '.join(DIRECTIONS)}.", complete.directions)
-@click.option("--set", "sizes", multiple=True, help="Sizes over the shape's: H=16,K=128.")
-@click.option("--axis", "axes", multiple=True, help="Sweep a setting: BLOCK_T=32,64. Repeatable.")
+@shapes_option
+@dtypes_option
+@directions_option
+@sizes_option
+@axes_option
 @click.option(
     "--preset",
     help="A preset of bench.toml; 'cpu' by itself where there is no GPU.",
@@ -49,11 +62,17 @@ from chela_bench.reports.text import own_cost, plain
 @click.option("--timer", type=click.Choice(get_args(Timer)), help="Events or profiler spans.")
 @click.option("--l2", type=click.Choice(get_args(L2)), help="Evict the L2 cache, or leave it.")
 @click.option("--inputs", type=click.Choice(get_args(Distribution)), help="Timed inputs.")
+@seed_option
 @click.option(
-    "--seed",
-    type=click.IntRange(-(1 << 62), 1 << 62),
-    help="Seed of inputs and of the order of points.",
+    "--hbm",
+    type=click.Choice(get_args(plan.HbmWay)),
+    default="model",
+    show_default=True,
+    help="Bytes through device memory: ncu counts them, gpm too but coarsely (NVML, Hopper), model "
+    "is each implementation's formula, auto the best that works here.",
 )
+@energy_option
+@ncu_report_option
 @config_option
 @out_option
 @click.option("--resume", type=click.Path(path_type=Path), help="Go on with this run folder.")
@@ -64,7 +83,7 @@ from chela_bench.reports.text import own_cost, plain
     help="With --resume: measure points of this outcome again.",
 )
 @click.option("--dry-run", is_flag=True, help="List the points and stop.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@json_option
 @click.pass_context
 def sweep(ctx: click.Context, /, **given: Any) -> None:
     """Measure implementations over sequence lengths, each checked against its oracle.
@@ -77,8 +96,9 @@ def sweep(ctx: click.Context, /, **given: Any) -> None:
       chela-bench sweep --lens 1k..64k
       chela-bench sweep --op linear_attention --impl triton_chunked --axis BLOCK_T=32,64,128
       chela-bench sweep --op linear_attention --impl fla_chunk --impl my_kernel.py:attention
+      chela-bench sweep --op linear_attention --lens 4k,16k --hbm ncu
     """
-    flags = flags_of(given)
+    said = flags_of(given)
     retry = frozenset(given["retry"])
     folder: Path | None = given["resume"]
     if retry and folder is None:
@@ -87,7 +107,7 @@ def sweep(ctx: click.Context, /, **given: Any) -> None:
     devices_given = given["device"] != "auto" or given["gpus"] is not None
     if given["device"] != "auto" and given["gpus"] is not None:
         raise UsageError("--device names one device and --gpus several: give one of them")
-    silent = flags == plan.Flags() and given["config"] is None and not devices_given
+    silent = said == plan.Flags() and given["config"] is None and not devices_given
     if resumed is not None and silent:
         settings = _settings_of(folder, resumed)
         refuse_changed_files(settings.user_impls, settings.user_files_sha256)
@@ -95,7 +115,7 @@ def sweep(ctx: click.Context, /, **given: Any) -> None:
         config = load_config(find_config(given["config"]))
         gpus = given["gpus"]
         devices = [choose_device(given["device"])] if gpus is None else choose_gpus(gpus)
-        settings = plan.resolve(config, flags, devices)
+        settings = plan.resolve(config, said, devices)
         if folder is not None and resumed is not None:
             refuse_other_settings(folder, resumed.settings, settings)
     if given["dry_run"]:
@@ -103,60 +123,23 @@ def sweep(ctx: click.Context, /, **given: Any) -> None:
         done = {p.key: f"done: {p.outcome}" for p in points if p.outcome not in retry}
         _print_plan(settings, plan.cases(settings), done, as_json=given["as_json"])
         return
-    importlib.import_module("chela_bench.cli.derived")  # slow or broken: now, not an hour later
-    target = folder or new_folder(given["out"])
-    progress = SweepProgress()
-    try:
-        with interrupted_by_signals(), progress:
-            result = run_sweep(settings, target, progress, resumed=resumed, retry=retry)
-    except ChelaBenchError:
-        if progress.begun:
-            with contextlib.suppress(ChelaBenchError):  # a full disk takes no tables either
-                _conclude_interrupted(target, as_json=given["as_json"])
-        raise
-    except KeyboardInterrupt as stop:
-        if progress.begun:
-            _conclude_interrupted(target, as_json=given["as_json"])
-        ctx.exit(stop.exit_code if isinstance(stop, Interrupted) else 130)
-    _conclude(result, as_json=given["as_json"])
-    ctx.exit(exit_code(result.points))
-
-
-def exit_code(points: list[Point]) -> int:
-    """3 if a result is wrong, 1 if a point crashed or timed out, else 0."""
-    outcomes = {point.outcome for point in points}
-    if "wrong" in outcomes:
-        return 3
-    return 1 if outcomes & {"crash", "timeout"} else 0
-
-
-def _conclude_interrupted(target: Path, *, as_json: bool) -> None:
-    """What was measured is worth its tables."""
-    run, points = store.load_run(target)
-    note = f"interrupted; go on with: chela-bench sweep --resume {target}"
-    _conclude(Result(target, run, points), as_json=as_json, note=note)
-
-
-def _conclude(result: Result, *, as_json: bool, note: str | None = None) -> None:
-    """Files first: the terminal may be gone."""
-    from chela_bench.cli.derived import PAGE, write_report, write_tables
-
-    write_tables(result.folder, result.run, result.points)
-    report = result.folder / "report"
-    paths = write_report(report, result.run, result.points)
-    if note is not None:
-        click.echo(note, err=True)
-    print_run(result.run, result.points, as_json=as_json)
-    cost = own_cost(result.run)
-    if cost is not None:
-        click.echo(f"the bench's own cost: {cost}", err=as_json)
-    figures = sum(path.suffix == ".png" for path in paths)
-    click.echo(
-        f"records: {result.folder}\nreport:  {report / PAGE} ({figures} figures)", err=as_json
+    if given["ncu_report"] is not None and settings.hbm not in ("ncu", "auto"):
+        raise UsageError("--ncu-report goes with --hbm ncu")
+    carry_out(
+        ctx,
+        settings,
+        out=given["out"],
+        as_json=given["as_json"],
+        folder=folder,
+        resumed=resumed,
+        retry=retry,
+        ncu_report=given["ncu_report"],
     )
 
 
 def _settings_of(folder: Path | None, run: Run) -> plan.Settings:
+    if run.settings.get("command") == "tune":
+        raise RecordError(f"{folder} is a run of tune; go on with: chela-bench tune --resume")
     if run.settings.get("command") == "tune":
         raise RecordError(f"{folder} is a run of tune; go on with: chela-bench tune --resume")
     try:

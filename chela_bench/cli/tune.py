@@ -20,11 +20,11 @@ from chela_bench.bench.sweep import new_folder
 from chela_bench.bench.tables import write_table
 from chela_bench.cli import complete
 from chela_bench.cli.atlas import show, write_files
+from chela_bench.cli.choices import flags_of, many
 from chela_bench.cli.options import config_option, device_option, out_option
-from chela_bench.cli.plan_options import flags_of, many
 from chela_bench.cli.progress import TuneProgress
 from chela_bench.cli.signals import Interrupted, interrupted_by_signals
-from chela_bench.cli.sweep import exit_code
+from chela_bench.cli.sweeping import exit_code
 from chela_bench.errors import RecordError, UsageError
 from chela_bench.profiles.machine import choose_device
 from chela_bench.profiles.occupancy import ARCHS

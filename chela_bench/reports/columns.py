@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 from rich import box
 from rich.console import RenderableType
@@ -20,23 +20,28 @@ def line(text: str, style: str = "", indent: int = 0) -> Text:
 
 
 def tables(
-    leading: Sequence[Column], columns: Sequence[Column], width: int, *, repeated: int = 1
+    leading: Sequence[Column],
+    columns: Sequence[Column],
+    width: int,
+    *,
+    repeated: int = 1,
+    words: int = 0,
 ) -> Iterator[RenderableType]:
     """Leading columns and then the others, cut where the width ends; every table repeats the first
-    `repeated` of the leading ones."""
+    `repeated` of the leading ones. Of the leading, the last `words` are no numbers."""
     waiting = list(columns)
     while waiting:
         block, left = leading, room(leading, width)
         while waiting and (left >= column_width(*waiting[0]) or block is leading):
             left -= column_width(*waiting[0]) + _GAP
             block = [*block, waiting.pop(0)]
-        yield table(block, width)
+        yield table(block, width, left=range(1, 1 + words))
         leading = leading[:repeated]
         if waiting:
             yield Text()
 
 
-def room(columns: Sequence[tuple[str, Sequence[Text]]], width: int) -> int:
+def room(columns: Sequence[Column], width: int) -> int:
     """What is left beside the columns."""
     return width - sum(column_width(*column) + _GAP for column in columns)
 
@@ -45,15 +50,16 @@ def column_width(name: str, cells: Sequence[Text]) -> int:
     return max(min(Text(name).cell_len, _LONGEST_NAME), *(cell.cell_len for cell in cells))
 
 
-def table(columns: Sequence[tuple[str, Sequence[Text]]], width: int) -> Table:
+def table(columns: Sequence[Column], width: int, *, left: Container[int] = ()) -> Table:
+    """Columns of numbers; those at `left` are words."""
     table = Table(
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), highlight=False
     )
     fits = sum(column_width(*column) + _GAP for column in columns) - _GAP <= width
-    for name, cells in columns:
+    for number, (name, cells) in enumerate(columns):
         table.add_column(
             Text(name, overflow="fold"),
-            justify="right",
+            justify="left" if number in left else "right",
             vertical="bottom",
             overflow="fold",
             width=column_width(name, cells) if fits else None,

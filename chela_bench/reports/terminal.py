@@ -20,23 +20,28 @@ from chela_bench.reports.groups import (
     groups,
 )
 from chela_bench.reports.rows import COLUMNS, STEPS, engineering
+from chela_bench.reports.sheets import Sheet, sheets
 from chela_bench.reports.text import duration, length, lengths, machine, tally, three_digits
 
 
-def sweep_table(run: Run, points: Sequence[Point]) -> RenderableType:
+def sweep_table(
+    run: Run, points: Sequence[Point], *, beside: Sequence[str] = ("HBM traffic",)
+) -> RenderableType:
     """One table for each op, direction, dtype and shape; what failed and why; a line of counts.
 
     A cell is the median time and its multiple of the floor; `*` marks the fastest correct
     implementation of its row. Columns that do not fit the width continue in a further block. What
-    was skipped at every length has no column, unless nothing else has one.
+    was skipped at every length has no column, unless nothing else has one. `beside` names the
+    sheets that follow where something was counted.
     """
-    return _Sweep(run, tuple(points))
+    return _Sweep(run, tuple(points), tuple(beside))
 
 
 @dataclass(frozen=True)
 class _Sweep:
     run: Run
     points: tuple[Point, ...]
+    beside: tuple[str, ...]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield line(" | ".join(machine(self.run, self.points)), "dim")
@@ -46,6 +51,7 @@ class _Sweep:
             yield _heading(group)
             yield from _blocks(group, options.max_width)
             yield from _legend(group)
+            yield from _sheets(self.run, group, options.max_width, self.beside)
             yield from map(line, _rates(group))
             yield from map(line, comparison(group, drawn_beside(group, found)))
             yield from _failures(group)
@@ -82,6 +88,36 @@ def _blocks(group: Group, width: int) -> Iterator[RenderableType]:
         yield Text()
         leading = leading[:1]
     yield from tables(leading, waiting, width)
+
+
+def sheet_table(sheet: Sheet) -> RenderableType:
+    """One sheet, cut where the width ends, with its note."""
+    return _Sheet(sheet)
+
+
+@dataclass(frozen=True)
+class _Sheet:
+    sheet: Sheet
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from _sheet_lines(self.sheet, options.max_width)
+
+
+def _sheet_lines(sheet: Sheet, width: int) -> Iterator[RenderableType]:
+    columns = [
+        (name, [Text(row[n], overflow="fold") for row in sheet.rows])
+        for n, name in enumerate(sheet.header)
+    ]
+    head, rest = columns[: sheet.left], columns[sheet.left :]
+    yield from tables(head, rest, width, repeated=len(head), words=len(head) - 1)
+    yield line(sheet.note, "dim")
+
+
+def _sheets(run: Run, group: Group, width: int, names: Sequence[str]) -> Iterator[RenderableType]:
+    for sheet in (sheet for sheet in sheets(run, group) if sheet.name in names):
+        yield Text()
+        yield line(sheet.name, "bold")
+        yield from _sheet_lines(sheet, width)
 
 
 def _rates(group: Group) -> Iterator[str]:
