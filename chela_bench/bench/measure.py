@@ -133,7 +133,7 @@ def _kernel_samples(
 ) -> list[float]:
     """Samples of kernel time; none, and the reason, where a call cannot have one."""
     bench = job.bench
-    launches = _launches(job, call, first_ns)
+    launches = launches_of(job, call, first_ns)
     if launches == 0:
         raise Finished("wrong", "the call launches nothing on the GPU")
     at_once = None if launches is None else math.ceil(launches / timing.steps_of(call).count)
@@ -172,7 +172,7 @@ def _enough(samples: list[float]) -> list[float]:
     return samples
 
 
-def _launches(job: Job, call: Results, first_ns: int) -> int | None:
+def launches_of(job: Job, call: Results, first_ns: int) -> int | None:
     """Launches of one call, or None if a short sequence already takes more than MAX_LAUNCHES."""
     if first_ns > SLOW_NS and job.tokens > SHORT_TOKENS:
         with contextlib.suppress(Exception), job.at(SHORT_TOKENS) as short:  # it need not take it

@@ -31,9 +31,9 @@ START_LIMIT_S = 180.0  # importing torch, starting CUDA, measuring the ceilings
 _FOREIGN_ANSWER = "something else wrote into the worker's answers"
 _LAST_BREATH_S = 10.0  # for a worker whose pipe is closed to end
 _LOOK_S = 0.5  # how often a silent worker is looked at: one that forked leaves its pipe open
-_PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
+PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 _WORKER = (  # not `-m`: that would put the current folder, with whatever lies in it, first
-    f"import sys; root = {_PACKAGE_ROOT!r}; root in sys.path or sys.path.insert(0, root); "
+    f"import sys; root = {str(PACKAGE_ROOT)!r}; root in sys.path or sys.path.insert(0, root); "
     "from chela_bench.bench.worker import main; main()"
 )
 
@@ -57,7 +57,8 @@ class WorkerHung(Exception):
 class WorkerProcess:
     """One worker process and the pipes to it."""
 
-    def __init__(self, session: Session, log: Path) -> None:
+    def __init__(self, session: Session, log: Path, *, root: Path = PACKAGE_ROOT) -> None:
+        """`root` holds the chela_bench that the worker imports: this one, unless another is given."""
         self.session = session
         self._log = log
         read_fd, write_fd = os.pipe()
@@ -68,9 +69,10 @@ class WorkerProcess:
             "TEARDOWN_CUPTI": "1",  # a profiler that stays attached slows every later launch
             "PYTHONUNBUFFERED": "1",  # the last words of one that dies
         }
+        code = _WORKER.replace(repr(str(PACKAGE_ROOT)), repr(str(root)))
         with log.open("ab") as log_file:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _WORKER, str(write_fd), str(os.getpid())],
+                [sys.executable, "-P", "-c", code, str(write_fd), str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=log_file,
                 stderr=log_file,
@@ -293,7 +295,7 @@ class Runner:
             environment = Environment.model_validate(hello["environment"])
             if self._environment is None:
                 self._environment, self.versions = environment, hello["versions"]
-                self._lock_gpu()
+                self._gpu_lock = lock_gpu(environment)
             elif environment.uuid != self.environment.uuid:
                 raise EnvironmentProblem(
                     f"the GPU was {self.environment.uuid} and is now {environment.uuid}"
@@ -312,18 +314,6 @@ class Runner:
                 f"{_last_line(self._log, 0) or 'none'}"
             ) from None
 
-    def _lock_gpu(self) -> None:
-        """One sweep holds one GPU; the system drops the lock when this process ends."""
-        uuid = self.environment.uuid
-        if uuid is None or self._gpu_lock is not None:
-            return
-        shared = Path("/tmp")  # one place for all users, whatever their TMPDIR
-        folder = shared if shared.is_dir() else Path(tempfile.gettempdir())
-        path = folder / f"chela-bench-{uuid}.lock"
-        self._gpu_lock = lock_file(
-            path, f"{self.environment.name} ({uuid}) is in use by another sweep"
-        )
-
     def _discard(self) -> None:
         if self._worker is not None:
             self._worker.kill()
@@ -339,6 +329,17 @@ class Runner:
             outcome=outcome,
             reason=reason,
         )
+
+
+def lock_gpu(environment: Environment) -> IO[str] | None:
+    """One sweep holds one GPU; the system drops the lock when this process ends."""
+    uuid = environment.uuid
+    if uuid is None:
+        return None
+    shared = Path("/tmp")  # one place for all users, whatever their TMPDIR
+    folder = shared if shared.is_dir() else Path(tempfile.gettempdir())
+    path = folder / f"chela-bench-{uuid}.lock"
+    return lock_file(path, f"{environment.name} ({uuid}) is in use by another sweep")
 
 
 def lock_file(path: Path, taken: str) -> IO[str]:
