@@ -43,10 +43,8 @@ class Noise:
 
 def assumed_noise(machine: Machine, *, live: bool = False) -> Noise:
     """Where `noise` was not run."""
-    if machine.device != "cuda":
-        size = CPU_NOISE
-    else:
-        size = LIVE_NOISE if live else STORED_NOISE
+    on_gpu = LIVE_NOISE if live else STORED_NOISE
+    size = on_gpu if machine.device == "cuda" else CPU_NOISE
     return Noise(size, f"assumed {size * 100:g} %: not measured here, see `chela-bench noise`")
 
 
@@ -156,7 +154,9 @@ def row_of(name: str, evidence: Evidence, p: float) -> Change:
     )
 
 
-def look(before: Entry, after: Entry, *, relative_to_floor: bool = False) -> Evidence | str:
+def look(
+    before: Entry, after: Entry, *, relative_to_floor: bool = False, same_card: bool = True
+) -> Evidence | str:
     """The evidence of two stored entries, with its doubts and their size; or why there is none."""
     for side, when in ((before, "before"), (after, "after")):
         if side.outcome != "ok":
@@ -166,7 +166,7 @@ def look(before: Entry, after: Entry, *, relative_to_floor: bool = False) -> Evi
             return f"{when}: no samples are on record"
     if before.clock != after.clock:
         return f"timed by other means: {before.clock}, then {after.clock}"
-    if not relative_to_floor and before.device != after.device:
+    if same_card and not relative_to_floor and before.device != after.device:
         return f"measured on other cards: {before.device}, then {after.device}"
     samples = [before.samples_ns, after.samples_ns]
     if relative_to_floor:
@@ -174,7 +174,9 @@ def look(before: Entry, after: Entry, *, relative_to_floor: bool = False) -> Evi
         if floors[0] is None or floors[1] is None:
             return "no floor is known, and across machines only multiples of it compare"
         samples = [
-            [ns / floor for ns in side] for side, floor in zip(samples, floors, strict=True) if floor
+            [ns / floor for ns in side]
+            for side, floor in zip(samples, floors, strict=True)
+            if floor
         ]
     evidence = verdict.unpaired(*samples)
     if relative_to_floor:

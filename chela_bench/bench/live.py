@@ -35,7 +35,7 @@ from chela_bench.verdicts import Change
 
 LOOKS = (8, 16, 32, 64, 128, 256, 512, 1024)  # rounds after which the verdict is looked at
 TURN_S = 0.05  # of samples, a side and round
-Clear = Callable[[Evidence, float], bool]
+Clear = Callable[[Evidence, int], bool]
 
 
 class Failed(Exception):

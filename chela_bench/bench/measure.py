@@ -13,16 +13,17 @@ from typing import Any
 import torch
 
 from chela_bench.bench import timing
-from chela_bench.bench.bounds import ITEMSIZE, point_of, shortest_ns
+from chela_bench.bench.bounds import point_of, shortest_ns
 from chela_bench.bench.cases import Case, Limits
 from chela_bench.bench.estimate import refuse_if_too_long
 from chela_bench.bench.job import Bench, Finished, Job, Results
 from chela_bench.bench.judge import judge_again, judge_first
 from chela_bench.bench.load import load
-from chela_bench.bench.ops import Impl, Op
+from chela_bench.bench.modelled import modelled_bytes
+from chela_bench.bench.ops import Impl
 from chela_bench.bench.registry import get_op
 from chela_bench.bench.stats import median, summarise
-from chela_bench.records import Hbm, Outcome, Point
+from chela_bench.records import Outcome, Point
 
 TINY_TOKENS = 64  # where host time is measured
 SLOW_NS = 20_000_000  # a call this slow may be a loop over tokens: launches are looked at shorter
@@ -77,24 +78,10 @@ def measure(bench: Bench, case: Case, user_impls: dict[str, Impl]) -> tuple[Poin
         reason=reason,
         oracle=f"float64 {op.oracle.rpartition(':')[2]}",
         null_reasons=nulls,
-        hbm=_modelled_bytes(case, op, impl),
+        hbm=modelled_bytes(case, op, impl),
         **columns,
     )
     return point, samples
-
-
-def _modelled_bytes(case: Case, op: Op, impl: Impl) -> Hbm:
-    itemsize = ITEMSIZE[case.dtype]
-    if case.direction == "decode" and impl.step_hbm_bytes is not None:
-        return Hbm(model_bytes=impl.step_hbm_bytes(case.shape, itemsize), source="model")
-    if impl.hbm_bytes is None or case.direction != "fwd":
-        return Hbm()
-    if isinstance(impl.hbm_bytes, str):  # a kernel file's own model knows its configuration
-        config = {k: v for k, v in case.config.items() if k not in op.options}
-        modelled = load(impl.hbm_bytes)(case.shape, config, itemsize=itemsize)
-    else:
-        modelled = impl.hbm_bytes(case.shape, itemsize)
-    return Hbm(model_bytes=modelled, source="model")
 
 
 def _time(job: Job, call: Results, columns: dict[str, Any], nulls: dict[str, str]) -> list[float]:

@@ -58,7 +58,7 @@ class WorkerProcess:
     """One worker process and the pipes to it."""
 
     def __init__(self, session: Session, log: Path, *, root: Path = PACKAGE_ROOT) -> None:
-        """`root` holds the chela_bench that the worker imports: this one, unless another is given."""
+        """`root` holds the chela_bench that the worker imports: this one unless given."""
         self.session = session
         self._log = log
         read_fd, write_fd = os.pipe()

@@ -1,4 +1,4 @@
-"""What can be compared: run folders, pytest-benchmark's JSON, `atlas --json`, read into one shape."""
+"""What can be compared: run folders, pytest-benchmark's JSON, `atlas --json`, in one shape."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from chela_bench.bench import stats, store
+from chela_bench.bench.cases import Case
 from chela_bench.errors import RecordError
 from chela_bench.records import ConfigValue, Environment, Point, Run, config_label, shape_label
 from chela_bench.verdicts import Side
@@ -68,6 +69,7 @@ class StaticRow(BaseModel):
     stack_bytes: int | None = None
     ctas_per_sm: int | None = None
     tensor_core: bool | str | None = None
+    reason: str | None = None
 
     @property
     def name(self) -> str:
@@ -111,7 +113,7 @@ class Measured:
     machines: tuple[Machine, ...]
     entries: dict[str, Entry] = field(default_factory=dict)
     static: dict[str, StaticRow] = field(default_factory=dict)
-    models: dict[str, int] = field(default_factory=dict)  # key -> modelled HBM bytes of a forward
+    models: dict[str, tuple[Case, int]] = field(default_factory=dict)  # modelled HBM bytes by key
     seed_and_inputs: tuple[int, str] | None = None
     settings: dict[str, Any] | None = None
 
@@ -170,9 +172,7 @@ def read(path: Path) -> Measured:
     )
 
 
-def of_run(
-    label: str, run: Run, points: list[Point], samples: Mapping[str, list[int]]
-) -> Measured:
+def of_run(label: str, run: Run, points: list[Point], samples: Mapping[str, list[int]]) -> Measured:
     environments = [run.environment, *(device.environment for device in run.other_devices)]
     entries = {}
     for point in points:
@@ -275,6 +275,6 @@ def _refuse_other_times(label: str, entry: Entry) -> None:
     median = stats.median(entry.samples_ns)
     if abs(median - shown * 1e9) > 1.5 + 1e-6 * median:
         raise RecordError(
-            f"{where} says {shown * 1e9:.0f} ns, but its samples' median is {median:.0f} ns: one of "
-            "them was changed by hand"
+            f"{where} says {shown * 1e9:.0f} ns, but its samples' median is {median:.0f} ns: one "
+            "of them was changed by hand"
         )

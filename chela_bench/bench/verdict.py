@@ -1,7 +1,7 @@
 """Is B slower than A? Ratio, interval and verdict from time samples; pure, and the same every time.
 
 Intervals are the bootstrap's, without its dice: of a median, the distribution over all resamples
-has a closed form (the k-th of n samples bounds it with a binomial probability), so nothing is drawn.
+has a closed form (the k-th of n samples bounds it with a binomial probability): nothing is drawn.
 Probabilities are the sign test's and order statistics', which hold whatever the distribution.
 
     paired    live: one ratio a round of A and B side by side; median over rounds
@@ -102,7 +102,8 @@ def parse_limit(text: str) -> Limit:
         kind = "%" if unit == "%" else "time"
         if match is None or kind in seen:
             raise UsageError(
-                f"--limit takes a percentage, a time or both, as in 5%,2us (ns, us, ms); got {text!r}"
+                "--limit takes a percentage, a time or both, as in 5%,2us (ns, us, ms); "
+                f"got {text!r}"
             )
         seen.add(kind)
         if unit == "%":

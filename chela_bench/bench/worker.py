@@ -160,7 +160,6 @@ class Worker:
         answer = {"point": point.model_dump(mode="json"), "samples_ns": samples}
         self.answer({**answer, "spoilt": spoilt is not None})
 
-
     def turn(self, command: dict[str, Any]) -> None:
         """Two workers in turns: a case is held ready, sampled now and again, and let go."""
         from chela_bench.bench.leftovers import release_memory

@@ -34,7 +34,9 @@ def write_tables(folder: Path, run: Run, points: list[Point]) -> None:
     table = pd.DataFrame(rows, columns=["key", "clock", "sample", "time_ns"])
     table = table.astype({"key": "str", "clock": "str", "sample": "int64", "time_ns": "int64"})
     csv = points_frame(run, points).to_csv(index=False)
-    _write(folder, {"results.csv": csv.encode(), "samples.parquet": table.to_parquet(index=False)})
+    write_files(
+        folder, {"results.csv": csv.encode(), "samples.parquet": table.to_parquet(index=False)}
+    )
 
 
 def write_report(out: Path, run: Run, points: list[Point]) -> list[Path]:
@@ -50,11 +52,12 @@ def write_report(out: Path, run: Run, points: list[Point]) -> list[Path]:
         "results.csv": points_frame(run, points).to_csv(index=False).encode(),
         **{f"{name}.{kind}": data for name, kinds in drawn.items() for kind, data in kinds.items()},
     }
-    _write(out, files)
+    write_files(out, files)
     return [out / name for name in files]
 
 
-def _write(out: Path, files: dict[str, bytes]) -> None:
+def write_files(out: Path, files: dict[str, bytes]) -> None:
+    """Each whole or not at all."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, data in files.items():

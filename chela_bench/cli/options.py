@@ -25,3 +25,10 @@ out_option = click.option(
     show_default=True,
     help="Folder that run folders go into.",
 )
+baselines_option = click.option(
+    "--baselines",
+    type=click.Path(path_type=Path),
+    default=Path("baselines"),
+    show_default=True,
+    help="Folder of baselines and of this machine's noise.",
+)

@@ -5,78 +5,34 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any
 
 import click
 from pydantic import ValidationError
 
 from chela_bench.bench import plan, store
-from chela_bench.bench.cases import Case, Distribution
+from chela_bench.bench.cases import Case
 from chela_bench.bench.config import find_config, load_config
-from chela_bench.bench.load import is_file, refuse_changed_files
+from chela_bench.bench.load import refuse_changed_files
 from chela_bench.bench.sweep import Result, new_folder, refuse_other_settings
 from chela_bench.bench.sweep import sweep as run_sweep
-from chela_bench.cli import complete
 from chela_bench.cli.options import config_option, device_option, out_option
 from chela_bench.cli.output import print_run
 from chela_bench.cli.progress import SweepProgress
+from chela_bench.cli.selection import flags_of, selection_options
 from chela_bench.cli.signals import Interrupted, interrupted_by_signals
 from chela_bench.errors import ChelaBenchError, RecordError, UsageError
 from chela_bench.profiles.machine import choose_device, choose_gpus
-from chela_bench.records import DIRECTIONS, DTYPES, L2, OUTCOMES, Point, Run, Timer
+from chela_bench.records import OUTCOMES, Point, Run
 from chela_bench.reports.text import own_cost, plain
-
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-class _Names(click.ParamType):  # type: ignore[type-arg]
-    """A comma-separated list of names."""
-
-    name = "NAME[,NAME...]"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        one_file = ".py:" in value and is_file(Path(value.rpartition(":")[0]))
-        names = [value] if one_file else [part.strip() for part in value.split(",")]
-        if not all(names):
-            self.fail(f"empty name in {value!r}", param, ctx)
-        return names
-
-
-def _many(flag: str, about: str, values: complete.Complete) -> Callable[[_F], _F]:
-    return click.option(
-        flag, multiple=True, type=_Names(), help=about + " Repeatable.", shell_complete=values
-    )
 
 
 @click.command()
-@click.option("--lens", help="1k..64k (doubling) or 1k,3k,8k; k = 1024.")
-@_many("--op", "Ops to measure.", complete.ops)
-@_many("--impl", "Implementations, or path/to/file.py:function with one --op.", complete.impls)
-@_many("--shape", "Shapes by name, from bench.toml.", complete.shapes)
-@_many("--dtype", f"{', '.join(DTYPES)}.", complete.dtypes)
-@_many("--direction", f"{', '.join(DIRECTIONS)}.", complete.directions)
-@click.option("--set", "sizes", multiple=True, help="Sizes over the shape's: H=16,K=128.")
-@click.option("--axis", "axes", multiple=True, help="Sweep a setting: BLOCK_T=32,64. Repeatable.")
-@click.option(
-    "--preset",
-    help="A preset of bench.toml; 'cpu' by itself where there is no GPU.",
-    shell_complete=complete.presets,
-)
+@selection_options
 @device_option
 @click.option("--gpus", help="Several GPUs of this machine: 0,1 or all. Instead of --device.")
 @click.option("--mix-gpus", is_flag=True, help="Allow --gpus of several models.")
-@click.option("--timer", type=click.Choice(get_args(Timer)), help="Events or profiler spans.")
-@click.option("--l2", type=click.Choice(get_args(L2)), help="Evict the L2 cache, or leave it.")
-@click.option("--inputs", type=click.Choice(get_args(Distribution)), help="Timed inputs.")
-@click.option(
-    "--seed",
-    type=click.IntRange(-(1 << 62), 1 << 62),
-    help="Seed of inputs and of the order of points.",
-)
 @config_option
 @out_option
 @click.option("--resume", type=click.Path(path_type=Path), help="Go on with this run folder.")
@@ -101,7 +57,7 @@ def sweep(ctx: click.Context, /, **given: Any) -> None:
       chela-bench sweep --op linear_attention --impl triton_chunked --axis BLOCK_T=32,64,128
       chela-bench sweep --op linear_attention --impl fla_chunk --impl my_kernel.py:attention
     """
-    flags = _flags(given)
+    flags = flags_of(given)
     retry = frozenset(given["retry"])
     folder: Path | None = given["resume"]
     if retry and folder is None:
@@ -204,33 +160,3 @@ def _print_plan(
         click.echo("  ".join(plain(part) for part in (key, reason) if part))
     runnable = sum(reason is None for reason in reasons.values())
     click.echo(f"{len(cases)} points, {runnable} to be tried", err=True)
-
-
-def _flags(given: dict[str, Any]) -> plan.Flags:
-    axes: dict[str, list[Any]] = {}
-    for text in given["axes"]:
-        name, values = plan.parse_axis(text)
-        axes.setdefault(name, []).extend(values)
-    sizes: dict[str, int] = {}
-    for text in given["sizes"]:
-        sizes |= plan.parse_sizes(text)
-
-    def flat(name: str) -> tuple[str, ...]:
-        return tuple(item for group in given[name] for item in group)
-
-    return plan.Flags(
-        preset=given["preset"],
-        ops=flat("op"),
-        impls=flat("impl"),
-        shapes=flat("shape"),
-        lens=given["lens"],
-        dtypes=flat("dtype"),
-        directions=flat("direction"),
-        axes=axes,
-        sizes=sizes,
-        timer=given["timer"],
-        l2=given["l2"],
-        inputs=given["inputs"],
-        seed=given["seed"],
-        mix_gpus=given["mix_gpus"],
-    )

@@ -163,8 +163,7 @@ def figure(comparison: Comparison) -> Figure | None:
         for y, row in zip(places, rows, strict=True):
             colour = _COLOURS[row.verdict]
             if row.low is not None and row.high is not None:
-                axes.plot([row.low, row.high], [y, y], color=colour, linewidth=2.2,
-                          solid_capstyle="butt")  # fmt: skip
+                axes.hlines(y, row.low, row.high, color=colour, linewidth=2.2)
             axes.plot([row.ratio], [y], _MARKERS[row.verdict], color=colour, markersize=5)
         band = comparison.noise
         axes.axvspan(1 / (1 + band), 1 + band, color="#f0f0f0", zorder=0)
@@ -176,7 +175,7 @@ def figure(comparison: Comparison) -> Figure | None:
         axes.set_xlabel(f"{what}after / before; 95 % interval; grey: noise")
         more = f", the largest {len(rows)} of {len(rows) + left_out}" if left_out > 0 else ""
         axes.set_title(
-            f"{plain(comparison.before.label)[-50:]} to {plain(comparison.after.label)[-50:]}{more}",
+            f"{_short(comparison.before)} to {_short(comparison.after)}{more}",
             fontsize=9.5, loc="left",
         )  # fmt: skip
         shown = [word for word in ORDER if any(row.verdict == word for row in rows)]
@@ -186,6 +185,10 @@ def figure(comparison: Comparison) -> Figure | None:
         ]
         drawn.legend(handles=handles, loc="outside lower right", ncols=len(shown))
     return drawn
+
+
+def _short(side: Side) -> str:
+    return plain(side.label)[-50:]
 
 
 def _side(side: Side) -> str:
