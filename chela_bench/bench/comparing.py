@@ -24,7 +24,6 @@ STORED_NOISE = 0.015
 LIVE_NOISE = 0.006
 CPU_NOISE = 0.05  # a CPU that others use too
 OTHER_CLOCK = 0.02  # SM or memory clocks that differ by more do not compare
-_WIDE = 0.025  # blocks of one side spread by more than this: several clocks, not noise
 
 
 @dataclass(frozen=True)
@@ -190,13 +189,9 @@ def doubted(evidence: Evidence, before: Entry, after: Entry) -> Evidence:
     """With the slack that unrest and clocks give the ratio."""
     slack, doubts = 1.0, []
     for side, when in ((before, "before"), (after, "after")):
-        drift, spread = verdict.unrest(side.samples_ns)
-        slack *= 1 + drift
-        if drift > verdict.SAME:
-            doubts.append(f"{when}: its samples drift by {drift:.1%}")
-        if spread > _WIDE:
-            slack *= 1 + spread
-            doubts.append(f"{when}: its samples spread over {spread:.1%}, as from several clocks")
+        for what, size in verdict.unrest(side.samples_ns):
+            slack *= 1 + size
+            doubts.append(f"{when}: its samples {what} {size:.1%}")
     for name, then, now in clocks(before, after):
         slack *= max(then, now) / min(then, now)
         if then != now:

@@ -13,6 +13,7 @@ from typing import Any
 from chela_bench.bench import verdict
 from chela_bench.bench.comparing import Noise, look, row_of, time_of
 from chela_bench.bench.config import Config
+from chela_bench.bench.live import LOOKS, Refusal
 from chela_bench.bench.modelled import modelled_now
 from chela_bench.bench.sources import Entry, Measured, StaticRow
 from chela_bench.bench.verdict import Evidence, Limit
@@ -54,7 +55,7 @@ def gate(baseline: Measured, candidate: Measured, rules: Rules, config: Config) 
         *_models(baseline),
         *_budgets(candidate, config),
     ]
-    return sorted(checks, key=lambda c: (_ORDER.index(c.outcome), c.name, c.figure))
+    return sorted(checks, key=_worst_first)
 
 
 def unclear_times(checks: Sequence[Check]) -> list[str]:
@@ -141,6 +142,29 @@ def _times(
             continue
         (within, p), threshold = next(judged), next(limits)
         yield _time_check(then.name, evidence, within, p, threshold, rules)
+
+
+def live_checks(
+    names: Sequence[str], taken: Sequence[Evidence | Refusal], rules: Rules
+) -> list[Check]:
+    """Of two sides measured in turns, worst first."""
+    found = [one for one in taken if isinstance(one, Evidence)]
+    thresholds = [rules.limit.threshold(e.before_ns, rules.noise.typical) for e in found]
+    alpha = verdict.GATE_ALPHA / len(LOOKS)
+    judged = iter(zip(verdict.gated(found, thresholds, alpha=alpha), thresholds, strict=True))
+    checks = []
+    for name, one in zip(names, taken, strict=True):
+        if isinstance(one, Refusal):
+            outcome: Outcome = "wrong" if one.wrong else "failed"
+            checks.append(Check(name=name, figure="time", outcome=outcome, reason=one.reason))
+            continue
+        (within, p), threshold = next(judged)
+        checks.append(_time_check(name, one, within, min(1.0, p * len(LOOKS)), threshold, rules))
+    return sorted(checks, key=_worst_first)
+
+
+def _worst_first(check: Check) -> tuple[int, str, str]:
+    return _ORDER.index(check.outcome), check.name, check.figure
 
 
 def _time_check(

@@ -211,6 +211,37 @@ def _named(is_after: bool, act: Callable[[], Any]) -> Any:
         raise Failed(failed.outcome, f"{side}: {failed.outcome}: {failed.reason}") from None
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """Why a pair has no ratio."""
+
+    reason: str
+    wrong: bool = False  # a side's result is not right
+
+
+def in_turns(
+    before: Seat,
+    after: Seat,
+    pairs: Sequence[Pair],
+    clear: Clear,
+    *,
+    budget_s: float,
+    on_pair: Callable[[Pair], None] = lambda pair: None,
+) -> list[Evidence | Refusal]:
+    """Evidence a pair, each measured until `clear(evidence, looks)` or the budget's end."""
+    found: list[Evidence | Refusal] = []
+    for pair in pairs:
+        on_pair(pair)
+        try:
+            evidence = rounds(before, after, pair, clear, budget_s=budget_s)
+            found.append(Refusal(evidence) if isinstance(evidence, str) else evidence)
+        except Failed as failed:
+            found.append(Refusal(failed.reason, wrong=failed.outcome == "wrong"))
+            for seat in (before, after):
+                seat.let_go()
+    return found
+
+
 def compare(
     before: Seat,
     after: Seat,
@@ -227,40 +258,33 @@ def compare(
         [(word, _)] = verdict.verdicts([evidence], noise=[noise.typical], alpha=alpha)
         return word != "unclear"
 
-    rows: list[Change | None] = []
-    found: list[tuple[str, Evidence]] = []
-    for pair in pairs:
-        on_pair(pair)
-        try:
-            evidence = rounds(before, after, pair, clear, budget_s=budget_s)
-        except Failed as failed:
-            rows.append(_refused(pair.name, failed.reason, wrong=failed.outcome == "wrong"))
-            for seat in (before, after):
-                seat.let_go()
-            continue
-        if isinstance(evidence, str):
-            rows.append(_refused(pair.name, evidence))
-        else:
-            rows.append(None)
-            found.append((pair.name, evidence))
+    taken = in_turns(before, after, pairs, clear, budget_s=budget_s, on_pair=on_pair)
+    found = [one for one in taken if isinstance(one, Evidence)]
     alpha = verdict.COMPARE_ALPHA / len(LOOKS)
-    judged = verdict.verdicts(
-        [e for _, e in found], noise=[noise.typical] * len(found), alpha=alpha
-    )
-    filled = iter(
-        row_of(name, e, min(1.0, p * len(LOOKS))).model_copy(
-            update={
-                "verdict": word,
-                "reason": "the budget ended before it was clear" if word == "unclear" else None,
-            }
-        )
-        for (name, e), (word, p) in zip(found, judged, strict=True)
-    )
-    return [row or next(filled) for row in rows]
+    judged = iter(verdict.verdicts(found, noise=[noise.typical] * len(found), alpha=alpha))
+    rows = []
+    for pair, one in zip(pairs, taken, strict=True):
+        if isinstance(one, Refusal):
+            rows.append(
+                Change(name=pair.name, verdict="unclear", reason=one.reason, wrong=one.wrong)
+            )
+            continue
+        word, p = next(judged)
+        reason = "the budget ended before it was clear" if word == "unclear" else None
+        row = row_of(pair.name, one, min(1.0, p * len(LOOKS)))
+        rows.append(row.model_copy(update={"verdict": word, "reason": reason}))
+    return rows
 
 
-def _refused(name: str, reason: str, *, wrong: bool = False) -> Change:
-    return Change(name=name, verdict="unclear", reason=reason, wrong=wrong)
+def clear_of(thresholds: Callable[[Evidence], float], pairs: int) -> Clear:
+    """For the gate: until it is known on which side of its threshold the ratio lies."""
+
+    def clear(evidence: Evidence, looks: int) -> bool:
+        alpha = verdict.GATE_ALPHA / looks / pairs
+        [(within, _)] = verdict.gated([evidence], [thresholds(evidence)], alpha=alpha)
+        return within is not None
+
+    return clear
 
 
 @contextlib.contextmanager

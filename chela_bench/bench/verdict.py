@@ -12,6 +12,7 @@ Probabilities are the sign test's and order statistics', which hold whatever the
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from chela_bench.bench import stats
 from chela_bench.errors import UsageError
 from chela_bench.verdicts import Verdict
 
@@ -29,6 +31,7 @@ GATE_ALPHA = 0.001  # of failures, the share that may be none
 FEWEST = 6  # rounds, or blocks of samples: of fewer, no 95 % interval of a median exists
 BLOCKS = 31  # of stored samples; odd, so that a median is one of them
 SAME = 0.01  # an interval within 1 % of none is called the same
+_WIDE = 0.025  # what blocks of one side may spread over: more is several clocks, not noise
 RESTLESS = 0.02  # unrest that may hide a change from an interval within noise
 
 Floats = NDArray[np.float64]
@@ -147,25 +150,35 @@ def unpaired(before_ns: Sequence[float], after_ns: Sequence[float]) -> Evidence:
 
 def blocked(samples_ns: Sequence[float]) -> Floats:
     """Medians of at most BLOCKS blocks of neighbouring samples, in order."""
-    samples = np.asarray(samples_ns, dtype=np.float64)
-    if len(samples) <= BLOCKS:
-        return samples
-    return np.array([np.median(part) for part in np.array_split(samples, BLOCKS)])
+    if len(samples_ns) <= BLOCKS:
+        return np.array(samples_ns, dtype=np.float64)
+    ends = [len(samples_ns) * number // BLOCKS for number in range(BLOCKS + 1)]
+    return np.array([stats.median(samples_ns[i:j]) for i, j in itertools.pairwise(ends)])
 
 
 def median_of(samples_ns: Sequence[float]) -> float | None:
     return float(np.median(np.asarray(samples_ns))) if samples_ns else None
 
 
-def unrest(samples_ns: Sequence[float]) -> tuple[float, float]:
-    """How far a side's own time strays while it is measured, relative: (drift between its thirds,
-    spread of its blocks from the lowest tenth to the highest)."""
+def unrest(samples_ns: Sequence[float]) -> list[tuple[str, float]]:
+    """How a side's own time strays while it is measured, and how far, relative: what is more than
+    what its samples scatter from one to the next."""
     blocks = blocked(samples_ns)
     if len(blocks) < FEWEST:
-        return 0.0, 0.0
-    thirds = [float(np.median(part)) for part in np.array_split(blocks, 3)]
-    low, high = np.quantile(blocks, [0.1, 0.9], method="nearest")
-    return max(thirds) / min(thirds) - 1, float(high / low) - 1
+        return []
+    samples = np.asarray(samples_ns)
+    middle = float(np.median(samples))
+    scatter = float(np.median(np.abs(np.diff(samples)))) / 0.954 / middle  # one sigma, if normal
+    of_block = 1.25 * scatter / math.sqrt(len(samples) / len(blocks))  # one sigma of its median
+    thirds = [stats.median(part.tolist()) for part in np.array_split(blocks, 3)]
+    ordered = np.sort(blocks)
+    at_end = float(np.median(samples[-3:])) / middle  # the clock is read right after them
+    strays = (
+        ("drift by", max(thirds) / min(thirds) - 1, max(SAME, 2.5 * of_block)),
+        ("spread over", float(ordered[-2] / ordered[1]) - 1, max(_WIDE, 6 * of_block)),
+        ("end off their median by", max(at_end, 1 / at_end) - 1, max(_WIDE, 3 * scatter)),
+    )
+    return [(what, size) for what, size, allowed in strays if size > allowed]
 
 
 def verdicts(

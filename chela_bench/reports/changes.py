@@ -164,7 +164,7 @@ def figure(comparison: Comparison) -> Figure | None:
             colour = _COLOURS[row.verdict]
             if row.low is not None and row.high is not None:
                 axes.hlines(y, row.low, row.high, color=colour, linewidth=2.2)
-            axes.plot([row.ratio], [y], _MARKERS[row.verdict], color=colour, markersize=5)
+            axes.plot([row.ratio or 1.0], [y], _MARKERS[row.verdict], color=colour, markersize=5)
         band = comparison.noise
         axes.axvspan(1 / (1 + band), 1 + band, color="#f0f0f0", zorder=0)
         axes.axvline(1.0, color=INK, linewidth=0.8, zorder=1)
