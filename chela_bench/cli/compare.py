@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import click
 
-from chela_bench.bench import comparing, live, plan, sources
+from chela_bench.bench import comparing, live, sources
 from chela_bench.bench.baseline import noise_of
-from chela_bench.bench.cases import Case
-from chela_bench.bench.config import find_config, load_config
-from chela_bench.bench.live import Pair
-from chela_bench.bench.plan import Flags, Settings
-from chela_bench.bench.registry import all_ops
-from chela_bench.cli.options import baselines_option, config_option, device_option
+from chela_bench.bench.plan import Flags
+from chela_bench.cli.options import baselines_option, budget_option, config_option, device_option
 from chela_bench.cli.output import echo_rich, say_progress
 from chela_bench.cli.selection import flags_of, selection_options
 from chela_bench.cli.signals import interrupted_by_signals
+from chela_bench.cli.turns import two_sides
 from chela_bench.errors import UsageError
-from chela_bench.profiles.machine import choose_device
-from chela_bench.records import shape_label
 from chela_bench.reports import changes
 from chela_bench.verdicts import Comparison, Side, document
 
@@ -30,14 +24,7 @@ from chela_bench.verdicts import Comparison, Side, document
 @click.argument("before", metavar="A")
 @click.argument("after", metavar="B")
 @click.option("--live", "is_live", is_flag=True, help="Measure both now, in turns.")
-@click.option(
-    "--budget",
-    "budget_s",
-    type=click.FloatRange(1, 3600),
-    default=30.0,
-    show_default=True,
-    help="With --live: seconds a point, unless it is clear before.",
-)
+@budget_option
 @click.option(
     "--across-machines",
     is_flag=True,
@@ -100,82 +87,27 @@ def compare(ctx: click.Context, /, **given: Any) -> None:
 
 def _live(given: dict[str, Any], flags: Flags) -> Comparison:
     labels: tuple[str, str] = (given["before"], given["after"])
-    config = load_config(find_config(given["config"]))
-    device = choose_device(given["device"])
-    implementations = all(map(_is_implementation, labels))
-    if implementations:
-        if flags.impls:
-            raise UsageError(f"--live {' '.join(labels)} are the implementations: no --impl")
-        settings, pairs = _pairs_of_impls(config, flags, device, labels)
-        revisions: tuple[str, str] = (".", ".")
-    else:
-        settings = plan.resolve(config, flags, [device])
-        pairs = [Pair(case.key, case, case) for case in _available(settings)]
-        revisions = labels
-    if not pairs:
-        raise UsageError("nothing of what is selected can run here on both sides")
-    with tempfile.TemporaryDirectory(prefix="chela-bench-") as folder:
-        with live.checkouts(revisions) as (root_a, root_b):
-            session = settings.sessions()[0]
-            with live.seats(session, Path(folder), (root_a, root_b)) as (a, b):
-                noise = noise_of(given["baselines"], a.machine, live=True)
-                rows = live.compare(
-                    a,
-                    b,
-                    pairs,
-                    noise,
-                    budget_s=given["budget_s"],
-                    on_pair=lambda pair: say_progress(pair.name),
-                )
-                sides = [
-                    Side(label=label, machine=str(seat.machine), versions=seat.machine.versions())
-                    for label, seat in zip(labels, (a, b), strict=True)
-                ]
+    with two_sides(given, flags, labels) as sides:
+        rows = live.compare(
+            sides.before,
+            sides.after,
+            sides.pairs,
+            sides.noise,
+            budget_s=given["budget_s"],
+            on_pair=lambda pair: say_progress(pair.name),
+        )
+        before, after = (
+            Side(label=label, machine=str(seat.machine), versions=seat.machine.versions())
+            for label, seat in zip(labels, (sides.before, sides.after), strict=True)
+        )
     return Comparison(
         mode="live",
-        before=sides[0],
-        after=sides[1],
-        noise=noise.typical,
+        before=before,
+        after=after,
+        noise=sides.noise.typical,
         points=rows,
-        notes=[f"noise: {noise.source}"],
+        notes=[f"noise: {sides.noise.source}"],
     )
-
-
-def _is_implementation(name: str) -> bool:
-    return ".py:" in name or any(name == impl.name for op in all_ops() for impl in op.impls)
-
-
-def _pairs_of_impls(
-    config: Any, flags: Flags, device: str, labels: tuple[str, str]
-) -> tuple[Settings, list[Pair]]:
-    import dataclasses
-
-    settings = plan.resolve(config, dataclasses.replace(flags, impls=labels), [device])
-    names = [_resolved(settings, label) for label in labels]
-    sides: list[dict[tuple[str, ...], Case]] = [{}, {}]
-    for case in _available(settings):
-        point = (case.op, case.direction, case.dtype, shape_label(case.shape))
-        for side, name in zip(sides, names, strict=True):
-            if case.impl == name:
-                config_words = [f"{k}={v}" for k, v in sorted(case.config.items())]
-                side[*point, *config_words] = case
-    return settings, [
-        Pair("/".join(point), case, sides[1][point])
-        for point, case in sides[0].items()
-        if point in sides[1]
-    ]
-
-
-def _resolved(settings: Settings, label: str) -> str:
-    """The name that a user's file has in the plan."""
-    for name in settings.user_impls:
-        if label.endswith(name) or name.endswith(label):
-            return name
-    return label
-
-
-def _available(settings: Settings) -> list[Case]:
-    return [case for case in plan.cases(settings) if plan.unavailable(settings, case) is None]
 
 
 def _write(out: Path, comparison: Comparison) -> None:

@@ -8,19 +8,28 @@ from typing import Any
 
 import click
 
-from chela_bench.bench import again, gating, sources
+from chela_bench.bench import again, gating, live, sources
 from chela_bench.bench.baseline import HEADER, noise_of, resolve
 from chela_bench.bench.config import Config, find_config, load_config
 from chela_bench.bench.gating import Rules
+from chela_bench.bench.plan import Flags
 from chela_bench.bench.sources import Measured, alike
 from chela_bench.bench.store import RUN, write_atomically
 from chela_bench.bench.sweep import new_folder
 from chela_bench.bench.sweep import sweep as run_sweep
-from chela_bench.bench.verdict import parse_limit
-from chela_bench.cli.options import config_option, device_option, out_option
+from chela_bench.bench.verdict import Evidence, Limit, parse_limit
+from chela_bench.cli.options import (
+    baselines_option,
+    budget_option,
+    config_option,
+    device_option,
+    out_option,
+)
 from chela_bench.cli.output import echo_rich, say_progress
 from chela_bench.cli.progress import SweepProgress
+from chela_bench.cli.selection import flags_of, selection_options
 from chela_bench.cli.signals import interrupted_by_signals
+from chela_bench.cli.turns import two_sides
 from chela_bench.errors import BaselineProblem, ChelaBenchError, EnvironmentProblem, UsageError
 from chela_bench.profiles.machine import choose_device
 from chela_bench.reports import gating as report
@@ -32,10 +41,17 @@ from chela_bench.verdicts import Check, Gating, document
 @click.option(
     "--baseline",
     "baseline_path",
-    required=True,
     type=click.Path(path_type=Path),
     help="A folder of baselines, a baseline, a run folder or a JSON file.",
 )
+@click.option(
+    "--live",
+    "live_against",
+    metavar="REVISION",
+    help="Instead of a baseline: measure this git revision and the tree as it stands, in turns.",
+)
+@budget_option
+@selection_options
 @click.option(
     "--limit",
     default=str(gating.DEFAULT_LIMIT),
@@ -52,6 +68,7 @@ from chela_bench.verdicts import Check, Gating, document
 @device_option
 @config_option
 @out_option
+@baselines_option
 @click.option("--junit", type=click.Path(path_type=Path), help="Write JUnit XML here.")
 @click.option(
     "--summary",
@@ -75,8 +92,58 @@ def gate(ctx: click.Context, /, **given: Any) -> None:
     Examples:
       chela-bench gate --baseline baselines
       chela-bench gate now.json --baseline baselines --limit 5%,2us --junit gate.xml
+      chela-bench gate --live origin/main --op long_conv --impl triton
     """
     limit = parse_limit(given["limit"])
+    flags = flags_of(given)
+    if (given["baseline_path"] is None) == (given["live_against"] is None):
+        raise UsageError("hold against what? Give --baseline PATH or --live REVISION, one of them")
+    if given["live_against"] is not None:
+        if given["candidate"] is not None:
+            raise UsageError("--live measures the tree as it stands: no CANDIDATE")
+        with interrupted_by_signals():
+            result = _in_turns(given, flags, limit)
+    elif flags != Flags():
+        raise UsageError("a baseline holds its own points; which ones goes with --live")
+    else:
+        result = _against_baseline(given, limit)
+    _write(result, given["junit"], given["summary"])
+    if given["as_json"]:
+        click.echo(document(result))
+    else:
+        echo_rich(report.terminal(result))
+    ctx.exit(result.exit_code)
+
+
+def _in_turns(given: dict[str, Any], flags: Flags, limit: Limit) -> Gating:
+    """Times only; there is no noise between days in them, and nothing stored to go stale."""
+    with two_sides(given, flags, (given["live_against"], ".")) as sides:
+        rules = Rules(limit, sides.noise)
+
+        def threshold(evidence: Evidence) -> float:
+            return limit.threshold(evidence.before_ns, sides.noise.typical)
+
+        taken = live.in_turns(
+            sides.before,
+            sides.after,
+            sides.pairs,
+            live.clear_of(threshold, len(sides.pairs)),
+            budget_s=given["budget_s"],
+            on_pair=lambda pair: say_progress(pair.name),
+        )
+        machine = str(sides.after.machine)
+    return Gating(
+        baseline=given["live_against"],
+        candidate="the tree as it stands",
+        machine=machine,
+        limit=str(limit),
+        noise=sides.noise.typical,
+        noise_source=sides.noise.source,
+        points=gating.live_checks([pair.name for pair in sides.pairs], taken, rules),
+    )
+
+
+def _against_baseline(given: dict[str, Any], limit: Limit) -> Gating:
     config = load_config(find_config(given["config"]))
     path: Path = given["baseline_path"]
     if given["candidate"] is None:
@@ -91,7 +158,7 @@ def gate(ctx: click.Context, /, **given: Any) -> None:
             "kernels are held against compiled kernels, times against times"
         )
     is_folder = path.is_dir() and not any((path / name).exists() for name in (HEADER, RUN))
-    noise = noise_of(path if is_folder else Path("baselines"), candidate.machine)
+    noise = noise_of(path if is_folder else given["baselines"], candidate.machine)
     baseline, candidate = alike(baseline, candidate)
     same_card = not {m.uuid for m in baseline.machines}.isdisjoint(
         m.uuid for m in candidate.machines
@@ -101,7 +168,7 @@ def gate(ctx: click.Context, /, **given: Any) -> None:
         checks, notes = _settled(baseline, candidate, rules, config, given)
     if not same_card:
         notes.append("the baseline is of another card of this model")
-    result = Gating(
+    return Gating(
         baseline=baseline.label,
         candidate=candidate.label,
         machine=str(candidate.machine),
@@ -111,12 +178,6 @@ def gate(ctx: click.Context, /, **given: Any) -> None:
         points=checks,
         notes=notes,
     )
-    _write(result, given["junit"], given["summary"])
-    if given["as_json"]:
-        click.echo(document(result))
-    else:
-        echo_rich(report.terminal(result))
-    ctx.exit(result.exit_code)
 
 
 def _measured_now(given: dict[str, Any], path: Path) -> tuple[Measured, Measured]:

@@ -32,3 +32,11 @@ baselines_option = click.option(
     show_default=True,
     help="Folder of baselines and of this machine's noise.",
 )
+budget_option = click.option(
+    "--budget",
+    "budget_s",
+    type=click.FloatRange(1, 3600),
+    default=30.0,
+    show_default=True,
+    help="With --live: seconds a point, unless it is clear before.",
+)
