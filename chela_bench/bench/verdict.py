@@ -50,7 +50,8 @@ class Limit:
         return 1 + max(self.relative, self.ns / before_ns, noise)
 
     def __str__(self) -> str:
-        return f"{self.relative * 100:g}%,{self.ns / 1000:g}us"
+        parts = [f"{self.relative * 100:g}%"] if self.relative or not self.ns else []
+        return ",".join([*parts, f"{self.ns / 1000:g}us"] if self.ns else parts)
 
 
 @dataclass(frozen=True)

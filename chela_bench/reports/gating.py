@@ -65,7 +65,12 @@ def decision(gating: Gating) -> str:
     names = {check.name for check in gating.points}
     each = ", ".join(f"{counts[o]} {o}" for o in (*_SAID, "passed") if counts[o])
     ending = _ENDINGS[gating.exit_code]
-    return f"{ending}: {len(gating.points)} checks of {len(names)} benchmarks: {each}"
+    checks, benchmarks = _count(len(gating.points), "check"), _count(len(names), "benchmark")
+    return f"{ending}: {checks} of {benchmarks}" + (f": {each}" if each else "")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def markdown(gating: Gating) -> str:
