@@ -26,7 +26,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from chela_bench.bench import stats, verdict
+from chela_bench.bench import verdict
 from chela_bench.bench.comparing import look
 from chela_bench.bench.live import LOOKS, TURN_S
 from chela_bench.bench.sources import Entry
@@ -80,16 +80,20 @@ class Session:
         self.sample_s = float(np.median(series)) * 1e-9 + OVERHEAD_S
         self.slow = bool(rng.integers(2))
 
-    def samples(self, count: int, progress: tuple[float, float], *, block: int) -> np.ndarray:
-        """So many in a row, from one time to another (1: the end of the session)."""
-        starts = self.rng.integers(0, len(self.series) - block + 1, -(-count // block))
-        taken = np.concatenate([self.series[s : s + block] for s in starts])[:count]
+    def samples(
+        self, turns: int, count: int, progress: tuple[float, float], *, block: int
+    ) -> np.ndarray:
+        """[turns, count], one after another, from one time to another (1: the session's end); of
+        blocks of so many neighbours."""
+        blocks = -(-count // block)
+        starts = self.rng.integers(0, len(self.series) - block + 1, (turns, blocks, 1))
+        taken = self.series[(starts + np.arange(block)).reshape(turns, -1)[:, :count]]
         if self.scenario == "drift":
-            taken = taken * (1 + DRIFT * np.linspace(*progress, count))
+            taken *= 1 + DRIFT * np.linspace(*progress, taken.size).reshape(taken.shape)
         elif self.scenario == "bimodal":
-            taken = taken * np.where(self._states(count), SLOW, 1.0)
+            taken *= np.where(self._states(taken.size), SLOW, 1.0).reshape(taken.shape)
         elif self.scenario == "outliers":
-            taken = taken * np.where(self.rng.random(count) < OUTLIERS, OUTLIER, 1.0)
+            taken *= np.where(self.rng.random(taken.shape) < OUTLIERS, OUTLIER, 1.0)
         return taken
 
     def _states(self, count: int) -> np.ndarray:
@@ -111,22 +115,20 @@ class Session:
 def live(session: Session, change: float, offset: float) -> tuple[str, int]:
     """The gate's verdict of two sides in turns, and the rounds it took."""
     count = int(np.clip(TURN_S / session.sample_s, 3, len(session.series) // 2))
-    factor = (1.0, (1 + change) * offset)
     rounds: list[tuple[float, float]] = []
-    for number in range(MOST_ROUNDS):
-        medians = [0.0, 0.0]
-        for side in (0, 1) if number % 2 == 0 else (1, 0):
-            first_half = (side == 0) == (number % 2 == 0)
-            begin = (number + (0.0 if first_half else 0.5)) / DRIFT_ROUNDS
-            taken = session.samples(count, (begin, begin + 0.5 / DRIFT_ROUNDS), block=count)
-            medians[side] = stats.median(taken.tolist()) * factor[side]
-        rounds.append((medians[0], medians[1]))
-        if len(rounds) in LOOKS:
-            alpha = verdict.GATE_ALPHA / len(LOOKS)
-            evidence = verdict.paired(rounds)
-            [(within, _)] = verdict.gated([evidence], [1 + LIMIT.relative], alpha=alpha)
-            if within is not None:
-                return ("passed" if within else "failed"), len(rounds)
+    alpha = verdict.GATE_ALPHA / len(LOOKS)
+    for look_at in LOOKS:
+        progress = (len(rounds) / DRIFT_ROUNDS, look_at / DRIFT_ROUNDS)
+        taken = session.samples(2 * (look_at - len(rounds)), count, progress, block=count)
+        turns = np.median(taken, axis=1).reshape(-1, 2)  # A B, B A, A B, ...
+        turns[1::2] = turns[1::2, ::-1]
+        rounds += [(float(a), float(b) * (1 + change) * offset) for a, b in turns]
+        evidence = verdict.paired(rounds)
+        [(within, _)] = verdict.gated([evidence], [1 + LIMIT.relative], alpha=alpha)
+        if within is not None:
+            return ("passed" if within else "failed"), len(rounds)
+        if look_at >= MOST_ROUNDS:
+            break
     return "unclear", len(rounds)
 
 
@@ -134,7 +136,7 @@ def stored(session: Session, change: float, offset: float, base: Point) -> str:
     """The gate's verdict of two records, one after the other."""
     sides = []
     for factor, progress in ((1.0, (0.0, 0.5)), ((1 + change) * offset, (0.5, 1.0))):
-        taken = session.samples(len(session.series), progress, block=BLOCK) * factor
+        [taken] = session.samples(1, len(session.series), progress, block=BLOCK) * factor
         telemetry = Telemetry(sm_clock_mhz=session.clock_mhz(progress[1]), mem_clock_mhz=2619)
         point = base.model_copy(update={"telemetry": telemetry})
         sides.append(Entry("point", point, taken.tolist(), point.device))

@@ -28,7 +28,8 @@ def timed(
     """An ok point and the samples that its time comes from."""
     taken = samples(ns, seed=seed) if isinstance(ns, int | float) else ns
     given = {"telemetry": Telemetry(**CLOCKS), "launches": 2, "peak_bytes": 4096, **changes}
-    return make_point(T, time_ns=None, **{**given, "time_ns": summarise(taken)}), taken
+    point = make_point(T, **given)
+    return point.model_copy(update={"time_ns": summarise(taken)}), taken
 
 
 def write_run(

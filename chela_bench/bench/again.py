@@ -78,6 +78,10 @@ def again(
 ) -> Measured:
     """The named benchmarks once more, in a process of its own and for longer; the samples of all
     rounds count together."""
+    if measured.machine.device != session.device.partition(":")[0]:
+        raise EnvironmentProblem(
+            f"{measured.label} is of {measured.machine}; here is no such device"
+        )
     entries = dict(measured.entries)
     longer = _longer(session)
     with tempfile.TemporaryDirectory(prefix="chela-bench-") as folder:
