@@ -46,7 +46,7 @@ DRIFT, DRIFT_ROUNDS = 0.05, 32
 SLOW, DWELL_S = 1.12, 0.3
 OUTLIERS, OUTLIER = 0.05, 3.0
 CLOCK_MHZ = 1980
-MOST_ROUNDS = 128
+MOST_ROUNDS = 160
 BLOCK = 20  # neighbouring samples that stay together
 VERDICTS = ("passed", "failed", "unclear")
 

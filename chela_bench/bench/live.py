@@ -33,7 +33,7 @@ from chela_bench.errors import EnvironmentProblem, UsageError
 from chela_bench.records import Environment
 from chela_bench.verdicts import Change
 
-LOOKS = (8, 16, 32, 64, 128, 256, 512, 1024)  # rounds after which the verdict is looked at
+LOOKS = (10, 20, 40, 80, 160, 320, 640)  # rounds after which the verdict is looked at
 TURN_S = 0.05  # of samples, a side and round
 Clear = Callable[[Evidence, int], bool]
 
