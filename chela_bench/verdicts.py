@@ -38,7 +38,8 @@ class Change(_Record):
     """Chance of a change as clear as this one were there none, corrected for the number of points
     (Benjamini-Hochberg). Null: not compared, or too few samples."""
     samples: int = 0
-    """Live: paired rounds; stored: time samples of the side that has fewer."""
+    """Live: paired rounds; stored: time samples of the side that has fewer, of more than 31 their
+    31 blocks of neighbours."""
     verdict: Verdict
     """faster, slower, same (within noise), or unclear."""
     reason: str | None = None

@@ -138,21 +138,30 @@ def test_disabled_it_still_checks(session):
     assert done.returncode == 0 and "1 passed" in done.stdout
 
 
-def test_without_pytest_benchmark_only_the_fixture_refuses(session):
-    folder, _, _ = session
-    done = run(folder, "-p", "no:benchmark", "-k", "no_benchmark or chunked")
-    assert "1 passed" in done.stdout and "1 error" in done.stdout
-    assert "pip install 'chela-bench[pytest]'" in done.stdout
+MODULES = """
+import sys
+
+def test_modules():
+    print("MODULES", *sorted(sys.modules))
+
+def test_fixture(chela_benchmark):
+    pass
+"""
 
 
-def test_starting_pytest_imports_nothing_of_ours_but_the_plugin(tmp_path):
+@pytest.mark.parametrize("there", [True, False])
+def test_starting_pytest_imports_no_torch(tmp_path, there):
+    """Without pytest-benchmark nothing but the plugin's own file, and the fixture refuses."""
     (tmp_path / "bench.toml").write_text(TINY)
-    (tmp_path / "test_modules.py").write_text(
-        "import sys\ndef test_modules():\n    print(*sorted(sys.modules))\n"
-    )
-    for more in ((), ("-p", "no:benchmark")):
-        done = run(tmp_path, "-s", *more)
-        assert "1 passed" in done.stdout
-        modules = set(done.stdout.split())
-        assert "chela_bench.bench.pytest_plugin" in modules
-        assert not modules & {"torch", "triton", "numpy", "pandas", "matplotlib"}
+    (tmp_path / "test_modules.py").write_text(MODULES)
+    done = run(tmp_path, "-s", *(("-k", "modules") if there else ("-p", "no:benchmark")))
+    [line] = [line for line in done.stdout.splitlines() if "MODULES" in line]
+    modules = set(line.split())
+    assert not modules & {"torch", "triton", "numpy", "pandas", "matplotlib"}
+    ours = {name for name in modules if name.startswith("chela_bench.")}
+    if there:
+        assert "chela_bench.bench.pytest_fixture" in ours and "1 passed" in done.stdout
+    else:
+        assert ours == {"chela_bench.bench", "chela_bench.bench.pytest_plugin"}
+        assert "1 passed, 1 error" in done.stdout
+        assert "pip install 'chela-bench[pytest]'" in done.stdout
