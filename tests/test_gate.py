@@ -231,8 +231,11 @@ STATIC = [
      "no longer fits sm_86: 132000 of 101376 bytes"),
     ({"regs": 255}, "regs was 168 and is 255"),
     ({"ctas_per_sm": 0}, "ctas_per_sm was 1 and is 0"),
-    ({"tensor_core": None}, "tensor_core was HMMA and is not known now"),
-    ({"tensor_core": False}, "tensor_core was HMMA and is no"),
+    ({"tensor_core": None}, "tensor_core was HMMA and is none"),
+    ({"tensor_core": "FFMA"}, "tensor_core was HMMA and is FFMA"),
+    ({"regs": None}, "regs was 168 and is not known now"),
+    ({"outcome": "compile_error", "fits": False, "reason": "ptxas said no"},
+     "newly compile_error: ptxas said no"),
 ]  # fmt: skip
 
 
@@ -243,8 +246,19 @@ def test_a_kernel_that_got_fatter_fails_by_name(tmp_path, change, words):
     done, loud = gated(tmp_path, now, "--baseline", then)
     assert done.returncode == 1
     assert words in [check["reason"] for check in loud]
-    name = "linear_attention/_linear_attention_fwd_kernel/BLOCK_T=64,num_warps=4/sm_86"
-    assert {check["name"] for check in loud} == {name}
+    [name] = {check["name"] for check in loud}
+    first, last = "linear_attention/triton_chunked/_linear_attention_fwd/bf16/", "/sm_86"
+    assert name.startswith(f"{first}BLOCK_T=64,num_warps=4/K128-V128#") and name.endswith(last)
+
+
+def test_rows_that_differ_in_a_constant_alone_are_two(tmp_path):
+    state = atlas_row(constants={**atlas_row()["constants"], "HAS_STATE": True}, regs=200)
+    rows = atlas_json(tmp_path / "rows.json", atlas_row(), state)
+    done, loud = gated(tmp_path, rows, "--baseline", rows)
+    assert done.returncode == 0 and loud == []
+    again = atlas_json(tmp_path / "again.json", atlas_row(), atlas_row(regs=200))
+    done, _ = gated(tmp_path, again, "--baseline", rows)
+    assert done.returncode == 2 and "stands there twice" in done.stderr
 
 
 def test_a_kernel_that_got_leaner_passes(tmp_path):

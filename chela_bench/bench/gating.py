@@ -289,18 +289,25 @@ def _static(before: Mapping[str, StaticRow], after: Mapping[str, StaticRow]) -> 
                 reason="missing: it is in the baseline and was not compiled",
             )  # fmt: skip
             continue
-        for figure in _STATIC:
+        compiled = now.outcome in ("ok", "out_of_resources")
+        if not compiled and now.outcome != then.outcome:
+            yield Check(
+                name=name, figure="outcome", outcome="failed", before=then.outcome,
+                after=now.outcome, reason=f"newly {now.outcome}: {now.reason or 'no reason given'}",
+            )  # fmt: skip
+        elif then.fits and not now.fits:
+            why = f": {now.reason}" if now.reason else ""
+            yield Check(
+                name=name, figure="fits", outcome="failed", before=True, after=False,
+                reason=f"no longer fits {now.arch}{why}",
+            )  # fmt: skip
+        for figure in _STATIC if compiled else ():
             was, is_now = getattr(then, figure), getattr(now, figure)
-            if figure == "fits" and was and not is_now:
-                arch = f"sm_{now.arch}" if str(now.arch).isdigit() else now.arch
-                yield Check(
-                    name=name, figure=figure, outcome="failed", before=True, after=False,
-                    reason=f"no longer fits {arch}{f': {now.reason}' if now.reason else ''}",
-                )  # fmt: skip
-            elif now.fits is False and (figure == "ctas_per_sm" or is_now is None):
+            if not now.fits and (figure in ("fits", "ctas_per_sm") or is_now is None):
                 continue  # that it does not fit is said
-            else:
-                yield from _exact(name, figure, was, is_now)
+            if figure == "tensor_core":
+                was, is_now = was or None, is_now or "none"
+            yield from _exact(name, figure, was, is_now)
     for name in after:
         if name not in before:
             yield Check(

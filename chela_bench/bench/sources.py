@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -9,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from chela_bench.bench import stats, store
 from chela_bench.bench.cases import Case
 from chela_bench.errors import RecordError
-from chela_bench.records import ConfigValue, Environment, Point, Run, config_label, shape_label
+from chela_bench.records import ConfigValue, Environment, Point, Run, config_label
 from chela_bench.verdicts import Side
 
 MACHINE_INFO = "chela_bench"  # our key in pytest-benchmark's machine_info
@@ -54,30 +55,36 @@ class StaticRow(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     op: str
+    impl: str | None = None
     kernel: str
-    config: dict[str, ConfigValue | float | None]
-    arch: int | str
-    triton: str
     dtype: str | None = None
-    direction: str | None = None
-    shape: dict[str, int] | None = None
+    config: dict[str, ConfigValue | float | None]
+    constants: dict[str, ConfigValue | float | None] = Field(default_factory=dict)
+    arch: str
+    triton: str
+    outcome: str = "ok"
     fits: bool | None = None
     smem_bytes: int | None = None
     regs: int | None = None
     spill_store_bytes: int | None = None
     spill_load_bytes: int | None = None
-    stack_bytes: int | None = None
     ctas_per_sm: int | None = None
     tensor_core: bool | str | None = None
     reason: str | None = None
 
     @property
     def name(self) -> str:
-        """Kernel, what it was compiled for, configuration and architecture."""
-        arch = f"sm_{self.arch}" if str(self.arch).isdigit() else str(self.arch)
-        shape = shape_label(self.shape or {})
-        parts = [self.op, self.kernel, self.direction, self.dtype, shape, config_label(self.config)]
-        return "/".join(part for part in (*parts, arch) if part)
+        """Kernel, what it was compiled for, configuration and architecture. Constants that are not
+        in the configuration stand in it by their sizes and a short hash."""
+        parts = [self.op, self.impl, self.kernel, self.dtype, config_label(self.config)]
+        others = {name: self.constants[name] for name in sorted(self.constants)
+                  if name not in self.config}  # fmt: skip
+        if others:
+            sizes = {name: value for name, value in others.items() if len(name) == 1}
+            digest = hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:6]
+            label = "-".join(f"{name}{value}" for name, value in sizes.items())
+            parts.append("#".join(filter(None, [label, digest])))
+        return "/".join(part for part in (*parts, self.arch) if part)
 
 
 @dataclass(frozen=True)
