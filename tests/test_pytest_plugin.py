@@ -153,7 +153,7 @@ def test_fixture(chela_benchmark):
 def test_starting_pytest_imports_no_torch(tmp_path, there):
     """Without pytest-benchmark nothing but the plugin's own file, and the fixture refuses."""
     (tmp_path / "bench.toml").write_text(TINY)
-    (tmp_path / "test_modules.py").write_text(MODULES)
+    (tmp_path / "test_startup.py").write_text(MODULES)
     done = run(tmp_path, "-s", *(("-k", "modules") if there else ("-p", "no:benchmark")))
     [line] = [line for line in done.stdout.splitlines() if "MODULES" in line]
     modules = set(line.split())

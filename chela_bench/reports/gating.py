@@ -14,6 +14,7 @@ from chela_bench.reports.text import duration, memory, plain
 from chela_bench.verdicts import Check, Gating, Outcome
 
 TITLE = "chela-bench gate"
+STATIC = "static"  # a Gating's machine where nothing ran
 _SAID: tuple[Outcome, ...] = ("wrong", "failed", "unclear", "unchecked", "new", "better")
 _STYLES = {"wrong": "bold red", "failed": "red", "unclear": "yellow", "better": "green"}
 _ENDINGS = {
@@ -40,23 +41,26 @@ class _Terminal:
         for check in _loud(self.gating.points):
             head = Text(overflow="fold")
             head.append(f"{check.outcome:<10}", _STYLES.get(check.outcome, ""))
-            head.append(f"{plain(check.name)}  {check.figure}")
+            head.append(check.figure)
             yield head
-            yield Text(f"          {plain(check.reason or '')}", "dim", overflow="fold")
+            yield Text(f"  {plain(check.name)}", overflow="fold")
+            yield Text(f"  {plain(check.reason or '')}", "dim", overflow="fold")
         for note in self.gating.notes:
             yield Text(plain(note), "dim", overflow="fold")
         yield Text(decision(self.gating), "bold", overflow="fold")
 
 
 def about(gating: Gating) -> list[str]:
-    return [
-        plain(line)
-        for line in (
-            f"baseline:  {gating.baseline}",
+    lines = [f"baseline: {gating.baseline}"]
+    if gating.machine == STATIC:
+        lines += [f"candidate: {gating.candidate}, compiled; nothing ran", "allowed: no change"]
+    else:
+        noise = f"noise {gating.noise * 100:.2g} % ({gating.noise_source})"
+        lines += [
             f"candidate: {gating.candidate} on {gating.machine}",
-            f"allowed:   {gating.limit}; noise {gating.noise * 100:.2g} % ({gating.noise_source})",
-        )
-    ]
+            f"allowed: {gating.limit}; {noise}",
+        ]
+    return [plain(line) for line in lines]
 
 
 def decision(gating: Gating) -> str:
