@@ -58,7 +58,7 @@ class Pair:
 class Seat:
     """One side: a worker with its own copy of the package."""
 
-    def __init__(self, session: Session, log: Path, *, root: Path = PACKAGE_ROOT) -> None:
+    def __init__(self, session: Session, log: Path, *, root: str = PACKAGE_ROOT) -> None:
         self._session, self._log, self._root = session, log, root
         self._worker: WorkerProcess | None = None
         self.environment: Environment | None = None
@@ -150,7 +150,7 @@ class Seat:
 
 @contextlib.contextmanager
 def seats(
-    session: Session, log_folder: Path, roots: tuple[Path, Path]
+    session: Session, log_folder: Path, roots: tuple[str, str]
 ) -> Iterator[tuple[Seat, Seat]]:
     """Both sides, started, on one device that is locked for them."""
     lock: IO[str] | None = None
@@ -288,7 +288,7 @@ def clear_of(thresholds: Callable[[Evidence], float], pairs: int) -> Clear:
 
 
 @contextlib.contextmanager
-def checkouts(revisions: Sequence[str]) -> Iterator[list[Path]]:
+def checkouts(revisions: Sequence[str]) -> Iterator[list[str]]:
     """A worktree of the package's repository for every revision; `.` is the tree as it stands."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chela-bench-")))
@@ -311,7 +311,7 @@ def checkouts(revisions: Sequence[str]) -> Iterator[list[Path]]:
                 raise UsageError(
                     f"{revision} is older than live comparison; compare sweeps of it instead"
                 )
-            roots.append(root)
+            roots.append(str(root))
         yield roots
 
 
@@ -319,7 +319,7 @@ def _git(*command: str) -> str | None:
     """What git says of the package's repository; None if it refuses."""
     try:
         return subprocess.run(
-            ["git", "-C", str(PACKAGE_ROOT), *command],
+            ["git", "-C", PACKAGE_ROOT, *command],
             capture_output=True,
             text=True,
             check=True,

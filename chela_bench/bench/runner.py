@@ -31,9 +31,9 @@ START_LIMIT_S = 180.0  # importing torch, starting CUDA, measuring the ceilings
 _FOREIGN_ANSWER = "something else wrote into the worker's answers"
 _LAST_BREATH_S = 10.0  # for a worker whose pipe is closed to end
 _LOOK_S = 0.5  # how often a silent worker is looked at: one that forked leaves its pipe open
-PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 _WORKER = (  # not `-m`: that would put the current folder, with whatever lies in it, first
-    f"import sys; root = {str(PACKAGE_ROOT)!r}; root in sys.path or sys.path.insert(0, root); "
+    f"import sys; root = {PACKAGE_ROOT!r}; root in sys.path or sys.path.insert(0, root); "
     "from chela_bench.bench.worker import main; main()"
 )
 
@@ -57,7 +57,7 @@ class WorkerHung(Exception):
 class WorkerProcess:
     """One worker process and the pipes to it."""
 
-    def __init__(self, session: Session, log: Path, *, root: Path = PACKAGE_ROOT) -> None:
+    def __init__(self, session: Session, log: Path, *, root: str = PACKAGE_ROOT) -> None:
         """`root` holds the chela_bench that the worker imports: this one unless given."""
         self.session = session
         self._log = log
@@ -69,7 +69,7 @@ class WorkerProcess:
             "TEARDOWN_CUPTI": "1",  # a profiler that stays attached slows every later launch
             "PYTHONUNBUFFERED": "1",  # the last words of one that dies
         }
-        code = _WORKER.replace(repr(str(PACKAGE_ROOT)), repr(str(root)))
+        code = _WORKER.replace(repr(PACKAGE_ROOT), repr(root))
         with log.open("ab") as log_file:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", code, str(write_fd), str(os.getpid())],
