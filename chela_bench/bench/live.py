@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from chela_bench.bench import stats, verdict
 from chela_bench.bench.cases import Case, Session
@@ -25,7 +25,7 @@ from chela_bench.bench.runner import (
     WorkerDied,
     WorkerHung,
     WorkerProcess,
-    lock_gpu,
+    gpu_lock,
 )
 from chela_bench.bench.sources import Machine, machine_of
 from chela_bench.bench.verdict import Evidence
@@ -153,13 +153,11 @@ def seats(
     session: Session, log_folder: Path, roots: tuple[str, str]
 ) -> Iterator[tuple[Seat, Seat]]:
     """Both sides, started, on one device that is locked for them."""
-    lock: IO[str] | None = None
     with contextlib.ExitStack() as stack:
         first = stack.enter_context(Seat(session, log_folder / "before.log", root=roots[0]))
         assert first.environment is not None
-        lock = lock_gpu(first.environment)
-        if lock is not None:
-            stack.callback(lock.close)
+        if first.environment.uuid is not None:
+            stack.callback(gpu_lock(first.environment).close)
         second = stack.enter_context(Seat(session, log_folder / "after.log", root=roots[1]))
         if second.machine.identity != first.machine.identity:
             raise EnvironmentProblem(f"two devices: {first.machine} and {second.machine}")

@@ -295,7 +295,7 @@ class Runner:
             environment = Environment.model_validate(hello["environment"])
             if self._environment is None:
                 self._environment, self.versions = environment, hello["versions"]
-                self._gpu_lock = lock_gpu(environment)
+                self._lock_gpu()
             elif environment.uuid != self.environment.uuid:
                 raise EnvironmentProblem(
                     f"the GPU was {self.environment.uuid} and is now {environment.uuid}"
@@ -314,6 +314,10 @@ class Runner:
                 f"{_last_line(self._log, 0) or 'none'}"
             ) from None
 
+    def _lock_gpu(self) -> None:
+        if self.environment.uuid is not None and self._gpu_lock is None:
+            self._gpu_lock = gpu_lock(self.environment)
+
     def _discard(self) -> None:
         if self._worker is not None:
             self._worker.kill()
@@ -331,15 +335,12 @@ class Runner:
         )
 
 
-def lock_gpu(environment: Environment) -> IO[str] | None:
+def gpu_lock(environment: Environment) -> IO[str]:
     """One sweep holds one GPU; the system drops the lock when this process ends."""
-    uuid = environment.uuid
-    if uuid is None:
-        return None
     shared = Path("/tmp")  # one place for all users, whatever their TMPDIR
     folder = shared if shared.is_dir() else Path(tempfile.gettempdir())
-    path = folder / f"chela-bench-{uuid}.lock"
-    return lock_file(path, f"{environment.name} ({uuid}) is in use by another sweep")
+    path = folder / f"chela-bench-{environment.uuid}.lock"
+    return lock_file(path, f"{environment.name} ({environment.uuid}) is in use by another sweep")
 
 
 def lock_file(path: Path, taken: str) -> IO[str]:
