@@ -634,8 +634,13 @@ def point_key(
     """`linear_attention/fla_chunk/fwd/bf16/B1-T1024-H16-K128-V128`, plus `/NAME=value,...`."""
     parts = [op, impl, direction, dtype, shape_label(shape)]
     if config:
-        parts.append(",".join(f"{name}={config[name]}" for name in sorted(config)))
+        parts.append(config_label(config))
     return "/".join(parts)
+
+
+def config_label(config: Mapping[str, object]) -> str:
+    """`BLOCK_T=64,num_warps=4`, by name."""
+    return ",".join(f"{name}={config[name]}" for name in sorted(config))
 
 
 def shape_label(shape: Mapping[str, int]) -> str:

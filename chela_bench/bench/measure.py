@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from chela_bench.bench import timing
-from chela_bench.bench.bounds import ITEMSIZE, point_of, shortest_ns
+from chela_bench.bench.bounds import point_of, shortest_ns
 from chela_bench.bench.cases import Case, Limits
 from chela_bench.bench.estimate import refuse_if_too_long
 from chela_bench.bench.job import Bench, Finished, Job, Results
 from chela_bench.bench.judge import judge_again, judge_first
 from chela_bench.bench.load import load
-from chela_bench.bench.ops import Impl, Op
+from chela_bench.bench.ops import Impl
 from chela_bench.bench.registry import get_op
 from chela_bench.bench.stats import median, summarise
 from chela_bench.profiles import gpm, nvml
@@ -72,7 +72,7 @@ def measure(bench: Bench, case: Case, user_impls: dict[str, Impl]) -> tuple[Poin
         outcome, reason = finished.outcome, finished.reason
         columns = {name: value for name, value in columns.items() if name not in _TIMES}
         samples = []
-    hbm = _with_gpm(_modelled_bytes(case, op, impl), columns.pop("gpm_bytes", None))
+    hbm = _with_gpm(modelled_bytes(case, op, impl), columns.pop("gpm_bytes", None))
     point = point_of(
         case,
         bench.session,
@@ -86,20 +86,6 @@ def measure(bench: Bench, case: Case, user_impls: dict[str, Impl]) -> tuple[Poin
         **columns,
     )
     return point, samples
-
-
-def _modelled_bytes(case: Case, op: Op, impl: Impl) -> Hbm:
-    itemsize = ITEMSIZE[case.dtype]
-    if case.direction == "decode" and impl.step_hbm_bytes is not None:
-        return Hbm(model_bytes=impl.step_hbm_bytes(case.shape, itemsize), source="model")
-    if impl.hbm_bytes is None or case.direction != "fwd":
-        return Hbm()
-    if isinstance(impl.hbm_bytes, str):  # a kernel file's own model knows its configuration
-        config = {k: v for k, v in case.config.items() if k not in op.options}
-        modelled = load(impl.hbm_bytes)(case.shape, config, itemsize=itemsize)
-    else:
-        modelled = impl.hbm_bytes(case.shape, itemsize)
-    return Hbm(model_bytes=modelled, source="model")
 
 
 def _with_gpm(hbm: Hbm, gpm_bytes: int | None) -> Hbm:
@@ -146,7 +132,7 @@ def _kernel_samples(
 ) -> list[float]:
     """Samples of kernel time; none, and the reason, where a call cannot have one."""
     bench = job.bench
-    launches = _launches(job, call, first_ns)
+    launches = launches_of(job, call, first_ns)
     if launches == 0:
         raise Finished("wrong", "the call launches nothing on the GPU")
     at_once = None if launches is None else math.ceil(launches / timing.steps_of(call).count)
@@ -217,7 +203,7 @@ def _enough(samples: list[float]) -> list[float]:
     return samples
 
 
-def _launches(job: Job, call: Results, first_ns: int) -> int | None:
+def launches_of(job: Job, call: Results, first_ns: int) -> int | None:
     """Launches of one call, or None if a short sequence already takes more than MAX_LAUNCHES."""
     if first_ns > SLOW_NS and job.tokens > SHORT_TOKENS:
         with contextlib.suppress(Exception), job.at(SHORT_TOKENS) as short:  # it need not take it

@@ -76,13 +76,15 @@ class WorkerHung(Exception):
 class WorkerProcess:
     """One worker process and the pipes to it."""
 
-    def __init__(self, session: Session, log: Path) -> None:
+    def __init__(self, session: Session, log: Path, *, root: str = PACKAGE_ROOT) -> None:
+        """`root` holds the chela_bench that the worker imports: this one unless given."""
         self.session = session
         self._log = log
         read_fd, write_fd = os.pipe()
+        code = main_of(_WORKER, root)
         with log.open("ab") as log_file:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", main_of(_WORKER), str(write_fd), str(os.getpid())],
+                [sys.executable, "-P", "-c", code, str(write_fd), str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=log_file,
                 stderr=log_file,

@@ -8,6 +8,9 @@ belong to whatever the implementations print and go to the run's worker.log.
     -> {"begin": ceilings}     <- {"ready": {"ceilings": ...}}      (null: measure them)
     -> {"case": {...}}         <- {"phase": "build"} ... {"point", "samples_ns", "spoilt"}
     -> {"interleave": {...}}   <- {"phase": "build"} ... {"samples_ns", "rounds", "spoilt"}
+    -> {"hold": {...}}         <- {"phase": "build"} ... {"held": {}}, or {"failed": [outcome, why]}
+    -> {"take": seconds}       <- {"taken": {"samples_ns", "clock"}}, or {"failed": ...}
+    -> {"release": null}       <- {"phase": "check"} ... {"released": {}}, or {"failed": ...}
     -> any of these            <- {"refused": {"exit_code", "message"}}
 """
 
@@ -56,8 +59,10 @@ def main() -> None:
                 worker.begin(command["begin"])
             elif "interleave" in command:
                 worker.interleave(**command["interleave"])
-            else:
+            elif "case" in command:
                 worker.measure(Case.model_validate(command["case"]))
+            else:
+                worker.turn(command)
         except ChelaBenchError as error:
             answer({"refused": {"exit_code": error.exit_code, "message": str(error)}})
 
@@ -67,6 +72,7 @@ class Worker:
         self.session = session
         self.answer = answer
         self.user_impls: dict[str, Any] = {}
+        self.held: Any = None  # turns.Held
 
     def hello(self) -> None:
         """Says what this machine is; uses the device only as far as asking for its properties."""
@@ -177,6 +183,36 @@ class Worker:
         if spoilt is not None:
             print(f"{what}: {spoilt}; a new worker follows", file=sys.stderr, flush=True)
         return spoilt is not None
+
+    def turn(self, command: dict[str, Any]) -> None:
+        """Two workers in turns: a case is held ready, sampled now and again, and let go."""
+        from chela_bench.bench.leftovers import release_memory
+        from chela_bench.bench.turns import Held
+
+        try:
+            if "hold" in command:
+                self.held = Held(self.bench, Case.model_validate(command["hold"]), self.user_impls)
+                self.answer({"held": {}})
+            elif "take" in command:
+                samples_ns, clock = self.held.take(command["take"])
+                self.answer({"taken": {"samples_ns": samples_ns, "clock": clock}})
+            else:
+                self.held.release()
+                self.answer({"released": {}})
+        except (Exception, SystemExit) as error:  # what an implementation raises is an outcome
+            self.answer({"failed": failure_of(error)})
+        if "release" in command:
+            self.held = None
+            release_memory(cuda=self.bench.cuda)
+
+
+def failure_of(error: BaseException) -> tuple[Outcome, str]:
+    """As `outcome_of`; what the bench itself found keeps its own words."""
+    from chela_bench.bench.job import Finished
+
+    if isinstance(error, Finished):
+        return error.outcome, error.reason
+    return outcome_of(error)
 
 
 def outcome_of(error: BaseException) -> tuple[Outcome, str]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 
 from chela_bench.bench import plan
+from chela_bench.bench.cases import Distribution
 from chela_bench.bench.load import is_file
 from chela_bench.cli import complete
-from chela_bench.records import DIRECTIONS, DTYPES
+from chela_bench.records import DIRECTIONS, DTYPES, L2, Timer
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -51,9 +52,39 @@ def many(flag: str, about: str, values: complete.Complete) -> Callable[[_F], _F]
 
 
 ops_option = many("--op", "Ops to measure.", complete.ops)
+impls_option = many(
+    "--impl", "Implementations, or path/to/file.py:function with one --op.", complete.impls
+)
 shapes_option = many("--shape", "Shapes by name, from bench.toml.", complete.shapes)
 dtypes_option = many("--dtype", f"{', '.join(DTYPES)}.", complete.dtypes)
 directions_option = many("--direction", f"{', '.join(DIRECTIONS)}.", complete.directions)
+
+_SELECTION = (
+    lens_option,
+    ops_option,
+    impls_option,
+    shapes_option,
+    dtypes_option,
+    directions_option,
+    sizes_option,
+    axes_option,
+    click.option(
+        "--preset",
+        help="A preset of bench.toml; 'cpu' by itself where there is no GPU.",
+        shell_complete=complete.presets,
+    ),
+    click.option("--timer", type=click.Choice(get_args(Timer)), help="Events or profiler spans."),
+    click.option("--l2", type=click.Choice(get_args(L2)), help="Evict the L2 cache, or leave it."),
+    click.option("--inputs", type=click.Choice(get_args(Distribution)), help="Timed inputs."),
+    seed_option,
+)
+
+
+def selection_options(command: _F) -> _F:
+    """Which points: all that `sweep`, `compare --live`, `gate --live` and `noise` share."""
+    for option in reversed(_SELECTION):
+        command = option(command)
+    return command
 
 
 def flags_of(given: Mapping[str, Any], **changes: Any) -> plan.Flags:

@@ -34,7 +34,7 @@ def write_tables(folder: Path, run: Run, points: list[Point]) -> None:
     ]
     table = pd.DataFrame(rows, columns=["key", "clock", "sample", "time_ns"])
     table = table.astype({"key": "str", "clock": "str", "sample": "int64", "time_ns": "int64"})
-    _write(folder, {**_csv(run, points), "samples.parquet": table.to_parquet(index=False)})
+    write_files(folder, {**_csv(run, points), "samples.parquet": table.to_parquet(index=False)})
 
 
 def write_report(out: Path, run: Run, points: list[Point]) -> list[Path]:
@@ -50,7 +50,7 @@ def write_report(out: Path, run: Run, points: list[Point]) -> list[Path]:
         **_csv(run, points),
         **{f"{name}.{kind}": data for name, kinds in drawn.items() for kind, data in kinds.items()},
     }
-    _write(out, files)
+    write_files(out, files)
     return [out / name for name in files]
 
 
@@ -62,7 +62,8 @@ def _csv(run: Run, points: list[Point]) -> dict[str, bytes]:
     return files
 
 
-def _write(out: Path, files: dict[str, bytes]) -> None:
+def write_files(out: Path, files: dict[str, bytes]) -> None:
+    """Each whole or not at all."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, data in files.items():

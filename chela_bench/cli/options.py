@@ -35,3 +35,18 @@ ncu_report_option = click.option(
     metavar="FILE.ncu-rep",
     help="Keep Nsight Compute's own report, for its window.",
 )
+baselines_option = click.option(
+    "--baselines",
+    type=click.Path(path_type=Path),
+    default=Path("baselines"),
+    show_default=True,
+    help="Folder of baselines and of this machine's noise.",
+)
+budget_option = click.option(
+    "--budget",
+    "budget_s",
+    type=click.FloatRange(1, 3600),
+    default=30.0,
+    show_default=True,
+    help="With --live: seconds a point, unless it is clear before.",
+)

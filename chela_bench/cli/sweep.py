@@ -10,23 +10,11 @@ import click
 from pydantic import ValidationError
 
 from chela_bench.bench import plan, store
-from chela_bench.bench.cases import Case, Distribution
+from chela_bench.bench.cases import Case
 from chela_bench.bench.config import find_config, load_config
 from chela_bench.bench.load import refuse_changed_files
 from chela_bench.bench.sweep import refuse_other_settings
-from chela_bench.cli import complete
-from chela_bench.cli.choices import (
-    axes_option,
-    directions_option,
-    dtypes_option,
-    flags_of,
-    lens_option,
-    many,
-    ops_option,
-    seed_option,
-    shapes_option,
-    sizes_option,
-)
+from chela_bench.cli.choices import flags_of, selection_options
 from chela_bench.cli.options import (
     config_option,
     device_option,
@@ -38,31 +26,15 @@ from chela_bench.cli.options import (
 from chela_bench.cli.sweeping import carry_out
 from chela_bench.errors import RecordError, UsageError
 from chela_bench.profiles.machine import choose_device, choose_gpus
-from chela_bench.records import L2, OUTCOMES, Run, Timer
+from chela_bench.records import OUTCOMES, Run
 from chela_bench.reports.text import plain
 
 
 @click.command()
-@lens_option
-@ops_option
-@many("--impl", "Implementations, or path/to/file.py:function with one --op.", complete.impls)
-@shapes_option
-@dtypes_option
-@directions_option
-@sizes_option
-@axes_option
-@click.option(
-    "--preset",
-    help="A preset of bench.toml; 'cpu' by itself where there is no GPU.",
-    shell_complete=complete.presets,
-)
+@selection_options
 @device_option
 @click.option("--gpus", help="Several GPUs of this machine: 0,1 or all. Instead of --device.")
 @click.option("--mix-gpus", is_flag=True, help="Allow --gpus of several models.")
-@click.option("--timer", type=click.Choice(get_args(Timer)), help="Events or profiler spans.")
-@click.option("--l2", type=click.Choice(get_args(L2)), help="Evict the L2 cache, or leave it.")
-@click.option("--inputs", type=click.Choice(get_args(Distribution)), help="Timed inputs.")
-@seed_option
 @click.option(
     "--hbm",
     type=click.Choice(get_args(plan.HbmWay)),

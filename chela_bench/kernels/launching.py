@@ -35,7 +35,7 @@ class Launcher:
 
     def runs_on(self, device: torch.device) -> bool:
         """On a GPU, or where kernels are interpreted; on meta tensors while they stand for one."""
-        return self.interpreted or is_gpu(device)
+        return device.type == "cuda" or self.interpreted or _stand_in(device) is not None
 
     def constants(self, **values: object) -> tuple[object, ...]:
         """Values of the constexprs, in the kernel's order."""
@@ -177,9 +177,9 @@ def _stand_in(device: torch.device) -> StandIn | None:
     return _standing_in if device.type == "meta" else None
 
 
-def is_gpu(device: torch.device) -> bool:
-    """One that is there, or that meta tensors stand for."""
-    return device.type == "cuda" or _stand_in(device) is not None
+def is_on_gpu(x: Tensor) -> bool:
+    """On one that is there, or that meta tensors stand for."""
+    return x.is_cuda or _stand_in(x.device) is not None
 
 
 def processors(device: torch.device) -> int:
