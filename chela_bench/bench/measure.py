@@ -19,6 +19,7 @@ from chela_bench.bench.estimate import refuse_if_too_long
 from chela_bench.bench.job import Bench, Finished, Job, Results
 from chela_bench.bench.judge import judge_again, judge_first
 from chela_bench.bench.load import load
+from chela_bench.bench.modelled import modelled_bytes
 from chela_bench.bench.ops import Impl
 from chela_bench.bench.registry import get_op
 from chela_bench.bench.stats import median, summarise
