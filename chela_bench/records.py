@@ -553,6 +553,8 @@ class AtlasRow(_Record):
     """Block sizes, warps and stages that the kernel is launched with."""
     constants: dict[str, int | float | str | bool | None]
     """All of its constants by name. Null: a pointer that is none."""
+    types: dict[str, str] = Field(default_factory=dict)
+    """Of its other arguments by name, as Triton writes them; `:16` of multiples of 16."""
     asked: list[dict[str, ConfigValue]]
     """Configurations of the call that launch it: what `--axis` said. Empty settings: the
     defaults."""

@@ -21,6 +21,7 @@ from chela_bench.bench import atlas
 from chela_bench.bench.compiler import Cache
 from chela_bench.bench.config import find_config, load_config
 from chela_bench.bench.plan import Flags
+from chela_bench.bench.sources import StaticRow
 from chela_bench.errors import EnvironmentProblem
 from chela_bench.records import AtlasRow
 from chela_bench.reports.atlas import atlas_frame, atlas_table, runs_on, runs_on_table
@@ -214,7 +215,10 @@ def recorded(name):
     refused = []
     found = compiler._Atlas(find_arch(name), request, refused.append)
     launches, users = found._recorded()
-    told = [[x.kernel, x.is_gluon, x.source.attrs == {}] for x in launches.values()]
+    told = [
+        [x.kernel, x.is_gluon, x.source.attrs == {}, found.description(x, used)]
+        for x, used in zip(launches.values(), users, strict=True)
+    ]
     return {"launches": told, "users": users, "refused": refused}
 
 jobs = [lambda name=name: recorded(name) for name in request["archs"]]
@@ -243,9 +247,15 @@ def test_every_op_with_kernels_of_ours_can_be_recorded_for_every_architecture():
         assert found["refused"] == []
         used = {case for users in found["users"] for case in users}
         assert used == set(range(len(cases)))
-        assert {by_hand for _, by_hand, _ in found["launches"]} == {False, arch == "sm_90"}
-        assert not any(unaligned for _, _, unaligned in found["launches"])
-        kernels |= {kernel for kernel, _, _ in found["launches"]}
+        assert {by_hand for _, by_hand, *_ in found["launches"]} == {False, arch == "sm_90"}
+        assert not any(unaligned for _, _, unaligned, _ in found["launches"])
+        kernels |= {kernel for kernel, *_ in found["launches"]}
+        names = [
+            StaticRow(op=op, impl=impl, dtype=dtype, arch=arch, triton="", **row).name
+            for (*_, row), used in zip(found["launches"], found["users"], strict=True)
+            for op, impl, dtype in {(cases[i].op, cases[i].impl, cases[i].dtype) for i in used}
+        ]
+        assert len(set(names)) == len(names)  # a gate tells them apart
     assert kernels >= {
         "linear_attention_sum", "linear_attention_scan", "linear_attention_sweep",
         "linear_attention_recurrent", "short_conv_fwd", "short_conv_bwd", "direct", "taps_gradient",

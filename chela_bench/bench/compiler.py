@@ -182,20 +182,23 @@ class _Atlas:
 
         if facts["outcome"] == "ok":
             facts = judged(facts, self._arch)
+        row = {**self.description(launch, cases), "arch": self._arch.name, **facts}
+        self._answer({"row": row, "cases": cases, "place": place})
+
+    def description(self, launch: Any, cases: list[int]) -> dict[str, Any]:
+        """What is compiled, as its row says it."""
         constants = {name: _plain(value) for name, value in launch.constants.items()}
         axes = {name for i in cases for name in self._cases[i].config}
         tile = {name: x for name, x in constants.items() if name.startswith(TILE) or name in axes}
         config = {name: x for name, x in tile.items() if isinstance(x, int | str)}
         config |= {name: launch.options[name] for name in ("num_warps", "num_stages")}
-        row = {
+        return {
             "kernel": launch.kernel,
             "language": "gluon" if launch.is_gluon else "triton",
             "config": config,
             "constants": constants,
-            "arch": self._arch.name,
-            **facts,
+            "types": launch.types,
         }
-        self._answer({"row": row, "cases": cases, "place": place})
 
 
 def _before_compiling() -> None:

@@ -57,6 +57,18 @@ class Launch:
         names = self.source.fn.arg_names
         return {names[path[0]]: value for path, value in self.source.constants.items()}
 
+    @property
+    def types(self) -> dict[str, str]:
+        """Of the other arguments by name: `*bf16`, and `*bf16:16` if it is a multiple of 16."""
+        names, attributes = self.source.fn.arg_names, self.source.attrs
+        multiples = {names[path[0]] for path, said in attributes.items()
+                     if ["tt.divisibility", 16] in said}  # fmt: skip
+        return {
+            name: f"{kind}:16" if name in multiples else str(kind)
+            for name, kind in self.source.signature.items()
+            if kind != "constexpr"
+        }
+
 
 class _NoDriver:
     """What Triton's launcher asks a driver, answered for the GPU that is stood in for."""

@@ -60,6 +60,7 @@ class StaticRow(BaseModel):
     dtype: str | None = None
     config: dict[str, ConfigValue | float | None]
     constants: dict[str, ConfigValue | float | None] = Field(default_factory=dict)
+    types: dict[str, str] = Field(default_factory=dict)
     arch: str
     triton: str
     outcome: str = "ok"
@@ -75,13 +76,14 @@ class StaticRow(BaseModel):
     @property
     def name(self) -> str:
         """Kernel, what it was compiled for, configuration and architecture. Constants that are not
-        in the configuration stand in it by their sizes and a short hash."""
+        in the configuration stand in it by their sizes and a short hash, types in the hash."""
         parts = [self.op, self.impl, self.kernel, self.dtype, config_label(self.config)]
         others = {name: self.constants[name] for name in sorted(self.constants)
                   if name not in self.config}  # fmt: skip
-        if others:
+        if others or self.types:
             sizes = {name: value for name, value in others.items() if len(name) == 1}
-            digest = hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:6]
+            told = json.dumps([others, self.types], sort_keys=True)
+            digest = hashlib.sha256(told.encode()).hexdigest()[:6]
             label = "-".join(f"{name}{value}" for name, value in sizes.items())
             parts.append("#".join(filter(None, [label, digest])))
         return "/".join(part for part in (*parts, self.arch) if part)
