@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console, RenderableType
 
 from chela_bench.bench import atlas as bench
 from chela_bench.bench.config import find_config, load_config
@@ -16,10 +15,11 @@ from chela_bench.bench.load import refuse_changed_files
 from chela_bench.bench.plan import unique
 from chela_bench.cli import complete
 from chela_bench.cli.choices import Names, flags_of, many
-from chela_bench.cli.options import config_option
+from chela_bench.cli.options import config_option, json_option
+from chela_bench.cli.output import echo_rich, write_files
 from chela_bench.cli.progress import CompileProgress
 from chela_bench.cli.signals import Interrupted, interrupted_by_signals
-from chela_bench.errors import EnvironmentProblem, UsageError
+from chela_bench.errors import UsageError
 from chela_bench.profiles.occupancy import ARCHS, find_arch
 from chela_bench.records import AtlasRow
 
@@ -64,7 +64,7 @@ from chela_bench.records import AtlasRow
 )
 @click.option("--no-cache", is_flag=True, help="Compile everything, and keep nothing.")
 @config_option
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@json_option
 @click.pass_context
 def atlas(ctx: click.Context, /, **given: Any) -> None:
     """Compile every configuration for every architecture: shared memory, registers, spills.
@@ -124,17 +124,9 @@ def _archs(given: Sequence[Sequence[str]], fits_on: str | None) -> list[str]:
 def _print(found: bench.Found, archs: Sequence[str], fits_on: str | None) -> None:
     from chela_bench.reports.atlas import atlas_table, runs_on_table
 
-    show(atlas_table(found.rows, found.refused, archs))
+    echo_rich(atlas_table(found.rows, found.refused, archs))
     if fits_on is not None:
-        show(runs_on_table(found.rows, fits_on))
-
-
-def show(what: RenderableType) -> None:
-    """Through click: rich by itself ends the process where a pipe is closed."""
-    console = Console()
-    with console.capture() as captured:
-        console.print(what)
-    click.echo(captured.get(), nl=False)
+        echo_rich(runs_on_table(found.rows, fits_on))
 
 
 def _document(found: bench.Found, archs: Sequence[str], fits_on: str | None) -> str:
@@ -173,20 +165,6 @@ def _write(found: bench.Found, archs: Sequence[str], given: dict[str, Any]) -> N
     write_files(files)
     for path in files:
         click.echo(f"wrote {path}", err=True)
-
-
-def write_files(files: dict[Path, bytes]) -> None:
-    """Each whole or not at all."""
-    from chela_bench.bench.store import write_atomically
-
-    for path, data in files.items():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, data)
-        except OSError as error:
-            raise EnvironmentProblem(
-                f"cannot write {path}: {error.strerror}; give another place"
-            ) from error
 
 
 def _pruning(rows: Sequence[AtlasRow], target: Path) -> bytes:

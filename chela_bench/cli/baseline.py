@@ -11,7 +11,7 @@ from chela_bench.bench import baseline as baselines_of
 from chela_bench.bench import sources
 from chela_bench.bench.config import find_config, load_config
 from chela_bench.cli.lines import say
-from chela_bench.cli.options import baselines_option, config_option
+from chela_bench.cli.options import baselines_option, config_option, json_option
 from chela_bench.reports.text import plain
 
 
@@ -50,7 +50,7 @@ def save(source: Path, name: str | None, config: Path | None, baselines: Path) -
 
 @baseline.command("list")
 @baselines_option
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@json_option
 def list_(baselines: Path, as_json: bool) -> None:
     """Baselines by machine; `*` marks the promoted one."""
     found = baselines_of.listed(baselines)

@@ -11,8 +11,14 @@ from chela_bench.bench import comparing, live, sources
 from chela_bench.bench.baseline import noise_of
 from chela_bench.bench.plan import Flags
 from chela_bench.cli.choices import flags_of, selection_options
-from chela_bench.cli.options import baselines_option, budget_option, config_option, device_option
-from chela_bench.cli.output import echo_rich, say_progress
+from chela_bench.cli.options import (
+    baselines_option,
+    budget_option,
+    config_option,
+    device_option,
+    json_option,
+)
+from chela_bench.cli.output import echo_rich, say_progress, write_files
 from chela_bench.cli.signals import interrupted_by_signals
 from chela_bench.cli.turns import two_sides
 from chela_bench.errors import UsageError
@@ -34,7 +40,7 @@ from chela_bench.verdicts import Comparison, Side, document
 @device_option
 @config_option
 @baselines_option
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@json_option
 @click.option("--markdown", "as_markdown", is_flag=True, help="Markdown on stdout.")
 @click.option(
     "-o",
@@ -111,7 +117,7 @@ def _live(given: dict[str, Any], flags: Flags) -> Comparison:
 
 
 def _write(out: Path, comparison: Comparison) -> None:
-    from chela_bench.cli.derived import FORMATS, write_files
+    from chela_bench.cli.derived import FORMATS
     from chela_bench.reports.figures import render
 
     files = {
@@ -121,4 +127,4 @@ def _write(out: Path, comparison: Comparison) -> None:
     drawn = changes.figure(comparison)
     if drawn is not None:
         files |= {f"comparison.{kind}": render(drawn, kind) for kind in FORMATS}
-    write_files(out, files)
+    write_files({out / name: data for name, data in files.items()})

@@ -7,8 +7,9 @@ from typing import Literal
 
 import pandas as pd
 
-from chela_bench.bench.store import load_samples, write_atomically
-from chela_bench.errors import EnvironmentProblem, RecordError
+from chela_bench.bench.store import load_samples
+from chela_bench.cli.output import write_files
+from chela_bench.errors import RecordError
 from chela_bench.records import Point, Run
 from chela_bench.reports.figures import figures, render
 from chela_bench.reports.html import page
@@ -34,7 +35,8 @@ def write_tables(folder: Path, run: Run, points: list[Point]) -> None:
     ]
     table = pd.DataFrame(rows, columns=["key", "clock", "sample", "time_ns"])
     table = table.astype({"key": "str", "clock": "str", "sample": "int64", "time_ns": "int64"})
-    write_files(folder, {**_csv(run, points), "samples.parquet": table.to_parquet(index=False)})
+    files = {**_csv(run, points), "samples.parquet": table.to_parquet(index=False)}
+    write_files({folder / name: data for name, data in files.items()})
 
 
 def write_report(out: Path, run: Run, points: list[Point]) -> list[Path]:
@@ -50,7 +52,7 @@ def write_report(out: Path, run: Run, points: list[Point]) -> list[Path]:
         **_csv(run, points),
         **{f"{name}.{kind}": data for name, kinds in drawn.items() for kind, data in kinds.items()},
     }
-    write_files(out, files)
+    write_files({out / name: data for name, data in files.items()})
     return [out / name for name in files]
 
 
@@ -60,15 +62,3 @@ def _csv(run: Run, points: list[Point]) -> dict[str, bytes]:
     if any(point.kernels for point in points):
         files["kernels.csv"] = kernels_frame(points).to_csv(index=False).encode()
     return files
-
-
-def write_files(out: Path, files: dict[str, bytes]) -> None:
-    """Each whole or not at all."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
-            write_atomically(out / name, data)
-    except OSError as error:
-        raise EnvironmentProblem(
-            f"cannot write the report to {out}: {error.strerror}; give another folder"
-        ) from error

@@ -24,6 +24,7 @@ from chela_bench.cli.options import (
     budget_option,
     config_option,
     device_option,
+    json_option,
     out_option,
 )
 from chela_bench.cli.output import echo_rich, say_progress
@@ -75,7 +76,7 @@ from chela_bench.verdicts import Check, Gating, document
     type=click.Path(path_type=Path),
     help="Append Markdown here [default: $GITHUB_STEP_SUMMARY, if set].",
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@json_option
 @click.pass_context
 def gate(ctx: click.Context, /, **given: Any) -> None:
     """Hold a run against a baseline. Without CANDIDATE the baseline's points are measured now.

@@ -13,7 +13,7 @@ from chela_bench.bench.baseline import write_noise
 from chela_bench.bench.config import find_config, load_config
 from chela_bench.cli.choices import flags_of, selection_options
 from chela_bench.cli.lines import say
-from chela_bench.cli.options import baselines_option, config_option, device_option
+from chela_bench.cli.options import baselines_option, config_option, device_option, json_option
 from chela_bench.cli.output import say_progress
 from chela_bench.cli.signals import interrupted_by_signals
 from chela_bench.profiles.machine import choose_device
@@ -32,7 +32,7 @@ from chela_bench.reports.text import plain
 @device_option
 @config_option
 @baselines_option
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@json_option
 def noise(**given: Any) -> None:
     """Measure the same code several times over, each in a process of its own (A/A), and keep how
     far the times differ: `compare` and `gate` allow so much on this device.

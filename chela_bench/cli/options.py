@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import click
 
 from chela_bench.cli import complete
+
+
+class Seconds(click.ParamType):  # type: ignore[type-arg]
+    """`90s`, `5m`, `1h`, or a number of seconds."""
+
+    name = "TIME"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if isinstance(value, float):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", str(value).strip())
+        if not found or float(found[1]) <= 0:
+            self.fail(f"{value!r} is no time; write 90s, 5m or 1h", param, ctx)
+        return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+
 
 device_option = click.option(
     "--device",
@@ -45,8 +62,8 @@ baselines_option = click.option(
 budget_option = click.option(
     "--budget",
     "budget_s",
-    type=click.FloatRange(1, 3600),
-    default=30.0,
+    type=Seconds(),
+    default="30s",
     show_default=True,
-    help="With --live: seconds a point, unless it is clear before.",
+    help="With --live: time for a point, unless it is clear before.",
 )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import click
 from rich.console import Console, RenderableType
 
+from chela_bench.bench.store import write_atomically
+from chela_bench.errors import EnvironmentProblem
 from chela_bench.records import Point, Run, document
 from chela_bench.reports.terminal import sweep_table
 from chela_bench.reports.text import plain
@@ -16,25 +19,31 @@ from chela_bench.reports.text import plain
 def print_run(
     run: Run, points: Sequence[Point], *, as_json: bool, beside: Sequence[str] = ("HBM traffic",)
 ) -> None:
-    """Tables for a terminal, or the `--json` document.
-
-    Through click: rich by itself ends the process where a pipe is closed.
-    """
+    """Tables for a terminal, or the `--json` document."""
     if as_json:
         click.echo(document(run, list(points)))
         return
-    console = Console()
-    with console.capture() as captured:
-        console.print(sweep_table(run, points, beside=beside))
-    click.echo(captured.get(), nl=False)
+    echo_rich(sweep_table(run, points, beside=beside))
 
 
 def echo_rich(renderable: RenderableType) -> None:
-    """As `print_run` prints."""
+    """Through click: rich by itself ends the process where a pipe is closed."""
     console = Console()
     with console.capture() as captured:
         console.print(renderable)
     click.echo(captured.get(), nl=False)
+
+
+def write_files(files: Mapping[Path, bytes]) -> None:
+    """Each whole or not at all."""
+    for path, data in files.items():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, data)
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"cannot write {path}: {error.strerror}; give another place"
+            ) from error
 
 
 def say_progress(line: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from chela_bench.bench.load import refuse_changed_files
 from chela_bench.bench.sweep import new_folder
 from chela_bench.bench.tables import write_table
 from chela_bench.cli import complete
-from chela_bench.cli.atlas import show, write_files
 from chela_bench.cli.choices import flags_of, many
-from chela_bench.cli.options import config_option, device_option, out_option
+from chela_bench.cli.options import Seconds, config_option, device_option, json_option, out_option
+from chela_bench.cli.output import echo_rich, write_files
 from chela_bench.cli.progress import TuneProgress
 from chela_bench.cli.signals import Interrupted, interrupted_by_signals
 from chela_bench.cli.sweeping import exit_code
@@ -31,20 +30,6 @@ from chela_bench.profiles.occupancy import ARCHS
 from chela_bench.records import OUTCOMES, Point, Run, document
 
 FOLDER = "tune"  # in the run folder
-
-
-class Seconds(click.ParamType):  # type: ignore[type-arg]
-    """`90s`, `5m`, `1h`, or a number of seconds."""
-
-    name = "TIME"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        if isinstance(value, float):
-            return value
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", str(value).strip())
-        if not found or float(found[1]) <= 0:
-            self.fail(f"{value!r} is no time; write 90s, 5m or 1h", param, ctx)
-        return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
 
 
 @click.command()
@@ -85,7 +70,7 @@ class Seconds(click.ParamType):  # type: ignore[type-arg]
     type=click.Choice(OUTCOMES),
     help="With --resume: try configurations of this outcome again.",
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@json_option
 @click.pass_context
 def tune(ctx: click.Context, /, **given: Any) -> None:
     """Try every configuration: compiled, checked against the oracle, timed in turn.
@@ -198,7 +183,7 @@ def _conclude(
         whole["table"] = None if written is None else str(written.path)
         click.echo(json.dumps(whole, indent=2))
     else:
-        show(tune_table(run, points))
+        echo_rich(tune_table(run, points))
     if untried:
         click.echo(
             f"not tried for lack of time: {len(untried)} configurations, as {untried[0]}; go on "

@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.text import Text
 
+from chela_bench.reports.columns import line
 from chela_bench.reports.markdown import escaped, table
 from chela_bench.reports.style import INK, QUIET, settings
 from chela_bench.reports.text import duration, plain
@@ -44,17 +45,17 @@ class _Terminal:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         comparison = self.comparison
-        yield _line(f"before: {_side(comparison.before)}", "dim")
-        yield _line(f"after:  {_side(comparison.after)}", "dim")
+        yield line(f"before: {_side(comparison.before)}", "dim")
+        yield line(f"after:  {_side(comparison.after)}", "dim")
         yield Text()
         for change in reading_order(comparison.points):
             yield from change_lines(change, wide=options.max_width >= _WIDE)
         for names, what in ((comparison.missing, "before"), (comparison.added, "after")):
             for name in names:
-                yield _line(f"only {what}: {plain(name)}", "dim")
+                yield line(f"only {what}: {plain(name)}", "dim")
         for note in comparison.notes:
-            yield _line(plain(note), "dim")
-        yield _line(counts(comparison), "bold")
+            yield line(plain(note), "dim")
+        yield line(counts(comparison), "bold")
 
 
 def change_lines(change: Change, *, wide: bool) -> Iterator[Text]:
@@ -66,9 +67,9 @@ def change_lines(change: Change, *, wide: bool) -> Iterator[Text]:
     head.rstrip()
     yield head
     if not wide:
-        yield _line(f"  {plain(change.name)}")
+        yield line(f"  {plain(change.name)}")
     if change.reason is not None:
-        yield _line(f"        {plain(change.reason)}", "dim")
+        yield line(f"        {plain(change.reason)}", "dim")
 
 
 def ratio(change: Change) -> str:
@@ -194,7 +195,3 @@ def _short(side: Side) -> str:
 def _side(side: Side) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in side.versions.items())
     return plain(" | ".join(filter(None, [side.label, side.machine, versions])))
-
-
-def _line(text: str, style: str = "") -> Text:
-    return Text(text, style, overflow="fold")
