@@ -171,7 +171,8 @@ def test_a_stalled_application_is_ended_first_so_that_the_tool_can_print(tmp_pat
 def test_an_interrupt_ends_the_tool(tmp_path):
     """Ctrl-C, in a process of its own: the tool is gone when the bench is."""
     code = (
-        "import os, sys\nfrom pathlib import Path\nfrom chela_bench.profiles import ncu\n"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom chela_bench.profiles import ncu\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job behind has it off
         f"folder = Path({str(tmp_path)!r})\n"
         "ncu.collect(['sh', '-c', f'echo $$ > {folder}/pid; sleep 600'], log=folder / 'l',\n"
         "            words=folder / 'w', environment=os.environ, moving=lambda: 0, limit_s=60)\n"

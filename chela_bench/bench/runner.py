@@ -31,20 +31,21 @@ START_LIMIT_S = 180.0  # importing torch, starting CUDA, measuring the ceilings
 _FOREIGN_ANSWER = "something else wrote into the worker's answers"
 _LAST_BREATH_S = 10.0  # for a worker whose pipe is closed to end
 _LOOK_S = 0.5  # how often a silent worker is looked at: one that forked leaves its pipe open
-_WORKER = "chela_bench.bench.worker"
 PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 
 
-def main_of(module: str, root: str = PACKAGE_ROOT) -> str:
-    """Code that runs `main` of a module of this package, for `python -P -c`; of the package in
-    `root`, if another.
+def main_of(module: str) -> str:
+    """Code that runs `main` of a module of this package, for `python -P -c`.
 
     Not `-m`: that would put the current folder, with whatever lies in it, first.
     """
     return (
-        f"import sys; root = {root!r}; root in sys.path or sys.path.insert(0, root); "
+        f"import sys; root = {PACKAGE_ROOT!r}; root in sys.path or sys.path.insert(0, root); "
         f"from {module} import main; main()"
     )
+
+
+_WORKER = main_of("chela_bench.bench.worker")
 
 
 def worker_environment() -> dict[str, str]:
@@ -81,7 +82,7 @@ class WorkerProcess:
         self.session = session
         self._log = log
         read_fd, write_fd = os.pipe()
-        code = main_of(_WORKER, root)
+        code = _WORKER.replace(repr(PACKAGE_ROOT), repr(root))
         with log.open("ab") as log_file:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", code, str(write_fd), str(os.getpid())],
