@@ -10,8 +10,8 @@ endif
 EXTRAS := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo dev,peers || echo dev)
 ARGS ?=
 # Tests that measure time, or start and kill processes, run one at a time.
-ALONE := $(addprefix tests/test_,$(addsuffix .py,cli completion crew faults plugins runner surroundings \
-	sweep timing tuning worker))
+ALONE := $(addprefix tests/test_,$(addsuffix .py,atlas baseline cli completion crew faults forks gate_static live ncu \
+	plugins profiling pytest_plugin runner surroundings sweep timing tune tuning worker))
 
 .PHONY: .venv sweep test check docs test-gpu clean
 .DEFAULT_GOAL := help

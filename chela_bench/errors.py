@@ -4,6 +4,7 @@
     ├── UsageError                   a flag or an argument that cannot be carried out
     │   └── ConfigError              bench.toml: file, key, what was expected, what came
     ├── RecordError                  a run folder that cannot be read, or that is not the same run
+    ├── BaselineProblem              exit code 4: no such baseline, or of another machine
     ├── EnvironmentProblem           exit code 6: no such device, device taken, tool missing
     └── ArgumentError (ValueError)   a tensor or option that a kernel or reference cannot take
 
@@ -28,6 +29,12 @@ class ConfigError(UsageError):
 
 class RecordError(ChelaBenchError):
     """A run folder is damaged, of another schema, or of another machine or configuration."""
+
+
+class BaselineProblem(ChelaBenchError):
+    """A baseline is missing, damaged, of another machine, or of another Triton."""
+
+    exit_code = 4
 
 
 class EnvironmentProblem(ChelaBenchError):

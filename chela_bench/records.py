@@ -29,6 +29,7 @@ DTYPES: tuple[DType, ...] = get_args(DType)
 Count = Annotated[int, Field(ge=0)]
 Nanoseconds = Annotated[int, Field(gt=0)]
 ConfigValue = int | str | bool
+TIE = 1.01  # times the fastest: configurations no slower are as fast
 
 
 class _Record(BaseModel):
@@ -57,26 +58,100 @@ class Hbm(_Record):
     """Bytes through device memory in one call, and where the figure comes from."""
 
     read_bytes: Count | None = None
-    """Bytes read, measured. Null: not measured."""
+    """Bytes read, by Nsight Compute from a cold L2. Null: not measured."""
     write_bytes: Count | None = None
-    """Bytes written, measured. Null: not measured."""
+    """Bytes written, likewise. Null: not measured."""
+    late_write_bytes: Count | None = None
+    """Those of write_bytes that L2 still held when the call ended, and that left it when it was
+    evicted afterwards. Null: not measured."""
+    gpm_bytes: Count | None = None
+    """Bytes read and written together, by NVML's GPM over a loop of calls, so with a warm L2; as
+    coarse as a percent of the peak. Null: not measured."""
     model_bytes: Count | None = None
     """Bytes read and written by the implementation's own formula. Null: it has none for this
     direction, or the point did not get that far."""
     source: Literal["ncu", "gpm", "model"] | None = None
-    """ncu: performance counters; gpm: NVML, coarse; model: the formula alone. Null: no figure."""
+    """What `measured_bytes` comes from, or model where nothing was measured. Null: no figure."""
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def measured_bytes(self) -> int | None:
+        """Read plus written, by ncu, else by gpm. Null: not measured."""
+        if self.read_bytes is None or self.write_bytes is None:
+            return self.gpm_bytes
+        return self.read_bytes + self.write_bytes
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def measured_over_model(self) -> float | None:
+        """measured_bytes over model_bytes."""
+        if self.measured_bytes is None or not self.model_bytes:
+            return None
+        return self.measured_bytes / self.model_bytes
 
     @property
     def total_bytes(self) -> int | None:
-        """Measured, read plus written; else modelled; else None."""
-        if self.read_bytes is None or self.write_bytes is None:
-            return self.model_bytes
-        return self.read_bytes + self.write_bytes
+        """Measured; else modelled; else None."""
+        return self.model_bytes if self.measured_bytes is None else self.measured_bytes
+
+
+class Kernel(_Record):
+    """A kernel of a call, by Nsight Compute: all launches of one name, grid, block, registers and
+    shared memory.
+
+    Null: this ncu, card or run does not tell. Percentages are means over the launches, by time.
+    """
+
+    name: str
+    """As it is called in its source."""
+    launches: Annotated[int, Field(ge=1)] = 1
+    """In one call; times, bytes and instructions are sums over them."""
+    grid: str | None = None
+    """Programs in x, y and z: `(128, 1, 1)`."""
+    threads: Count | None = None
+    """Of a block."""
+    time_ns: Count | None = None
+    """Under the profiler, one kernel at a time."""
+    read_bytes: Count | None = None
+    """From device memory."""
+    write_bytes: Count | None = None
+    """To device memory."""
+    l2_bytes: Count | None = None
+    """Through the L2 cache, read and written."""
+    l2_hit_pct: float | None = None
+    """Of the L2 cache's accesses, those that it held."""
+    regs: Count | None = None
+    """Registers a thread."""
+    smem_static_bytes: Count | None = None
+    """Shared memory of a block that was fixed when it was compiled."""
+    smem_dynamic_bytes: Count | None = None
+    """Shared memory of a block that the launch asked for: Triton's and Gluon's."""
+    local_load_instructions: Count | None = None
+    """Warp instructions that read local memory: spills."""
+    local_store_instructions: Count | None = None
+    """Warp instructions that write local memory."""
+    tensor_instructions: Count | None = None
+    """Warp instructions on the tensor cores."""
+    bank_conflicts: Count | None = None
+    """In shared memory."""
+    occupancy_pct: float | None = None
+    """Warps resident on an SM, of the most that there can be: achieved."""
+    occupancy_limit_pct: float | None = None
+    """The same as the launch allows it: theoretical."""
+    limiters: list[str] = Field(default_factory=list)
+    """What allows no further block on an SM: registers, shared memory, warps, blocks, barriers."""
+    waves: float | None = None
+    """Blocks over those that fit on the card at once."""
+    passes: Count | None = None
+    """Replays that the profiler's bytes took. Above 1 they are of a warm L2, in part."""
 
 
 class Static(_Record):
-    """What the compiler says of a kernel. Null: it was not asked."""
+    """What the compiler says of a kernel: of those that a call launches, the one with the most
+    shared memory among those that the configuration changes. Null: it was not asked."""
 
+    kernel: str | None = None
+    """Which one."""
     smem_bytes: Count | None = None
     """Dynamic shared memory of a block, bytes."""
     regs: Count | None = None
@@ -87,22 +162,37 @@ class Static(_Record):
     """Read back from local memory, bytes a thread."""
     ctas_per_sm: Count | None = None
     """Blocks resident on an SM at once."""
+    num_warps: Count | None = None
+    """Warps of a block."""
+    compile_ms: Count | None = None
+    """What compiling all that the configuration changes took, milliseconds."""
 
 
 class Telemetry(_Record):
-    """NVML's reading right after the timing loop, while the device was still busy with it.
+    """NVML's readings during the timing loop, the last one right after it, while the device was
+    still busy with it.
 
     Null: failed, on a CPU, or not told by this card.
     """
 
     sm_clock_mhz: Count | None = None
-    """SM clock, MHz."""
+    """SM clock, MHz: the last reading."""
+    sm_clock_min_mhz: Count | None = None
+    """Lowest of all readings."""
     mem_clock_mhz: Count | None = None
-    """Memory clock, MHz."""
+    """Memory clock, MHz: the last reading."""
     power_mw: Count | None = None
-    """Board power, milliwatts."""
+    """Board power, milliwatts: the last reading."""
+    power_max_mw: Count | None = None
+    """Highest of all readings."""
     temperature_c: Count | None = None
-    """GPU temperature, degrees Celsius."""
+    """GPU temperature, degrees Celsius: the last reading."""
+    temperature_max_c: Count | None = None
+    """Highest of all readings."""
+    memory_bytes: Count | None = None
+    """Device memory in use, everyone's, bytes: the most of all readings."""
+    readings: Count | None = None
+    """How many there were."""
 
 
 class Spent(_Record):
@@ -151,6 +241,9 @@ class Point(_Record):
     time_ns: Quantiles | None = None
     """Time of a call (decode: of a step, as everything below): kernel time on a GPU, wall time on
     a CPU. Null: failed, or no kernel time could be taken; then wall_ns stands alone."""
+    rounds: Count | None = None
+    """Rounds in which configurations were timed in turn, that the samples come from. Null: timed
+    by itself."""
     wall_ns: Nanoseconds | None = None
     """One call from launch to synchronised end, nanoseconds, median. Null: failed."""
     wall_n: Count | None = None
@@ -177,6 +270,8 @@ class Point(_Record):
     failed before it was read, or on a CPU."""
     hbm: Hbm = Hbm()
     """Bytes through device memory."""
+    kernels: list[Kernel] = Field(default_factory=list)
+    """Of one call, in the order of their first launch. Empty: not profiled by Nsight Compute."""
     oracle: str | None = None
     """What the result was compared with. Null: not tried, or it died first."""
     error_rel: float | None = None
@@ -190,10 +285,11 @@ class Point(_Record):
     telemetry: Telemetry = Telemetry()
     """Clocks, power and temperature."""
     throttle: list[str] | None = None
-    """NVML's throttle reasons during timing; empty: none. Null: failed, on a CPU, or not told by
-    this card."""
+    """NVML's throttle reasons in any reading during timing; empty: none. Null: failed, on a CPU, or
+    not told by this card."""
     energy_j: float | None = None
-    """Energy of a call, joules. Null: not asked for."""
+    """Energy of a call, joules: the card's own counter over at least two seconds of calls. Null:
+    not asked for (`--energy`), failed, or not told by this card."""
     null_reasons: dict[str, str] = Field(default_factory=dict)
     """Column -> why it is null, in an ok point. A null without a reason was not asked for."""
     started_utc: str | None = None
@@ -256,6 +352,13 @@ class Point(_Record):
         """Bytes through device memory, measured, else modelled, over B * T; decode: over B."""
         moved = self.hbm.total_bytes
         return None if moved is None else moved / self.tokens
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def hbm_x_floor(self) -> float | None:
+        """Bytes through device memory, measured, else modelled, over compulsory_bytes."""
+        moved = self.hbm.total_bytes
+        return None if moved is None or not self.compulsory_bytes else moved / self.compulsory_bytes
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -371,13 +474,16 @@ class Cost(_Record):
     """Checking of all points, seconds."""
     timing_s: float
     """Timing of all points, seconds."""
+    profiling_s: float = 0.0
+    """Nsight Compute's part: kernels run again under it, seconds."""
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def own_s(self) -> float:
         """What was none of these, seconds: starting workers, measuring ceilings, drawing inputs,
         counting launches, reading NVML, passing and writing results."""
-        own_s = self.wall_s - self.compiling_s - self.checking_s - self.timing_s
+        others_s = self.compiling_s + self.checking_s + self.timing_s + self.profiling_s
+        own_s = self.wall_s - others_s
         return round(max(0.0, own_s), 6)
 
     @computed_field  # type: ignore[prop-decorator]
@@ -427,6 +533,98 @@ class Run(_Record):
     """What the run's last session took, and whose it was. Null: interrupted, or still going."""
 
 
+class AtlasRow(_Record):
+    """One kernel as compiled for one architecture: what a point's call would launch there.
+
+    Null: it did not compile, unless a field says otherwise.
+    """
+
+    op: str
+    """The op whose call launches it."""
+    impl: str
+    """The implementation of it."""
+    kernel: str
+    """The kernel, without `_kernel`."""
+    language: Literal["triton", "gluon"]
+    """gluon: scheduled by hand, and for one architecture alone."""
+    dtype: DType
+    """Of the call's inputs."""
+    config: dict[str, ConfigValue]
+    """Block sizes, warps and stages that the kernel is launched with."""
+    constants: dict[str, int | float | str | bool | None]
+    """All of its constants by name. Null: a pointer that is none."""
+    types: dict[str, str] = Field(default_factory=dict)
+    """Of its other arguments by name, as Triton writes them; `:16` of multiples of 16."""
+    asked: list[dict[str, ConfigValue]]
+    """Configurations of the call that launch it: what `--axis` said. Empty settings: the
+    defaults."""
+    directions: list[Direction]
+    """Of the calls that launch it."""
+    lens: list[int]
+    """T of the calls that launch it, tokens."""
+    arch: str
+    """Architecture that it was compiled for: `sm_90`, `gfx942`."""
+    triton: str
+    """Triton's version, on which all of this depends."""
+    outcome: Literal["ok", "out_of_resources", "compile_error", "timeout", "crash"]
+    """ok; out_of_resources: it compiles and does not fit; or how its compiler ended."""
+    fits: bool
+    """Whether a block of it runs there."""
+    reason: str | None = None
+    """Why it does not: what it needs and what there is. Null: it fits."""
+    smem_bytes: Count | None = None
+    """Shared memory of a block, bytes."""
+    regs: Count | None = None
+    """Registers a thread."""
+    spill_store_bytes: Count | None = None
+    """Spilled to local memory, bytes a thread."""
+    spill_load_bytes: Count | None = None
+    """Read back from local memory, bytes a thread."""
+    stack_bytes: Count | None = None
+    """Local memory of a thread, bytes; spills lie there."""
+    tmem_columns: Count | None = None
+    """Columns of tensor memory (sm_100, sm_103)."""
+    ctas_per_sm: Count | None = None
+    """Blocks resident on an SM at once. Null: not modelled for this architecture."""
+    limiter: str | None = None
+    """What keeps more from being resident: shared memory, registers, tensor memory, warps or
+    blocks."""
+    tensor_core: str | None = None
+    """Matrix instruction that it issues: HGMMA (wgmma), UTCHMMA (tcgen05), HMMA (mma), v_mfma.
+    Null: none."""
+    instructions: Count | None = None
+    """Instructions in its code."""
+    instruction_counts: dict[str, Count] = Field(default_factory=dict)
+    """Of them matrix products, copies to shared memory, local loads and stores, barriers."""
+    compile_ms: Count | None = None
+    """What compiling took, milliseconds, when it was last done."""
+    cubin_sha256: str | None = None
+    """Of the binary."""
+
+    @property
+    def spill_bytes(self) -> int:
+        return (self.spill_store_bytes or 0) + (self.spill_load_bytes or 0)
+
+
+class Refused(_Record):
+    """A call that launches nothing on an architecture, since the host function does not take it."""
+
+    op: str
+    """The op."""
+    impl: str
+    """The implementation of it."""
+    arch: str
+    """Architecture that was asked about."""
+    direction: Direction
+    """Of the call."""
+    asked: dict[str, ConfigValue]
+    """What `--axis` said."""
+    tokens: int
+    """T."""
+    reason: str
+    """What it says."""
+
+
 def point_key(
     op: str,
     impl: str,
@@ -438,8 +636,13 @@ def point_key(
     """`linear_attention/fla_chunk/fwd/bf16/B1-T1024-H16-K128-V128`, plus `/NAME=value,...`."""
     parts = [op, impl, direction, dtype, shape_label(shape)]
     if config:
-        parts.append(",".join(f"{name}={config[name]}" for name in sorted(config)))
+        parts.append(config_label(config))
     return "/".join(parts)
+
+
+def config_label(config: Mapping[str, object]) -> str:
+    """`BLOCK_T=64,num_warps=4`, by name."""
+    return ",".join(f"{name}={config[name]}" for name in sorted(config))
 
 
 def shape_label(shape: Mapping[str, int]) -> str:

@@ -14,8 +14,8 @@ from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from chela_bench import cli, records
-from chela_bench.bench import config, store
+from chela_bench import cli, records, verdicts
+from chela_bench.bench import baseline, config, store
 from chela_bench.bench.cases import Limits
 from chela_bench.bench.ops import OPS
 
@@ -32,6 +32,8 @@ FILES: dict[str, type[BaseModel]] = {
     "run.json": records.Run,
     "points.jsonl": records.Point,
     "samples.jsonl": store.SampleLine,
+    "atlas --json, points": records.AtlasRow,
+    "atlas --json, refused": records.Refused,
 }
 
 
@@ -41,6 +43,7 @@ def pages() -> dict[str, str]:
         "records.md": records_page(),
         "bench-toml.md": bench_toml_page(),
         "cli.md": cli_page(),
+        "verdicts.md": verdicts_page(),
     }
     return {name: "\n\n".join((SOURCE, *parts)) + "\n" for name, parts in written.items()}
 
@@ -91,6 +94,24 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _models(argument)
 
 
+def verdicts_page() -> Iterator[str]:
+    yield "# What compare and gate write"
+    yield (
+        "`compare --json` prints a Comparison, `gate --json` a Gating; `points` is the list of "
+        "rows in both. Times are nanoseconds. What is not known is null."
+    )
+    for model in (verdicts.Comparison, verdicts.Gating):
+        yield f"## {model.__name__}\n\n{_about(model)}"
+        yield from _record(model)
+        for part in _parts(model):
+            yield f"### {part.__name__}\n\n{_about(part)}"
+            yield from _record(part)
+    yield f"## Baselines on disk\n\nSchema version {baseline.SCHEMA_VERSION}."
+    for model in (baseline.Header, baseline.Current, baseline.ModelledPoint, baseline.NoiseRecord):
+        yield f"### {model.__name__}\n\n{_about(model)}"
+        yield _fields(model)
+
+
 def bench_toml_page() -> Iterator[str]:
     shipped = tomllib.loads((HERE.parent / config.FILE).read_text())
     yield "# bench.toml"
@@ -120,6 +141,12 @@ def bench_toml_page() -> Iterator[str]:
         "Any keys of `[sweep]` and `[limits]`, each with the same type; what a preset does not "
         f"name stays. In the file that comes with the package: {_code(shipped['presets'])}."
     )
+    yield f"## [budgets.OP.SHAPE]\n\n{_about(config.Budget)}"
+    yield (
+        "The shape is one of `[shapes.OP]`; of one without a T the budget holds at every length. "
+        "`gate` fails what is above a budget, and lists a budget whose figure was not measured."
+    )
+    yield _keys(config.Budget, {})
 
 
 def cli_page() -> Iterator[str]:
@@ -134,6 +161,13 @@ def cli_page() -> Iterator[str]:
         context = click.Context(command, info_name=name, parent=group, terminal_width=80)
         yield f"## {name}"
         yield _help(command, context)
+        if isinstance(command, click.Group):
+            for inner_name, inner in command.commands.items():
+                yield f"### {name} {inner_name}"
+                yield _help(
+                    inner,
+                    click.Context(inner, info_name=inner_name, parent=context, terminal_width=80),
+                )
 
 
 def _help(command: click.Command, context: click.Context) -> str:
@@ -194,7 +228,8 @@ def kind(annotation: Any, *, plural: bool = False) -> str:
         return "null"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         name = annotation.__name__
-        return f"[{name}](#{name.lower()})" if hasattr(records, name) else "table" + "s" * plural
+        known = hasattr(records, name) or hasattr(verdicts, name)
+        return f"[{name}](#{name.lower()})" if known else "table" + "s" * plural
     return WORDS[annotation][plural]
 
 

@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 
-from chela_bench.records import Ceilings, Environment, Hbm, Point, Quantiles, Run, Telemetry
+from chela_bench.records import (
+    Ceilings,
+    Environment,
+    Hbm,
+    Kernel,
+    Point,
+    Quantiles,
+    Run,
+    Telemetry,
+)
 
 H100 = "NVIDIA H100 80GB HBM3"
 LENGTHS = tuple(1024 * 2**i for i in range(7))
@@ -287,6 +296,50 @@ def decode_sweep() -> list[Point]:
     ]  # fmt: skip
 
 
+def profiled_sweep() -> list[Point]:
+    """The forward sweep, four of its implementations counted by ncu, one of them by GPM too."""
+    over_model = {"triton_chunked": 1.03, "fla_chunk": 0.98, "naive_cumsum": 1.0, "quadratic": 0.4}
+    return [
+        profiled(point, over_model[point.impl])
+        if point.impl in over_model and point.hbm.model_bytes
+        else point
+        for point in h100_sweep()
+    ]
+
+
+def profiled(point: Point, over_model: float) -> Point:
+    """The point with three parts of its bytes read and one written, by two kernels."""
+    moved = round((point.hbm.model_bytes or 0) * over_model)
+    read, written = moved * 3 // 4, moved - moved * 3 // 4
+    common: dict[str, Any] = {"threads": 128, "limiters": ["shared memory"], "passes": 1}
+    kernels = [
+        Kernel(
+            name="_states_kernel", grid="(4, 16, 1)", time_ns=9000, read_bytes=read // 3,
+            write_bytes=0, regs=128, smem_static_bytes=16, smem_dynamic_bytes=73_728,
+            occupancy_limit_pct=18.75, waves=0.24, **common,
+        ),
+        Kernel(
+            name="_walk_kernel", grid="(2, 16, 1)", launches=2, time_ns=21_000,
+            read_bytes=read - read // 3, write_bytes=written // 2, l2_bytes=2 * moved,
+            l2_hit_pct=28.8, regs=196, smem_static_bytes=0, smem_dynamic_bytes=139_264,
+            local_load_instructions=0, local_store_instructions=12, tensor_instructions=229_376,
+            bank_conflicts=98_993, occupancy_pct=6.2, occupancy_limit_pct=6.25, waves=0.97,
+            **common,
+        ),
+    ]  # fmt: skip
+    gpm = round(moved * 0.95) if point.impl == "triton_chunked" else None
+    hbm = point.hbm.model_copy(
+        update={
+            "read_bytes": read,
+            "write_bytes": written,
+            "late_write_bytes": written - written // 2,
+            "gpm_bytes": gpm,
+            "source": "ncu",
+        }
+    )
+    return point.model_copy(update={"hbm": hbm, "kernels": kernels})
+
+
 SWEEPS = {
     "h100": (make_run(), h100_sweep()),
     "fwdbwd": (make_run(), h100_sweep("fwdbwd")),
@@ -303,6 +356,7 @@ SWEEPS = {
     "conv": (make_run(), conv_sweep()),
     "layers": (make_run(), [*layer_sweep(), *layer_sweep("fwdbwd")]),
     "decode": (make_run(), decode_sweep()),
+    "profiled": (make_run(), profiled_sweep()),
     "no memory used": (make_run(), [make_point(T, peak_bytes=T - 1024) for T in LENGTHS]),
 }
 sweeps = pytest.mark.parametrize(("run", "points"), SWEEPS.values(), ids=SWEEPS)

@@ -20,6 +20,28 @@ def right(q, k, v):
     return chunked(q, k, v)[0].to(q.dtype)
 
 
+def chunks_of(q, k, v, *, CHUNK):
+    """Right, but for a CHUNK of -1."""
+    if CHUNK < 0:
+        return right(q, k, v) * CHUNK
+    return chunked(q, k, v, chunk_size=CHUNK)[0].to(q.dtype)
+
+
+_MET = set()
+
+
+def dies_in_turn(q, k, v, *, CHUNK):
+    """The process, at the second CHUNK that is called without a check of it before."""
+    if torch.utils.deterministic.fill_uninitialized_memory and (
+        torch.are_deterministic_algorithms_enabled() or torch.get_deterministic_debug_mode() == 1
+    ):
+        _MET.clear()
+    _MET.add(CHUNK)
+    if len(_MET) > 1:
+        os._exit(9)
+    return right(q, k, v)
+
+
 def off_by_two_percent(q, k, v):
     return right(q, k, v) * 1.02
 

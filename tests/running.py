@@ -191,3 +191,6 @@ class Silent:
 
     def finished(self, point):
         self.heard.append(("finished", point.key))
+
+    def said(self, line):
+        self.heard.append(("said", line))

@@ -17,6 +17,7 @@ from chela_bench.profiles import inventory, machine, nvml
 from chela_bench.profiles.doctor import PYTHON, at_least, can_run, examine
 from chela_bench.profiles.inventory import REQUIRED, Card, Facts, Ncu, Peer, Torch
 from tests.running import ROOT, chela_bench, tiny_config
+from tests.test_ncu import install
 
 UUID = "99089055-3dcd-58d1-01b8-980b633b446e"
 GPU = {
@@ -44,10 +45,13 @@ H100 = Facts(
     cards=(CARD,),
     ncu=Ncu("/usr/local/cuda/bin/ncu", "2025.3.1.0"),
     counters_admin_only=False,
+    counters_tried=True,
+    energy=True,
     peers=(FLA,),
     config="bench.toml",
     out="runs",
 )
+UNTRIED = replace(H100, counters_tried=False)
 CPU_BUILD = "the installed torch is a CPU build"
 CPU = replace(
     H100,
@@ -71,8 +75,8 @@ def test_a_good_gpu_machine_is_all_plain_facts():
     assert checks["SM"].found == "132, compute capability 9.0"
     assert list(checks) == [
         "Python", "packages", "torch", "triton", "compiler", "driver", "CUDA", "NVML", "GPU", "SM",
-        "SRAM", "L2", "ECC", "MIG", "processes", "ncu", "counters", "peers", "bench.toml",
-        "run folder",
+        "SRAM", "L2", "ECC", "MIG", "processes", "ncu", "counters", "GPM", "energy", "peers",
+        "bench.toml", "run folder",
     ]  # fmt: skip
 
 
@@ -150,10 +154,22 @@ TWO = (GPU, {**GPU, "uuid": "other"})
          "warning", "NVML knows none", "nvidia-smi -L"),
         # tools and peers
         (replace(H100, ncu=None), "ncu", "warning", "not found", "nsight-compute"),
-        (replace(H100, counters_admin_only=True), "counters", "warning", "ERR_NVGPUCTRPERM",
+        (replace(H100, ncu=Ncu("/opt/ncu", None)), "ncu", "warning",
+         "/opt/ncu does not tell its version", "install 2022.3 or later: https"),
+        (replace(H100, ncu=Ncu("/opt/ncu", "2021.3.1.0")), "ncu", "warning",
+         "2021.3.1.0, /opt/ncu; 2022.3 or later is needed", "install 2022.3 or later: https"),
+        (replace(H100, counters_problem=("ncu may not (ERR_NVGPUCTRPERM)", "run as root")),
+         "counters", "warning", "ncu may not (ERR_NVGPUCTRPERM)", "run as root"),
+        (UNTRIED, "counters", "ok", "permitted, as the driver says; not tried", None),
+        (replace(UNTRIED, counters_admin_only=True), "counters", "warning", "ERR_NVGPUCTRPERM",
          "NVreg_RestrictProfilingToAdminUsers=0"),
-        (replace(H100, counters_admin_only=True, admin=True), "counters", "ok", "permitted", None),
-        (replace(H100, counters_admin_only=None), "counters", "ok", "does not say", None),
+        (replace(UNTRIED, counters_admin_only=True, admin=True), "counters", "ok", "permitted",
+         None),
+        (replace(UNTRIED, counters_admin_only=None), "counters", "ok", "does not say who may",
+         None),
+        (replace(H100, gpm_problem="this card has no GPM; take --hbm ncu"), "GPM", "warning",
+         "this card has no GPM", "take --hbm ncu"),
+        (replace(H100, energy=False), "energy", "warning", "does not count", "Volta or later"),
         (replace(H100, peers=(replace(FLA, installed=False),)), "peers", "warning",
          "fla is not installed: fla_chunk", "pip install 'chela-bench[peers]'"),
         # files
@@ -357,13 +373,38 @@ def test_who_is_an_administrator(tmp_path, text, expected):
     assert inventory.is_admin(status) is expected
 
 
+def test_what_counts_is_tried(tmp_path, monkeypatch):
+    """ncu on a kernel, GPM and the energy counter on the card in use."""
+    from chela_bench.profiles import gpm
+
+    facts = replace(UNTRIED, ncu=Ncu(install(tmp_path, monkeypatch, "denied"), "2025.3.1.0"))
+    monkeypatch.setattr(gpm, "problem", lambda uuid: f"no GPM of {uuid}; none")
+    monkeypatch.setattr(nvml, "energy_mj", lambda uuid: 5 if uuid == CARD.uuid else None)
+    found = inventory._counters(facts)
+    assert found["counters_tried"] and "ERR_NVGPUCTRPERM" in found["counters_problem"].what
+    assert found["gpm_problem"] == f"no GPM of {CARD.uuid}; none" and found["energy"]
+    monkeypatch.setenv("FAKE_NCU", "")
+    assert inventory._counters(facts)["counters_problem"] is None
+    old = replace(facts, ncu=Ncu("/opt/ncu", "2020.1"))
+    assert "counters_tried" not in inventory._counters(old)  # it would say nothing that helps
+    assert inventory._counters(CPU) == {}
+
+
+def test_a_slice_of_a_card_is_found_by_its_own_name():
+    slice_ = replace(CARD, uuid=f"MIG-{UUID}")
+    other = replace(CARD, uuid="GPU-other")
+    assert inventory.card_in_use(replace(H100, cards=(other, slice_))) == slice_
+    assert inventory.card_in_use(replace(H100, cards=(other, CARD))) == CARD
+    assert inventory.card_in_use(CPU) is None
+
+
 def test_a_tool_that_says_its_version(tmp_path, monkeypatch):
     ncu = tmp_path / "ncu"
     ncu.write_text("#!/bin/sh\necho 'NVIDIA (R) Nsight Compute'\necho 'Version 2025.3.1.0 (x)'\n")
     ncu.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     assert inventory.find_ncu() == str(ncu)
-    assert inventory._ncu_version(str(ncu)) == "2025.3.1.0"
+    assert inventory.ncu_version(str(ncu)) == "2025.3.1.0"
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

@@ -18,20 +18,21 @@ from tests.running import ROOT, environment
 
 PACKAGE = ROOT / "chela_bench"
 
+HEAVY = {"torch", "triton"}
 # Room -> what its files may import: rooms of ours, and heavy packages of others.
 ARROWS = {
     "reference": {"errors", "torch"},
     "kernels": {"reference", "errors", "torch", "triton"},
-    "profiles": {"errors", "records", "torch"},
-    "bench": {"kernels", "reference", "profiles", "records", "errors", "torch", "triton"},
-    "reports": {"records", "errors"},
-    "cli": {"bench", "profiles", "reports", "records", "errors"},
+    "profiles": {"errors", "records", "torch", "triton"},
+    "bench": {"kernels", "reference", "profiles", "records", "verdicts", "errors", *HEAVY},
+    "reports": {"records", "verdicts", "errors"},
+    "cli": {"bench", "profiles", "reports", "records", "verdicts", "errors"},
     "records": set(),
+    "verdicts": set(),
     "errors": set(),
     "__main__": {"cli"},
     "__init__": set(),
 }
-HEAVY = {"torch", "triton"}
 
 
 def _imports(path: Path) -> set[str]:
@@ -96,7 +97,10 @@ def _modules_after(statement: str) -> set[str]:
         "import chela_bench.cli.sweep",
         "import chela_bench.cli.report",
         "import chela_bench.cli.runs, chela_bench.cli.show, chela_bench.cli.completion",
+        "import chela_bench.cli.compare, chela_bench.cli.gate, chela_bench.cli.noise",
+        "import chela_bench.bench.pytest_plugin, chela_bench.bench.pytest_fixture",
         "import chela_bench.cli.doctor, chela_bench.profiles.doctor",
+        "import chela_bench.cli.atlas, chela_bench.cli.tune",
         "import chela_bench.bench.plan, chela_bench.bench.sweep, chela_bench.bench.runner",
         "from click.testing import CliRunner; from chela_bench.cli import cli; "
         "assert CliRunner().invoke(cli, ['--help']).exit_code == 0",

@@ -257,7 +257,8 @@ def test_auto_is_the_reference_beyond_the_kernels(last, beyond, message):
 )
 def test_what_auto_chooses(options, dtype, device, chosen):
     layer = ChelaLayer(1, **{"d_key": 1, "max_length": 9, **options})
-    x = SimpleNamespace(is_cuda=device == "cuda", dtype=dtype)  # no GPU is needed to choose
+    device = torch.device(device)  # no GPU is needed to choose
+    x = SimpleNamespace(is_cuda=device.type == "cuda", device=device, dtype=dtype)
     assert layer._chosen(x) == chosen
 
 

@@ -9,7 +9,7 @@ from chela_bench.bench.config import load_config
 from chela_bench.bench.lengths import parse_lengths
 from chela_bench.bench.load import refuse_changed_files
 from chela_bench.bench.registry import get_op
-from chela_bench.cli.sweep import _Names as Names
+from chela_bench.cli.choices import Names
 from chela_bench.errors import RecordError, UsageError
 from tests.running import ROOT
 

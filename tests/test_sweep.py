@@ -29,6 +29,9 @@ class Heard:
     def phase(self, phase):
         pass
 
+    def said(self, line):
+        pass
+
     def finished(self, point):
         self.points.append(point)
         if len(self.points) == self.stop_after:

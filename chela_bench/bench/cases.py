@@ -10,6 +10,7 @@ from chela_bench.records import L2, ConfigValue, Direction, DType, Timer, point_
 
 Seconds = Annotated[float, Field(gt=0, le=604_800, allow_inf_nan=False, strict=True)]
 Distribution = Literal["randn", "mean1"]
+GpmWay = Literal["no", "where it can", "or refuse"]
 
 
 class Limits(BaseModel):
@@ -66,4 +67,6 @@ class Session(BaseModel):
     limits: Limits
     user_impls: dict[str, str] = Field(default_factory=dict)  # name -> /path/to/file.py:function
     user_files_sha256: dict[str, str] = Field(default_factory=dict)
+    energy: bool = False  # loops of two seconds around NVML's counter
+    gpm: GpmWay = "no"  # bytes by NVML, in such a loop
     memory_limit_bytes: int | None = None  # CPU: allocations beyond it fail, as on a full device

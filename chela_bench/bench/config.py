@@ -6,7 +6,14 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -21,6 +28,8 @@ LARGEST = 1 << 30  # of any dimension
 Size = Annotated[int, Field(ge=1, le=LARGEST, strict=True)]
 Seed = Annotated[int, Field(ge=-(1 << 62), le=1 << 62, strict=True)]
 Some = Field(min_length=1)
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Whole = Annotated[int, Field(ge=0, strict=True)]
 ShapeSizes = dict[str, Size]
 
 
@@ -83,6 +92,35 @@ class Preset(_Table):
     """Any keys of [limits]."""
 
 
+class Budget(_Table):
+    """Limits that no baseline moves; what is not named is not limited."""
+
+    impls: Annotated[list[str], Some] | None = None
+    """Implementations that it holds for; all unless given."""
+    directions: Annotated[list[Direction], Some] | None = None
+    """Directions that it holds for; all unless given."""
+    dtypes: Annotated[list[DType], Some] | None = None
+    """Dtypes that it holds for; all unless given."""
+    max_ms: Positive | None = None
+    """Median time, milliseconds."""
+    max_x_floor: Positive | None = None
+    """Time as a multiple of the floor."""
+    max_peak_bytes: Whole | None = None
+    """Peak memory of a call beyond its live inputs, bytes."""
+    max_hbm_x_model: Positive | None = None
+    """Measured HBM bytes as a multiple of the modelled ones."""
+    max_spill_bytes: Whole | None = None
+    """Registers spilled, stores and loads, bytes a thread; of compiled kernels too, whatever
+    their shape."""
+
+    @model_validator(mode="after")
+    def _limits_something(self) -> Budget:
+        limits = {name for name in type(self).model_fields if name.startswith("max_")}
+        if not limits & self.model_fields_set:
+            raise ValueError(f"limits nothing; give one of {', '.join(sorted(limits))}")
+        return self
+
+
 class Config(_Table):
     """The whole file."""
 
@@ -96,6 +134,8 @@ class Config(_Table):
     """By op and name: the size of every dimension but T; with a T, a single point."""
     presets: dict[str, Preset] = Field(default_factory=dict)
     """By name; `cpu` is taken by itself where there is no GPU."""
+    budgets: dict[str, dict[str, Budget]] = Field(default_factory=dict)
+    """By op and shape; `gate` fails what is above one."""
 
     def limits_with(self, preset: Preset) -> Limits:
         return Limits.model_validate({**self.limits.model_dump(), **preset.limits})
@@ -159,6 +199,23 @@ def _check_names(path: Path, config: Config) -> None:
                     f"{path}: shapes.{name}.{shape} {problem}; it takes {', '.join(wanted)}, "
                     "and T for a single length"
                 )
+    for name, budgets in config.budgets.items():
+        if name not in ops:
+            raise ConfigError(f"{path}: budgets.{name}: no such op; there are: {', '.join(ops)}")
+        known_shapes = {**ops[name].shapes, **config.shapes.get(name, {})}
+        known_impls = [impl.name for impl in ops[name].impls]
+        for shape, budget in budgets.items():
+            if shape not in known_shapes:
+                raise ConfigError(
+                    f"{path}: budgets.{name}.{shape}: no such shape; there are: "
+                    f"{', '.join(known_shapes)}"
+                )
+            for impl in budget.impls or ():
+                if impl not in known_impls:
+                    raise ConfigError(
+                        f"{path}: budgets.{name}.{shape}.impls: no implementation {impl!r}; there "
+                        f"are: {', '.join(known_impls)}"
+                    )
     sweeps: dict[str, Sweep | SweepChanges] = {"sweep": config.sweep}
     sweeps |= {f"presets.{name}.sweep": preset.sweep for name, preset in config.presets.items()}
     shape_names = {name for shapes in config.shapes.values() for name in shapes}

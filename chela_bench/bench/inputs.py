@@ -8,7 +8,7 @@ device, then rounded to the dtype; the oracle sees the rounded numbers.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,20 +52,27 @@ class Draw:
     seed: int
     distribution: str
 
-    def generator(self, name: str) -> torch.Generator:
+    def seed_of(self, name: str) -> int:
         text = f"{self.seed}/{self.distribution}/{shape_label(self.shape)}/{name}"
-        digest = hashlib.sha256(text.encode()).digest()
-        return torch.Generator(self.device).manual_seed(int.from_bytes(digest[:7], "big"))
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
     def normal(self, name: str, *size: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
-        numbers = torch.randn(
-            *size, generator=self.generator(name), device=self.device, dtype=torch.float32
-        )
+        if self.device.type == "meta":
+            return torch.empty(size, device=self.device, dtype=self.dtype)
+        numbers = standard_normal(size, self.seed_of(name), self.device)
         return (numbers * scale + mean).to(self.dtype)
 
     @property
     def mean(self) -> float:
         return 1.0 if self.distribution == "mean1" else 0.0
+
+
+def standard_normal(size: Sequence[int], seed: int, device: torch.device) -> Tensor:
+    """float32; the same numbers for a seed. Meta tensors have none."""
+    if device.type == "meta":
+        return torch.empty(*size, device=device, dtype=torch.float32)
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(*size, generator=generator, device=device, dtype=torch.float32)
 
 
 def attention(draw: Draw) -> Inputs:
@@ -132,7 +139,7 @@ def chela_layer(draw: Draw) -> Inputs:
 
 def _layer(draw: Draw, build: Callable[[], nn.Module]) -> Inputs:
     batch, tokens, width = (draw.shape[name] for name in "BTD")
-    seed = draw.generator("parameters").initial_seed()
+    seed = draw.seed_of("parameters")
     with (
         torch.random.fork_rng(devices=[draw.device] if draw.device.type == "cuda" else []),
         torch.device(draw.device),

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from chela_bench.bench import timing
 from chela_bench.bench.cases import Case, Session
-from chela_bench.bench.inputs import DTYPES, Draw, Inputs
+from chela_bench.bench.inputs import DTYPES, Draw, Inputs, standard_normal
 from chela_bench.bench.load import load
 from chela_bench.bench.models import decode_window
 from chela_bench.bench.ops import Impl, Op
 from chela_bench.bench.tuning import Tunings
-from chela_bench.records import Ceilings, Outcome, Telemetry, shape_label
+from chela_bench.profiles.nvml import Sampler
+from chela_bench.records import Ceilings, Outcome, shape_label
 
 Function = Callable[..., Any]
 Results = Callable[[], Sequence[Tensor]]
@@ -43,7 +44,7 @@ class Bench:
     device_name: str  # "cpu" or the GPU's UUID, as it stands in every point
     l2_bytes: int
     ceilings: Ceilings
-    telemetry: Callable[[], tuple[Telemetry, list[str] | None]]
+    sampler: Callable[[], Sampler]  # reads the GPU while a block runs
     announce: Callable[[str], None]  # tells the parent which phase begins
     timer: timing.EventTimer | None = None  # with --timer event, on a GPU
     evictor: timing.L2Evictor | None = None  # with --timer profiler and cold L2
@@ -148,10 +149,7 @@ class Job:
 
     def output_gradient(self, like: Tensor) -> Tensor:
         """do: the same numbers for every implementation of one shape."""
-        generator = torch.Generator(self.bench.device).manual_seed(self.bench.session.seed + 7)
-        noise = torch.randn(
-            like.shape, generator=generator, device=like.device, dtype=torch.float32
-        )
+        noise = standard_normal(like.shape, self.bench.session.seed + 7, self.bench.device)
         return noise.to(DTYPES[self.case.dtype])
 
     def call(self, inputs: Inputs) -> Results:

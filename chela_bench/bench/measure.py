@@ -13,21 +13,26 @@ from typing import Any
 import torch
 
 from chela_bench.bench import timing
-from chela_bench.bench.bounds import ITEMSIZE, point_of, shortest_ns
+from chela_bench.bench.bounds import point_of, shortest_ns
 from chela_bench.bench.cases import Case, Limits
 from chela_bench.bench.estimate import refuse_if_too_long
 from chela_bench.bench.job import Bench, Finished, Job, Results
 from chela_bench.bench.judge import judge_again, judge_first
 from chela_bench.bench.load import load
-from chela_bench.bench.ops import Impl, Op
+from chela_bench.bench.modelled import modelled_bytes
+from chela_bench.bench.ops import Impl
 from chela_bench.bench.registry import get_op
 from chela_bench.bench.stats import median, summarise
+from chela_bench.profiles import gpm, nvml
 from chela_bench.records import Hbm, Outcome, Point
 
 TINY_TOKENS = 64  # where host time is measured
 SLOW_NS = 20_000_000  # a call this slow may be a loop over tokens: launches are looked at shorter
 SHORT_TOKENS = 512
-_TIMES = ("time_ns", "wall_ns", "wall_n", "host_ns", "telemetry", "throttle")
+ENERGY_S, GPM_S = 2.0, 1.0  # the energy counter is coarse; GPM wants a tenth of a second
+_TIMES = (
+    "time_ns", "wall_ns", "wall_n", "host_ns", "telemetry", "throttle", "energy_j", "gpm_bytes",
+)  # fmt: skip
 
 _NULL_ON_CPU = {
     "floor_ns": "CPU: the floor is defined for device memory",
@@ -68,6 +73,7 @@ def measure(bench: Bench, case: Case, user_impls: dict[str, Impl]) -> tuple[Poin
         outcome, reason = finished.outcome, finished.reason
         columns = {name: value for name, value in columns.items() if name not in _TIMES}
         samples = []
+    hbm = _with_gpm(modelled_bytes(case, op, impl), columns.pop("gpm_bytes", None))
     point = point_of(
         case,
         bench.session,
@@ -77,24 +83,16 @@ def measure(bench: Bench, case: Case, user_impls: dict[str, Impl]) -> tuple[Poin
         reason=reason,
         oracle=f"float64 {op.oracle.rpartition(':')[2]}",
         null_reasons=nulls,
-        hbm=_modelled_bytes(case, op, impl),
+        hbm=hbm,
         **columns,
     )
     return point, samples
 
 
-def _modelled_bytes(case: Case, op: Op, impl: Impl) -> Hbm:
-    itemsize = ITEMSIZE[case.dtype]
-    if case.direction == "decode" and impl.step_hbm_bytes is not None:
-        return Hbm(model_bytes=impl.step_hbm_bytes(case.shape, itemsize), source="model")
-    if impl.hbm_bytes is None or case.direction != "fwd":
-        return Hbm()
-    if isinstance(impl.hbm_bytes, str):  # a kernel file's own model knows its configuration
-        config = {k: v for k, v in case.config.items() if k not in op.options}
-        modelled = load(impl.hbm_bytes)(case.shape, config, itemsize=itemsize)
-    else:
-        modelled = impl.hbm_bytes(case.shape, itemsize)
-    return Hbm(model_bytes=modelled, source="model")
+def _with_gpm(hbm: Hbm, gpm_bytes: int | None) -> Hbm:
+    if gpm_bytes is None:
+        return hbm
+    return hbm.model_copy(update={"gpm_bytes": gpm_bytes, "source": "gpm"})
 
 
 def _time(job: Job, call: Results, columns: dict[str, Any], nulls: dict[str, str]) -> list[float]:
@@ -116,13 +114,15 @@ def _time(job: Job, call: Results, columns: dict[str, Any], nulls: dict[str, str
             timing.wall_samples(call, timing.Budget(min(0.2, budget.samples_s), budget.at_most_s))
         )
     columns["wall_ns"], columns["wall_n"] = max(1, round(median(walls))), len(walls)
-    samples = _kernel_samples(job, call, first_ns, columns, nulls)
-    if samples:
-        columns["time_ns"] = summarise(samples)
-        _refuse_impossible(job, columns["time_ns"].median)
-    bench.announce("time")
-    timing.keep_busy(call, first_ns)
-    columns["telemetry"], columns["throttle"] = bench.telemetry()
+    with bench.sampler() as sampled:
+        samples = _kernel_samples(job, call, first_ns, columns, nulls)
+        if samples:
+            columns["time_ns"] = summarise(samples)
+            _refuse_impossible(job, columns["time_ns"].median)
+        bench.announce("time")
+        timing.keep_busy(call, first_ns)
+    columns["telemetry"], columns["throttle"] = sampled.reading, sampled.throttle
+    _count_in_a_loop(job, call, first_ns, columns, nulls)
     columns["peak_bytes"] = _peak_bytes(call)
     _add_host_ns(job, columns, nulls)
     return samples or walls
@@ -133,7 +133,7 @@ def _kernel_samples(
 ) -> list[float]:
     """Samples of kernel time; none, and the reason, where a call cannot have one."""
     bench = job.bench
-    launches = _launches(job, call, first_ns)
+    launches = launches_of(job, call, first_ns)
     if launches == 0:
         raise Finished("wrong", "the call launches nothing on the GPU")
     at_once = None if launches is None else math.ceil(launches / timing.steps_of(call).count)
@@ -156,6 +156,38 @@ def _kernel_samples(
     return _enough(samples)
 
 
+def _count_in_a_loop(
+    job: Job, call: Results, call_ns: int, columns: dict[str, Any], nulls: dict[str, str]
+) -> None:
+    """Energy and, by GPM, bytes of a call: NVML's counters over calls in a row, where asked for."""
+    bench, uuid = job.bench, job.bench.device_name
+    session = bench.session
+    wanted = [n for n, on in (("energy_j", session.energy), ("hbm.gpm_bytes", session.gpm != "no"))
+              if on]  # fmt: skip
+    if not wanted:
+        return
+    if timing.steps_of(call).count > 1:
+        nulls |= dict.fromkeys(wanted, "steps in a row would count the copies of their cache")
+        return
+    bench.announce("time")
+    before_mj = nvml.energy_mj(uuid) if session.energy else None
+    with bench.spending("timing"), contextlib.ExitStack() as held:
+        counted = held.enter_context(gpm.Counted(uuid)) if session.gpm != "no" else None
+        calls = timing.repeat(call, call_ns, for_s=ENERGY_S if session.energy else GPM_S)
+    if session.energy:
+        after_mj = nvml.energy_mj(uuid)
+        if before_mj is None or after_mj is None or after_mj <= before_mj:
+            nulls["energy_j"] = "NVML: this card does not count its energy"
+        else:
+            columns["energy_j"] = (after_mj - before_mj) / 1e3 / calls
+    if counted is not None:
+        if counted.total_bytes is None:
+            nulls["hbm.gpm_bytes"] = counted.reason or "GPM: nothing counted"
+        else:
+            columns["gpm_bytes"] = round(counted.total_bytes / calls)
+    bench.announce("time")
+
+
 def _budget(limits: Limits) -> timing.Budget:
     """Three calls as long as the longest that is tried at all are always given their time."""
     at_most_s = max(limits.sample_s, timing.MIN_OK_SAMPLES * limits.call_s)
@@ -172,7 +204,7 @@ def _enough(samples: list[float]) -> list[float]:
     return samples
 
 
-def _launches(job: Job, call: Results, first_ns: int) -> int | None:
+def launches_of(job: Job, call: Results, first_ns: int) -> int | None:
     """Launches of one call, or None if a short sequence already takes more than MAX_LAUNCHES."""
     if first_ns > SLOW_NS and job.tokens > SHORT_TOKENS:
         with contextlib.suppress(Exception), job.at(SHORT_TOKENS) as short:  # it need not take it

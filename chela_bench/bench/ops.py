@@ -37,6 +37,7 @@ class Impl:
     requires: str | None = None  # an importable module beyond the core dependencies
     install: str | None = None  # the command that brings it
     compiled: bool = False  # torch.compile: recompiles when deterministic mode is toggled
+    triton: bool = False  # by Triton kernels alone: an atlas can tell what it launches
     hbm_bytes: Callable[[models.Shape, int], int] | str | None = None  # forward; str: "module:fn"
     # Direction decode: "module:function", called as function(prompt [B, P, D], max_length, *inputs
     # but x, **config); returns step and a cache that copy.deepcopy copies; step(x [B, D], cache)
@@ -179,6 +180,7 @@ OPS: tuple[Op, ...] = (
                 "triton_chunked",
                 f"{_ADAPTERS}:triton_chunked",
                 "Triton: walks over chunks, the state in registers; schedule fused or split",
+                triton=True,
                 devices=("cuda",),
                 axes=(
                     "schedule",
@@ -198,6 +200,7 @@ OPS: tuple[Op, ...] = (
                 "triton_recurrent",
                 f"{_ADAPTERS}:triton_recurrent",
                 "Triton, token by token, in float32",
+                triton=True,
                 directions=("fwd",),
                 devices=("cuda",),
                 hbm_bytes=models.recurrent_hbm_bytes,
@@ -275,6 +278,7 @@ OPS: tuple[Op, ...] = (
                 "triton",
                 f"{_ADAPTERS}:triton_conv",
                 "Triton: short kernels and transpose in one pass, the long one by matrix products",
+                triton=True,
                 devices=("cuda",),
                 axes=("method", "N2"),
                 hbm_bytes="chela_bench.kernels.short_long_conv:hbm_bytes",
@@ -303,6 +307,7 @@ OPS: tuple[Op, ...] = (
                 "triton",
                 f"{_ADAPTERS}:triton_long_conv",
                 "Triton: transforms as matrix products; without gradients the spectrum is kept",
+                triton=True,
                 devices=("cuda",),
                 axes=("spectrum", "method", "N2"),
             ),
@@ -336,6 +341,7 @@ OPS: tuple[Op, ...] = (
                 "triton_unmerged",
                 f"{_ADAPTERS}:triton_unmerged",
                 "Triton: a kernel for each branch, and sums",
+                triton=True,
                 directions=("fwd",),
                 devices=("cuda",),
             ),
@@ -343,6 +349,7 @@ OPS: tuple[Op, ...] = (
                 "triton_merged",
                 f"{_ADAPTERS}:triton_merged",
                 "Triton: one short kernel, or none; the spectrum kept",
+                triton=True,
                 directions=("fwd",),
                 devices=("cuda",),
             ),
@@ -373,6 +380,7 @@ OPS: tuple[Op, ...] = (
                 "chela",
                 f"{_ADAPTERS}:fused_layer",
                 "Triton: convolution, attention and gates fused; matrix products by cuBLAS",
+                triton=True,
                 directions=(*AUTOGRAD, "decode"),
                 devices=("cuda",),
                 fp32_operands="tf32",
@@ -383,6 +391,7 @@ OPS: tuple[Op, ...] = (
                 "chela_merged",
                 f"{_ADAPTERS}:merged_layer",
                 "Triton, to infer with: short kernels merged, they and the spectrum kept",
+                triton=True,
                 directions=("fwd",),  # a step always merges
                 devices=("cuda",),
                 fp32_operands="tf32",
@@ -450,4 +459,6 @@ OPS: tuple[Op, ...] = (
 
 def user_impl(name: str, target: str) -> Impl:
     """A user's function as an implementation: nothing is assumed of it but the call."""
-    return Impl(name, target, f"user's function {target}", axes=None, fp32_operands="tf32")
+    return Impl(
+        name, target, f"user's function {target}", axes=None, fp32_operands="tf32", triton=True
+    )

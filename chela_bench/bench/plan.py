@@ -7,17 +7,17 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from chela_bench.bench.cases import Case, Distribution, Limits, Session
+from chela_bench.bench.cases import Case, Distribution, GpmWay, Limits, Session
 from chela_bench.bench.config import LARGEST, Config, Size
 from chela_bench.bench.lengths import parse_lengths
 from chela_bench.bench.load import is_file, sha256_of_files
 from chela_bench.bench.ops import Impl, Op, user_impl
 from chela_bench.bench.registry import get_op
-from chela_bench.errors import UsageError
+from chela_bench.errors import EnvironmentProblem, UsageError
 from chela_bench.records import (
     DIRECTIONS,
     DTYPES,
@@ -27,6 +27,8 @@ from chela_bench.records import (
     DType,
     Timer,
 )
+
+HbmWay = Literal["model", "ncu", "gpm", "auto"]
 
 _WHOLE = re.compile(r"-?[0-9]{1,18}")
 
@@ -49,6 +51,9 @@ class Flags:
     inputs: Distribution | None = None
     seed: int | None = None
     mix_gpus: bool = False
+    hbm: HbmWay = "model"
+    energy: bool = False
+    detail: bool = False
 
 
 class Settings(BaseModel):
@@ -73,6 +78,9 @@ class Settings(BaseModel):
     inputs: Distribution
     seed: int
     limits: Limits
+    hbm: HbmWay = "model"
+    energy: bool = False
+    detail: bool = False  # more of each kernel than its bytes, in a second run under ncu
 
     @model_validator(mode="after")
     def _every_op_is_whole(self) -> Settings:
@@ -86,7 +94,13 @@ class Settings(BaseModel):
     def device_kind(self) -> str:
         return self.devices[0].partition(":")[0]
 
-    def sessions(self) -> list[Session]:
+    def sessions(self, *, ncu: bool = False) -> list[Session]:
+        """One a device. With `ncu`, which counts afterwards, --hbm auto needs no other counter."""
+        gpm: GpmWay = "no"
+        if self.hbm == "gpm":
+            gpm = "or refuse"
+        elif self.detail or (self.hbm == "auto" and not ncu):
+            gpm = "where it can"
         return [
             Session(
                 device=device,
@@ -97,6 +111,8 @@ class Settings(BaseModel):
                 limits=self.limits,
                 user_impls=self.user_impls,
                 user_files_sha256=self.user_files_sha256,
+                energy=self.energy,
+                gpm=gpm,
             )
             for device in self.devices
         ]
@@ -114,13 +130,14 @@ def resolve(config: Config, flags: Flags, devices: Sequence[str]) -> Settings:
         preset = config.presets[preset_name]
         sweep = sweep.model_copy(update=preset.sweep.model_dump(exclude_none=True))
         limits = config.limits_with(preset)
-    ops = [get_op(name) for name in _unique(flags.ops or sweep.ops)]
+    ops = [get_op(name) for name in unique(flags.ops or sweep.ops)]
     ops, impls, user_impls = _choose_impls(ops, flags)
     shapes = _choose_shapes(config, ops, flags, sweep.shapes)
     chosen = [op for op in ops if op.name in shapes]
     directions = _known("direction", flags.directions or sweep.directions, DIRECTIONS)
     if not flags.impls:
         impls = {op.name: _with_some_of(op, directions) for op in chosen}
+    _refuse_counters_of_nothing(flags, devices)
     settings = Settings(
         devices=list(devices),
         mix_gpus=flags.mix_gpus,
@@ -139,9 +156,30 @@ def resolve(config: Config, flags: Flags, devices: Sequence[str]) -> Settings:
         inputs=flags.inputs or sweep.inputs,
         seed=sweep.seed if flags.seed is None else flags.seed,
         limits=limits,
+        hbm=flags.hbm,
+        energy=flags.energy,
+        detail=flags.detail,
     )
     _refuse_unused_axes(settings)
     return settings
+
+
+def _refuse_counters_of_nothing(flags: Flags, devices: Sequence[str]) -> None:
+    """What only a GPU counts, where there is none; ncu's bytes of one model under other cards'."""
+    if devices[0] == "cpu":
+        way_out = "see chela-bench doctor"
+        if flags.detail:
+            raise EnvironmentProblem(
+                "profile counts on a GPU, and none is in use here; read a capture with --from, or "
+                f"{way_out}"
+            )
+        given = {"--energy": flags.energy, f"--hbm {flags.hbm}": flags.hbm in ("ncu", "gpm")}
+        for flag in (flag for flag, on in given.items() if on):
+            raise EnvironmentProblem(
+                f"{flag} counts on a GPU, and none is in use here; leave it out, or {way_out}"
+            )
+    if flags.mix_gpus and flags.hbm == "ncu":
+        raise UsageError("--hbm ncu counts on one card, for GPUs of one model; without --mix-gpus")
 
 
 def cases(settings: Settings) -> list[Case]:
@@ -211,7 +249,7 @@ def parse_axis(text: str) -> tuple[str, list[ConfigValue]]:
     parts = [part.strip() for part in values.split(",")]
     if not equals or not name.strip().isidentifier() or not all(parts):
         raise UsageError(f"--axis takes NAME=VALUE,VALUE,..., as in BLOCK_T=32,64; got {text!r}")
-    return name.strip(), _unique([int(p) if _WHOLE.fullmatch(p) else p for p in parts])
+    return name.strip(), unique([int(p) if _WHOLE.fullmatch(p) else p for p in parts])
 
 
 def parse_sizes(text: str) -> dict[str, int]:
@@ -233,7 +271,7 @@ def _choose_impls(
 ) -> tuple[list[Op], dict[str, list[str]], dict[str, str]]:
     """The ops left, their implementations by name, and the user's functions by name."""
     files = [name for name in flags.impls if ".py:" in name or name.endswith(".py")]
-    names = _unique([name for name in flags.impls if name not in files])
+    names = unique([name for name in flags.impls if name not in files])
     if not flags.impls:
         return ops, {op.name: [impl.name for impl in op.impls] for op in ops}, {}
     for name in names:
@@ -258,7 +296,7 @@ def _choose_impls(
 
 def _user_impls(texts: Sequence[str]) -> dict[str, str]:
     """Targets by name: `file.py:function`, with as many folders in front as tell files apart."""
-    targets = _unique(_user_target(text) for text in texts)
+    targets = unique(_user_target(text) for text in texts)
     names: dict[str, str] = {}
     for target in targets:
         path, _, function = target.rpartition(":")
@@ -293,7 +331,7 @@ def _utf8(flag: str, text: str) -> str:
 def _choose_shapes(
     config: Config, ops: list[Op], flags: Flags, default: Sequence[str]
 ) -> dict[str, dict[str, dict[str, int]]]:
-    names = _unique(flags.shapes or default)
+    names = unique(flags.shapes or default)
     chosen: dict[str, dict[str, dict[str, int]]] = {}
     for op in ops:
         table = config.shapes.get(op.name, {})
@@ -305,14 +343,14 @@ def _choose_shapes(
                 f"no shape {', '.join(map(repr, names))} for {op.name} in bench.toml; "
                 f"it has: {', '.join(table) or 'none'}"
             )
-    known = _unique(name for op in ops for name in config.shapes.get(op.name, {}))
+    known = unique(name for op in ops for name in config.shapes.get(op.name, {}))
     for name in flags.shapes:  # a preset's may belong to ops that were not asked for
         if name not in known:
             raise _unknown("shape", name, dict.fromkeys(known), "(see bench.toml)")
     for dim, size in flags.sizes.items():
         users = [op for op in ops if dim in op.dims and op.name in chosen]
         if not users or dim == "T":
-            dims = _unique(d for op in ops for d in op.dims if d != "T")
+            dims = unique(d for op in ops for d in op.dims if d != "T")
             way_out = "lengths are --lens" if dim == "T" else f"there are: {', '.join(dims)}"
             raise UsageError(f"--set {dim}={size}: no such dimension here; {way_out}")
         for op in users:
@@ -350,9 +388,7 @@ def _refuse_unused_axes(settings: Settings) -> None:
     ]
     for axis, values in settings.axes.items():
         if not any(_takes(op, impl, axis) for op, impl in pairs):
-            known = _unique(
-                name for op, impl in pairs for name in (*op.options, *(impl.axes or ()))
-            )
+            known = unique(name for op, impl in pairs for name in (*op.options, *(impl.axes or ())))
             raise UsageError(
                 f"--axis {axis}: nothing selected has such an axis; there are: "
                 f"{', '.join(known) or 'none'}"
@@ -367,12 +403,12 @@ def _known(kind: str, given: Sequence[str], allowed: Sequence[Any]) -> list[Any]
     for name in given:
         if name not in allowed:
             raise _unknown(kind, name, dict.fromkeys(allowed))
-    return _unique(given)
+    return unique(given)
 
 
 def _unknown(kind: str, name: str, known: Mapping[str, object], more: str = "") -> UsageError:
     return UsageError(f"no {kind} {name!r}; there are: {', '.join(known)} {more}".strip())
 
 
-def _unique(items: Any) -> list[Any]:
+def unique(items: Any) -> list[Any]:
     return list(dict.fromkeys(items))

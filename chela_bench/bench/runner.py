@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -31,11 +31,31 @@ START_LIMIT_S = 180.0  # importing torch, starting CUDA, measuring the ceilings
 _FOREIGN_ANSWER = "something else wrote into the worker's answers"
 _LAST_BREATH_S = 10.0  # for a worker whose pipe is closed to end
 _LOOK_S = 0.5  # how often a silent worker is looked at: one that forked leaves its pipe open
-_PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
-_WORKER = (  # not `-m`: that would put the current folder, with whatever lies in it, first
-    f"import sys; root = {_PACKAGE_ROOT!r}; root in sys.path or sys.path.insert(0, root); "
-    "from chela_bench.bench.worker import main; main()"
-)
+PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
+
+
+def main_of(module: str) -> str:
+    """Code that runs `main` of a module of this package, for `python -P -c`.
+
+    Not `-m`: that would put the current folder, with whatever lies in it, first.
+    """
+    return (
+        f"import sys; root = {PACKAGE_ROOT!r}; root in sys.path or sys.path.insert(0, root); "
+        f"from {module} import main; main()"
+    )
+
+
+_WORKER = main_of("chela_bench.bench.worker")
+
+
+def worker_environment() -> dict[str, str]:
+    return {
+        **os.environ,
+        # One process is one thing to kill: torch.compile's pool would outlive the worker.
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        "TEARDOWN_CUPTI": "1",  # a profiler that stays attached slows every later launch
+        "PYTHONUNBUFFERED": "1",  # the last words of one that dies
+    }
 
 
 class WorkerDied(Exception):
@@ -57,26 +77,21 @@ class WorkerHung(Exception):
 class WorkerProcess:
     """One worker process and the pipes to it."""
 
-    def __init__(self, session: Session, log: Path) -> None:
+    def __init__(self, session: Session, log: Path, *, root: str = PACKAGE_ROOT) -> None:
+        """`root` holds the chela_bench that the worker imports: this one unless given."""
         self.session = session
         self._log = log
         read_fd, write_fd = os.pipe()
-        environment = {
-            **os.environ,
-            # One process is one thing to kill: torch.compile's pool would outlive the worker.
-            "TORCHINDUCTOR_COMPILE_THREADS": "1",
-            "TEARDOWN_CUPTI": "1",  # a profiler that stays attached slows every later launch
-            "PYTHONUNBUFFERED": "1",  # the last words of one that dies
-        }
+        code = _WORKER.replace(repr(PACKAGE_ROOT), repr(root))
         with log.open("ab") as log_file:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _WORKER, str(write_fd), str(os.getpid())],
+                [sys.executable, "-P", "-c", code, str(write_fd), str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=log_file,
                 stderr=log_file,
                 pass_fds=(write_fd,),
                 start_new_session=True,  # Ctrl-C reaches the parent alone
-                env=environment,
+                env=worker_environment(),
             )
         os.close(write_fd)
         self._answers = read_fd
@@ -255,6 +270,44 @@ class Runner:
         spent = {"started_utc": started, "spent_s": round(time.monotonic() - begin, 4)}
         return point.model_copy(update=spent), samples
 
+    def interleave(
+        self,
+        cases: Sequence[Case],
+        seconds: float,
+        on_phase: Callable[[str], None] = lambda phase: None,
+    ) -> tuple[dict[str, list[float]], int]:
+        """Samples by key of configurations of one call, timed in turn for so long, and how many
+        rounds there were. Raises WorkerDied or WorkerHung; the next case gets a new worker."""
+        if self._worker is not None and self._worker.ended:
+            self._discard()
+        if self._worker is None:
+            self._start()
+        assert self._worker is not None
+        limits = self._session.limits
+        try:
+            rows = [case.model_dump(mode="json") for case in cases]
+            self._worker.send({"interleave": {"cases": rows, "seconds": seconds}})
+            phase, limit_s = "start", limits.phase_s
+            while True:
+                answer = self._worker.receive(time.monotonic() + limit_s)
+                if answer is None:
+                    raise WorkerHung(phase, limit_s)
+                if "phase" not in answer:
+                    break
+                phase = answer["phase"]
+                limit_s = limits.build_s if phase == "build" else limits.phase_s
+                on_phase(phase)
+            try:
+                samples, rounds, spoilt = (answer[x] for x in ("samples_ns", "rounds", "spoilt"))
+            except KeyError:
+                raise WorkerDied(_FOREIGN_ANSWER) from None
+        except (WorkerDied, WorkerHung):
+            self._discard()
+            raise
+        if spoilt:
+            self._discard()
+        return samples, rounds
+
     def _ask_worker(self, case: Case, on_phase: Callable[[str], None]) -> tuple[Point, list[float]]:
         if self._worker is None:
             self._start()
@@ -313,16 +366,8 @@ class Runner:
             ) from None
 
     def _lock_gpu(self) -> None:
-        """One sweep holds one GPU; the system drops the lock when this process ends."""
-        uuid = self.environment.uuid
-        if uuid is None or self._gpu_lock is not None:
-            return
-        shared = Path("/tmp")  # one place for all users, whatever their TMPDIR
-        folder = shared if shared.is_dir() else Path(tempfile.gettempdir())
-        path = folder / f"chela-bench-{uuid}.lock"
-        self._gpu_lock = lock_file(
-            path, f"{self.environment.name} ({uuid}) is in use by another sweep"
-        )
+        if self.environment.uuid is not None and self._gpu_lock is None:
+            self._gpu_lock = gpu_lock(self.environment)
 
     def _discard(self) -> None:
         if self._worker is not None:
@@ -339,6 +384,14 @@ class Runner:
             outcome=outcome,
             reason=reason,
         )
+
+
+def gpu_lock(environment: Environment) -> IO[str]:
+    """One sweep holds one GPU; the system drops the lock when this process ends."""
+    shared = Path("/tmp")  # one place for all users, whatever their TMPDIR
+    folder = shared if shared.is_dir() else Path(tempfile.gettempdir())
+    path = folder / f"chela-bench-{environment.uuid}.lock"
+    return lock_file(path, f"{environment.name} ({environment.uuid}) is in use by another sweep")
 
 
 def lock_file(path: Path, taken: str) -> IO[str]:

@@ -146,7 +146,7 @@ def load_header(folder: Path) -> Run:
     try:
         return Run.model_validate_json(text)
     except ValidationError as error:
-        raise RecordError(f"{path}: {_first_problem(error)}") from None
+        raise RecordError(f"{path}: {first_problem(error)}") from None
 
 
 def load_points(folder: Path) -> list[Point]:
@@ -156,7 +156,7 @@ def load_points(folder: Path) -> list[Point]:
         try:
             point = Point.model_validate_json(line)
         except ValidationError as error:
-            raise RecordError(f"{path}, line {number}: {_first_problem(error)}") from None
+            raise RecordError(f"{path}, line {number}: {first_problem(error)}") from None
         points[point.key] = point
     return list(points.values())
 
@@ -169,7 +169,7 @@ def load_samples(folder: Path) -> dict[str, list[int]]:
         try:
             row = SampleLine.model_validate_json(line)
         except ValidationError as error:
-            raise RecordError(f"{path}, line {number}: {_first_problem(error)}") from None
+            raise RecordError(f"{path}, line {number}: {first_problem(error)}") from None
         samples[row.key] = row.samples_ns
     return samples
 
@@ -223,7 +223,7 @@ def _append(handle: IO[bytes], line: str) -> None:
     os.fsync(handle.fileno())
 
 
-def _first_problem(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"]) or "record"
     return f"{where}: {problem['msg']}"

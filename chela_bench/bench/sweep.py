@@ -6,20 +6,21 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
-from chela_bench.bench import plan, store
-from chela_bench.bench.cases import Case
+from chela_bench.bench import plan, profiling, store
+from chela_bench.bench.cases import Case, Session
 from chela_bench.bench.crew import Began, Crew, Entered
 from chela_bench.bench.plan import Settings
-from chela_bench.bench.runner import shuffled, utc_now
-from chela_bench.errors import RecordError, UsageError
+from chela_bench.bench.runner import Runner, shuffled, utc_now
+from chela_bench.errors import EnvironmentProblem, RecordError, UsageError
 from chela_bench.profiles import machine, nvml
+from chela_bench.profiles.ncu import Tool
 from chela_bench.records import Ceilings, Cost, Device, Outcome, Point, Run, Spent
 
 # What must be equal for a run to go on where it stopped: the rest of Environment may drift.
@@ -33,6 +34,7 @@ class Listener(Protocol):
     def case(self, case: Case) -> None: ...
     def phase(self, phase: str) -> None: ...
     def finished(self, point: Point) -> None: ...
+    def said(self, line: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -55,28 +57,40 @@ def sweep(
     *,
     resumed: Run | None = None,
     retry: frozenset[Outcome] = frozenset(),
+    ncu_report: Path | None = None,
 ) -> Result:
-    """Measures all cases of `settings` that the folder does not hold yet.
+    """Measures all cases of `settings` that the folder does not hold yet; then, if asked for,
+    counts their bytes under Nsight Compute, whose full report goes to `ncu_report`.
 
     KeyboardInterrupt passes through with everything measured so far on disk. Raises RecordError if
     `resumed` was measured on another machine, with other versions or settings.
     """
     begin = time.monotonic()
     cases = plan.cases(settings)
+    tool, no_tool = _profiler(settings)
+    sessions = settings.sessions(ncu=tool is not None)
+    profiling_s = 0.0
     with store.RunFolder(folder_path) as folder:
-        with Crew(settings.sessions(), folder.log, ceilings=_ceilings(resumed)) as crew:
+        with Crew(sessions, folder.log, ceilings=known_ceilings(resumed)) as crew:
             _refuse_mixed_models(settings, crew.devices)
-            run = _header(settings, cases, folder_path, crew, resumed)
+            versions = crew.runners[0].versions
+            run = header(settings, len(cases), folder_path, crew.devices, versions, resumed)
             done = {p.key for p in store.load_points(folder_path) if p.outcome not in retry}
             left = [case for case in cases if case.key not in done]
             if resumed is not None and left:
                 run = run.model_copy(update={"finished_utc": None, "cost": None})
             folder.write_run(run)
-            listener.started(run, folder_path, len(left), _warnings(crew))
+            listener.started(run, folder_path, len(left), disturbances(crew.runners))
             spent = _measure_all(settings, left, crew, folder, listener)
+        if tool is not None:
+            profiling_begin = time.monotonic()
+            _profile(tool, sessions[0], cases, run, folder, listener, settings, ncu_report)
+            profiling_s = time.monotonic() - profiling_begin
+        elif no_tool is not None:
+            _say_why(no_tool, folder)
         if run.finished_utc is None:
-            wall_s = (time.monotonic() - begin) * len(settings.devices)
-            cost = _cost(wall_s, spent)
+            wall_s = (time.monotonic() - begin - profiling_s) * len(settings.devices)
+            cost = _cost(wall_s + profiling_s, spent, profiling_s)
             run = run.model_copy(update={"finished_utc": utc_now(), "cost": cost})
             folder.write_run(run)
     return Result(folder_path, run, store.load_points(folder_path))
@@ -114,16 +128,61 @@ def _measure_all(
     return spent
 
 
-def _cost(wall_s: float, spent: list[Spent]) -> Cost:
+def _profiler(settings: Settings) -> tuple[Tool | None, str | None]:
+    """The tool that will count bytes, tried; with --hbm auto also why there is none. With --hbm ncu
+    EnvironmentProblem, before anything is measured."""
+    if settings.hbm not in ("ncu", "auto") or settings.device_kind == "cpu":
+        return None, None
+    try:
+        return profiling.usable_tool(), None
+    except EnvironmentProblem as problem:
+        if settings.hbm == "ncu":
+            raise
+        return None, str(problem)
+
+
+def _profile(
+    tool: Tool,
+    session: Session,
+    cases: list[Case],
+    run: Run,
+    folder: store.RunFolder,
+    listener: Listener,
+    settings: Settings,
+    report: Path | None,
+) -> None:
+    way = profiling.Way(tool, session, run.ceilings, folder.path, listener.said)
+    try:
+        profiling.add_bytes(
+            way, cases, run.environment, folder, detail=settings.detail, report=report
+        )
+    except EnvironmentProblem as problem:
+        if settings.hbm == "ncu":
+            raise EnvironmentProblem(
+                f"{problem}; the times are kept, go on with --resume {folder.path}"
+            ) from problem
+        listener.said(f"warning: {problem}")
+        _say_why(str(problem), folder)
+
+
+def _say_why(reason: str, folder: store.RunFolder) -> None:
+    """Every correct point without counted bytes says why."""
+    for point in store.load_points(folder.path):
+        if point.outcome == "ok" and point.hbm.read_bytes is None:
+            folder.append(profiling.without_bytes(point, reason), [])
+
+
+def _cost(wall_s: float, spent: list[Spent], profiling_s: float) -> Cost:
     return Cost(
         wall_s=round(wall_s, 3),
         compiling_s=round(sum(each.compiling_s for each in spent), 3),
         checking_s=round(sum(each.checking_s for each in spent), 3),
         timing_s=round(sum(each.timing_s for each in spent), 3),
+        profiling_s=round(profiling_s, 3),
     )
 
 
-def _ceilings(resumed: Run | None) -> dict[str, Ceilings]:
+def known_ceilings(resumed: Run | None) -> dict[str, Ceilings]:
     """Ceilings that are known, by device as points name it."""
     if resumed is None:
         return {}
@@ -145,10 +204,16 @@ def _refuse_mixed_models(settings: Settings, devices: list[Device]) -> None:
         )
 
 
-def _header(
-    settings: Settings, cases: list[Case], folder: Path, crew: Crew, resumed: Run | None
+def header(
+    settings: Settings,
+    planned: int,
+    folder: Path,
+    devices: Sequence[Device],
+    versions: dict[str, str],
+    resumed: Run | None,
 ) -> Run:
-    first, *others = crew.devices
+    """A new run's, or the resumed one's, if it may go on here. Raises RecordError."""
+    first, *others = devices
     sha, dirty = git_state()
     run = Run(
         run_id=folder.name,
@@ -160,8 +225,8 @@ def _header(
         seed=settings.seed,
         inputs=settings.inputs,
         settings=settings.model_dump(mode="json"),
-        planned_points=len(cases),
-        versions=crew.runners[0].versions,
+        planned_points=planned,
+        versions=versions,
         environment=first.environment,
         ceilings=first.ceilings,
         other_devices=others,
@@ -200,9 +265,10 @@ def _refuse_difference(folder: Path, name: str, then: object, now: object) -> No
         )
 
 
-def _warnings(crew: Crew) -> list[str]:
+def disturbances(runners: Sequence[Runner]) -> list[str]:
+    """Other processes on the cards."""
     found = []
-    for runner in crew.runners:
+    for runner in runners:
         own = {runner.worker_pid} if runner.worker_pid is not None else set[int]()
         uuid = runner.environment.uuid
         others = [] if uuid is None else nvml.other_processes(uuid, own)

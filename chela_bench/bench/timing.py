@@ -187,6 +187,23 @@ def keep_busy(call: Call, call_ns: int, *, for_ns: int = 30_000_000) -> None:
         call()
 
 
+def repeat(call: Call, call_ns: int, *, for_s: float, at_once_ns: int = 50_000_000) -> int:
+    """Calls in a row for at least `for_s`, the device idle before and after; returns how many.
+
+    They are launched in stretches of about `at_once_ns`, so that no queue grows without end.
+    """
+    at_once = max(1, min(at_once_ns // max(call_ns, 1), 10_000))
+    done = 0
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < for_s:
+        for _ in range(at_once):
+            call()
+        torch.cuda.synchronize()
+        done += at_once
+    return done
+
+
 def host_ns(call: Call, *, calls: int = 20, rounds: int = 10, limit_s: float = 0.5) -> int:
     """Host time per call: `calls` in a row without synchronising, median over rounds (CUDA).
 

@@ -7,12 +7,15 @@ belong to whatever the implementations print and go to the run's worker.log.
     -> {"session": {...}}      <- {"hello": {"environment": ..., "versions": ...}}
     -> {"begin": ceilings}     <- {"ready": {"ceilings": ...}}      (null: measure them)
     -> {"case": {...}}         <- {"phase": "build"} ... {"point", "samples_ns", "spoilt"}
+    -> {"interleave": {...}}   <- {"phase": "build"} ... {"samples_ns", "rounds", "spoilt"}
+    -> {"hold": {...}}         <- {"phase": "build"} ... {"held": {}}, or {"failed": [outcome, why]}
+    -> {"take": seconds}       <- {"taken": {"samples_ns", "clock"}}, or {"failed": ...}
+    -> {"release": null}       <- {"phase": "check"} ... {"released": {}}, or {"failed": ...}
     -> any of these            <- {"refused": {"exit_code", "message"}}
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
@@ -24,9 +27,9 @@ from typing import Any
 
 from chela_bench.bench.cases import Case, Session
 from chela_bench.errors import ArgumentError, ChelaBenchError, EnvironmentProblem
-from chela_bench.records import Ceilings, Outcome, Spent, Telemetry
+from chela_bench.profiles.forks import die_with_parent
+from chela_bench.records import Ceilings, Outcome, Spent
 
-_PR_SET_PDEATHSIG = 1
 _ALLOCATOR_SAYS = ("can't allocate memory", "Storage size calculation overflowed")
 
 
@@ -54,8 +57,12 @@ def main() -> None:
                 raise EnvironmentProblem("the first command of a worker must be its session")
             elif "begin" in command:
                 worker.begin(command["begin"])
-            else:
+            elif "interleave" in command:
+                worker.interleave(**command["interleave"])
+            elif "case" in command:
                 worker.measure(Case.model_validate(command["case"]))
+            else:
+                worker.turn(command)
         except ChelaBenchError as error:
             answer({"refused": {"exit_code": error.exit_code, "message": str(error)}})
 
@@ -65,6 +72,7 @@ class Worker:
         self.session = session
         self.answer = answer
         self.user_impls: dict[str, Any] = {}
+        self.held: Any = None  # turns.Held
 
     def hello(self) -> None:
         """Says what this machine is; uses the device only as far as asking for its properties."""
@@ -89,7 +97,7 @@ class Worker:
         from chela_bench.bench.job import Bench
         from chela_bench.bench.load import load, refuse_changed_files
         from chela_bench.bench.ops import user_impl
-        from chela_bench.profiles import nvml
+        from chela_bench.profiles import gpm, nvml
         from chela_bench.profiles.ceilings import measure_ceilings
 
         device = torch.device(self.session.device)
@@ -107,17 +115,19 @@ class Worker:
             nvml.keep_open()
         else:
             limit_memory(self.session.memory_limit_bytes)
+        uuid = self.environment.uuid
+        if uuid and self.session.gpm == "or refuse" and (problem := gpm.problem(uuid)):
+            raise EnvironmentProblem(f"--hbm gpm: {problem}")
         known = Ceilings() if ceilings is None else Ceilings.model_validate(ceilings)
         if cuda and ceilings is None:
             known = measure_ceilings(device)
-        uuid = self.environment.uuid
         self.bench = Bench(
             session=self.session,
             device=device,
             device_name=uuid or "cpu",
             l2_bytes=l2_bytes,
             ceilings=known,
-            telemetry=lambda: nvml.telemetry(uuid) if uuid else (Telemetry(), None),
+            sampler=lambda: nvml.Sampler(uuid or ""),
             announce=lambda phase: self.answer({"phase": phase}),
             timer=timing.EventTimer(l2_bytes=l2_bytes, cold=cold) if events else None,
             evictor=timing.L2Evictor(l2_bytes) if cuda and cold and not events else None,
@@ -126,7 +136,7 @@ class Worker:
 
     def measure(self, case: Case) -> None:
         from chela_bench.bench.bounds import point_of
-        from chela_bench.bench.leftovers import left_behind, release_memory, state
+        from chela_bench.bench.leftovers import release_memory, state
         from chela_bench.bench.measure import measure
 
         bench = self.bench
@@ -146,13 +156,63 @@ class Worker:
                 reason=reason,
             )
         release_memory(cuda=bench.cuda)
+        spoilt = self._spoilt(case.key, before)
         spent = Spent(**{f"{name}_s": round(s, 6) for name, s in bench.spent_s.items()})
         point = point.model_copy(update={"spent": spent})
-        spoilt = left_behind(before, cuda=bench.cuda)
-        if spoilt is not None:
-            print(f"{case.key}: {spoilt}; a new worker follows", file=sys.stderr, flush=True)
         answer = {"point": point.model_dump(mode="json"), "samples_ns": samples}
-        self.answer({**answer, "spoilt": spoilt is not None})
+        self.answer({**answer, "spoilt": spoilt})
+
+    def interleave(self, cases: list[dict[str, Any]], seconds: float) -> None:
+        """Times right configurations of one call in turn."""
+        from chela_bench.bench.interleave import interleaved
+        from chela_bench.bench.leftovers import release_memory, state
+
+        bench = self.bench
+        wanted = [Case.model_validate(case) for case in cases]
+        before = state(cuda=bench.cuda)
+        samples, rounds = interleaved(bench, wanted, self.user_impls, seconds)
+        release_memory(cuda=bench.cuda)
+        spoilt = self._spoilt(f"{len(cases)} configurations in turn", before)
+        self.answer({"samples_ns": samples, "rounds": rounds, "spoilt": spoilt})
+
+    def _spoilt(self, what: str, before: Any) -> bool:
+        """Whether something was left behind, which the log tells."""
+        from chela_bench.bench.leftovers import left_behind
+
+        spoilt = left_behind(before, cuda=self.bench.cuda)
+        if spoilt is not None:
+            print(f"{what}: {spoilt}; a new worker follows", file=sys.stderr, flush=True)
+        return spoilt is not None
+
+    def turn(self, command: dict[str, Any]) -> None:
+        """Two workers in turns: a case is held ready, sampled now and again, and let go."""
+        from chela_bench.bench.leftovers import release_memory
+        from chela_bench.bench.turns import Held
+
+        try:
+            if "hold" in command:
+                self.held = Held(self.bench, Case.model_validate(command["hold"]), self.user_impls)
+                self.answer({"held": {}})
+            elif "take" in command:
+                samples_ns, clock = self.held.take(command["take"])
+                self.answer({"taken": {"samples_ns": samples_ns, "clock": clock}})
+            else:
+                self.held.release()
+                self.answer({"released": {}})
+        except (Exception, SystemExit) as error:  # what an implementation raises is an outcome
+            self.answer({"failed": failure_of(error)})
+        if "release" in command:
+            self.held = None
+            release_memory(cuda=self.bench.cuda)
+
+
+def failure_of(error: BaseException) -> tuple[Outcome, str]:
+    """As `outcome_of`; what the bench itself found keeps its own words."""
+    from chela_bench.bench.job import Finished
+
+    if isinstance(error, Finished):
+        return error.outcome, error.reason
+    return outcome_of(error)
 
 
 def outcome_of(error: BaseException) -> tuple[Outcome, str]:
@@ -178,17 +238,6 @@ def outcome_of(error: BaseException) -> tuple[Outcome, str]:
     if (dynamo and isinstance(error, dynamo.TorchDynamoException)) or names & compiler:
         return "compile_error", text
     return "crash", text
-
-
-def die_with_parent(parent_pid: int) -> None:
-    """Linux: the kernel kills this process when its parent ends, however it ends.
-
-    Elsewhere the worker ends when it next reads its closed standard input.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent_pid:  # it ended before the line above
-            os._exit(1)
 
 
 def limit_memory(limit_bytes: int | None) -> None:

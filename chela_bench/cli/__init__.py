@@ -18,7 +18,14 @@ from chela_bench.errors import ChelaBenchError, EnvironmentProblem
 
 COMMANDS = {  # name -> module:attribute, and the line that --help shows without importing it
     "sweep": ("chela_bench.cli.sweep:sweep", "Measure implementations over sequence lengths."),
+    "profile": ("chela_bench.cli.profile:profile", "Every kernel's bytes, SRAM and occupancy."),
+    "tune": ("chela_bench.cli.tune:tune", "Try block sizes: compiled, checked, timed in turn."),
+    "atlas": ("chela_bench.cli.atlas:atlas", "Compile block sizes for GPUs that are not there."),
     "report": ("chela_bench.cli.report:report", "Tables and figures from run folders."),
+    "compare": ("chela_bench.cli.compare:compare", "Two runs or two versions, point by point."),
+    "gate": ("chela_bench.cli.gate:gate", "Fail what got slower, fatter, wrong or lost."),
+    "baseline": ("chela_bench.cli.baseline:baseline", "Records that gate holds against."),
+    "noise": ("chela_bench.cli.noise:noise", "How far runs of the same code differ here."),
     "runs": ("chela_bench.cli.runs:runs", "Run folders, newest first."),
     "show": ("chela_bench.cli.show:show", "The tables of a run, writing nothing."),
     "list": ("chela_bench.cli.list:list_", "Ops, implementations and shapes, and what can run."),
@@ -79,8 +86,9 @@ def cli() -> None:
     """Triton kernels around the CHELA layer, and the bench that measures them.
 
     \b
-    Exit codes: 0 ok, 1 a point crashed or timed out, 2 usage, 3 a wrong result,
-    6 the machine lacks something, 129, 130 or 143 interrupted.
+    Exit codes: 0 ok, 1 a regression, or a point crashed or timed out, 2 usage, 3 a wrong
+    result, 4 no baseline for this machine, 5 unclear, 6 the machine lacks something, 129, 130
+    or 143 interrupted.
     """
 
 

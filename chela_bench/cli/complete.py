@@ -67,6 +67,12 @@ def devices(ctx: click.Context, param: click.Parameter, incomplete: str) -> list
     return _starting(["auto", "cpu", "cuda", *numbered], incomplete)
 
 
+def archs(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from chela_bench.profiles.occupancy import ARCHS
+
+    return _listed(ARCHS, incomplete)
+
+
 def _listed(names: Iterable[str], incomplete: str) -> list[CompletionItem]:
     """The last of a comma-separated list, with what stands before it; none twice."""
     before, comma, last = incomplete.rpartition(",")
@@ -80,8 +86,9 @@ def _starting(names: Iterable[str], incomplete: str) -> list[CompletionItem]:
 
 
 def _ops(ctx: click.Context) -> list[Op]:
-    """Those given with --op, else all."""
-    given = [name for names in ctx.params.get("op") or () for name in names]
+    """Those given with --op, or as the argument that `profile` takes; else all."""
+    said = ctx.params.get("op") or ()
+    given = [said] if isinstance(said, str) else [name for names in said for name in names]
     return [op for op in _all_ops() if not given or op.name in given]
 
 

@@ -7,20 +7,22 @@ from typing import Literal
 
 import pandas as pd
 
-from chela_bench.bench.store import load_samples, write_atomically
-from chela_bench.errors import EnvironmentProblem, RecordError
+from chela_bench.bench.store import load_samples
+from chela_bench.cli.output import write_files
+from chela_bench.errors import RecordError
 from chela_bench.records import Point, Run
 from chela_bench.reports.figures import figures, render
 from chela_bench.reports.html import page
 from chela_bench.reports.markdown import summary
-from chela_bench.reports.tables import points_frame
+from chela_bench.reports.tables import kernels_frame, points_frame
 
 PAGE = "index.html"
 FORMATS: tuple[Literal["png", "svg"], ...] = ("png", "svg")
 
 
 def write_tables(folder: Path, run: Run, points: list[Point]) -> None:
-    """results.csv (a row a point) and samples.parquet (a row a time sample)."""
+    """results.csv (a row a point), samples.parquet (a row a time sample), and kernels.csv (a row a
+    kernel) where Nsight Compute was run."""
     samples = load_samples(folder)
     lost = [point.key for point in points if point.seconds is not None and point.key not in samples]
     if lost:
@@ -33,12 +35,12 @@ def write_tables(folder: Path, run: Run, points: list[Point]) -> None:
     ]
     table = pd.DataFrame(rows, columns=["key", "clock", "sample", "time_ns"])
     table = table.astype({"key": "str", "clock": "str", "sample": "int64", "time_ns": "int64"})
-    csv = points_frame(run, points).to_csv(index=False)
-    _write(folder, {"results.csv": csv.encode(), "samples.parquet": table.to_parquet(index=False)})
+    files = {**_csv(run, points), "samples.parquet": table.to_parquet(index=False)}
+    write_files({folder / name: data for name, data in files.items()})
 
 
 def write_report(out: Path, run: Run, points: list[Point]) -> list[Path]:
-    """index.html, summary.md, results.csv and every figure as PNG and SVG; returns the paths."""
+    """index.html, summary.md, the CSVs and every figure as PNG and SVG; returns the paths."""
     drawn = {
         name: {kind: render(figure, kind) for kind in FORMATS}
         for name, figure in figures(run, points).items()
@@ -47,19 +49,16 @@ def write_report(out: Path, run: Run, points: list[Point]) -> list[Path]:
     files = {
         PAGE: page(run, points, svgs).encode(),
         "summary.md": summary(run, points).encode(),
-        "results.csv": points_frame(run, points).to_csv(index=False).encode(),
+        **_csv(run, points),
         **{f"{name}.{kind}": data for name, kinds in drawn.items() for kind, data in kinds.items()},
     }
-    _write(out, files)
+    write_files({out / name: data for name, data in files.items()})
     return [out / name for name in files]
 
 
-def _write(out: Path, files: dict[str, bytes]) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
-            write_atomically(out / name, data)
-    except OSError as error:
-        raise EnvironmentProblem(
-            f"cannot write the report to {out}: {error.strerror}; give another folder"
-        ) from error
+def _csv(run: Run, points: list[Point]) -> dict[str, bytes]:
+    """results.csv, and kernels.csv if any were profiled."""
+    files = {"results.csv": points_frame(run, points).to_csv(index=False).encode()}
+    if any(point.kernels for point in points):
+        files["kernels.csv"] = kernels_frame(points).to_csv(index=False).encode()
+    return files

@@ -9,8 +9,9 @@ from pathlib import Path
 import click
 
 from chela_bench.cli.lines import say
-from chela_bench.cli.options import config_option, device_option, out_option
+from chela_bench.cli.options import config_option, device_option, json_option, out_option
 from chela_bench.errors import ChelaBenchError
+from chela_bench.profiles.compiling import compiling, examine_compiling
 from chela_bench.profiles.doctor import Check, can_run, examine
 from chela_bench.profiles.inventory import Peer, collect
 
@@ -21,7 +22,7 @@ _COLOURS = {"ok": None, "warning": "yellow", "problem": "red"}
 @device_option
 @config_option
 @out_option
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@json_option
 @click.pass_context
 def doctor(ctx: click.Context, device: str, config: Path | None, out: Path, as_json: bool) -> None:
     """What this machine has, what stands in the way of a sweep, and the remedies.
@@ -34,7 +35,7 @@ def doctor(ctx: click.Context, device: str, config: Path | None, out: Path, as_j
     path, problem = _config(config)
     peers, plugins = _peers(), _plugins()
     facts = collect(device, peers=peers, config=path, config_problem=problem, out=out)
-    checks = [*examine(facts), *plugins]
+    checks = [*examine(facts), *examine_compiling(compiling()), *plugins]
     runs = can_run(checks)
     if as_json:
         found = {"device": facts.device, "can_run": runs, "checks": [asdict(c) for c in checks]}

@@ -11,7 +11,7 @@ import click
 from chela_bench.bench.config import find_config, load_config
 from chela_bench.bench.registry import all_ops
 from chela_bench.cli.lines import say
-from chela_bench.cli.options import config_option, device_option
+from chela_bench.cli.options import config_option, device_option, json_option
 from chela_bench.profiles.machine import choose_device
 from chela_bench.records import shape_label
 
@@ -19,7 +19,7 @@ from chela_bench.records import shape_label
 @click.command("list")
 @config_option
 @device_option
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@json_option
 def list_(config: Path | None, device: str, as_json: bool) -> None:
     """Ops, implementations and shapes, and what can run here.
 

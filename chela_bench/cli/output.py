@@ -2,24 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import click
-from rich.console import Console
+from rich.console import Console, RenderableType
 
+from chela_bench.bench.store import write_atomically
+from chela_bench.errors import EnvironmentProblem
 from chela_bench.records import Point, Run, document
 from chela_bench.reports.terminal import sweep_table
+from chela_bench.reports.text import plain
 
 
-def print_run(run: Run, points: Sequence[Point], *, as_json: bool) -> None:
-    """Tables for a terminal, or the `--json` document.
-
-    Through click: rich by itself ends the process where a pipe is closed.
-    """
+def print_run(
+    run: Run, points: Sequence[Point], *, as_json: bool, beside: Sequence[str] = ("HBM traffic",)
+) -> None:
+    """Tables for a terminal, or the `--json` document."""
     if as_json:
         click.echo(document(run, list(points)))
         return
+    echo_rich(sweep_table(run, points, beside=beside))
+
+
+def echo_rich(renderable: RenderableType) -> None:
+    """Through click: rich by itself ends the process where a pipe is closed."""
     console = Console()
     with console.capture() as captured:
-        console.print(sweep_table(run, points))
+        console.print(renderable)
     click.echo(captured.get(), nl=False)
+
+
+def write_files(files: Mapping[Path, bytes]) -> None:
+    """Each whole or not at all."""
+    for path, data in files.items():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, data)
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"cannot write {path}: {error.strerror}; give another place"
+            ) from error
+
+
+def say_progress(line: str) -> None:
+    """One line on stderr. A terminal that is gone does not end a measurement."""
+    with contextlib.suppress(OSError):
+        click.echo(plain(line), err=True)

@@ -27,6 +27,38 @@ class _Console(Console):
         self.quiet = True
 
 
+class CompileProgress:
+    """How kernels of an atlas are compiled: a bar on a terminal, a line an architecture when
+    piped. On standard error."""
+
+    def __init__(self) -> None:
+        self._console = _Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task("starting the compiler", total=None)
+
+    def __enter__(self) -> CompileProgress:
+        with contextlib.suppress(OSError):
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self._bar.stop()
+
+    def __call__(self, arch: str, done: int, total: int) -> None:
+        self._bar.update(self._task, description=arch, completed=done, total=total)
+        if done == total:
+            with contextlib.suppress(OSError):
+                self._console.print(f"{arch}: {total} kernels", highlight=False, soft_wrap=True)
+
+
 class SweepProgress:
     """A bench.sweep.Listener on standard error. A terminal that is gone does not end a sweep."""
 
@@ -88,6 +120,16 @@ class SweepProgress:
             result = f"{point.outcome}: {point.reason}"
         self._say(f"[{self._done}/{self._total}] {point.key}: {result}")
 
+    def said(self, line: str) -> None:
+        self._say(line)
+
     def _say(self, line: str) -> None:
         with contextlib.suppress(OSError):
             self._console.print(plain(line), markup=False, highlight=False, soft_wrap=True)
+
+
+class TuneProgress(SweepProgress):
+    """A bench.tune.Listener."""
+
+    def said(self, line: str) -> None:
+        self._say(line)

@@ -12,6 +12,7 @@ import click
 
 from chela_bench.bench.store import POINTS, RUN, SAMPLES, being_written, load_run
 from chela_bench.cli.lines import say
+from chela_bench.cli.options import json_option
 from chela_bench.errors import RecordError, UsageError
 from chela_bench.records import Point, Run
 from chela_bench.reports.text import device_name, plain, tally
@@ -33,7 +34,7 @@ class _Damaged:
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("runs"), metavar="[DIR]")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@json_option
 def runs(folder: Path, as_json: bool) -> None:
     """Run folders in DIR (./runs unless given), newest first, damaged ones last.
 

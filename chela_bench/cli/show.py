@@ -7,12 +7,13 @@ from pathlib import Path
 import click
 
 from chela_bench.bench.store import load_run
+from chela_bench.cli.options import json_option
 from chela_bench.cli.output import print_run
 
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path), metavar="RUN")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@json_option
 def show(folder: Path, as_json: bool) -> None:
     """The tables of a run folder on stdout. Writes nothing; `report` writes files.
 

@@ -2,81 +2,49 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import click
 from pydantic import ValidationError
 
 from chela_bench.bench import plan, store
-from chela_bench.bench.cases import Case, Distribution
+from chela_bench.bench.cases import Case
 from chela_bench.bench.config import find_config, load_config
-from chela_bench.bench.load import is_file, refuse_changed_files
-from chela_bench.bench.sweep import Result, new_folder, refuse_other_settings
-from chela_bench.bench.sweep import sweep as run_sweep
-from chela_bench.cli import complete
-from chela_bench.cli.options import config_option, device_option, out_option
-from chela_bench.cli.output import print_run
-from chela_bench.cli.progress import SweepProgress
-from chela_bench.cli.signals import Interrupted, interrupted_by_signals
-from chela_bench.errors import ChelaBenchError, RecordError, UsageError
+from chela_bench.bench.load import refuse_changed_files
+from chela_bench.bench.sweep import refuse_other_settings
+from chela_bench.cli.choices import flags_of, selection_options
+from chela_bench.cli.options import (
+    config_option,
+    device_option,
+    energy_option,
+    json_option,
+    ncu_report_option,
+    out_option,
+)
+from chela_bench.cli.sweeping import carry_out
+from chela_bench.errors import RecordError, UsageError
 from chela_bench.profiles.machine import choose_device, choose_gpus
-from chela_bench.records import DIRECTIONS, DTYPES, L2, OUTCOMES, Point, Run, Timer
-from chela_bench.reports.text import own_cost, plain
-
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-class _Names(click.ParamType):  # type: ignore[type-arg]
-    """A comma-separated list of names."""
-
-    name = "NAME[,NAME...]"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        one_file = ".py:" in value and is_file(Path(value.rpartition(":")[0]))
-        names = [value] if one_file else [part.strip() for part in value.split(",")]
-        if not all(names):
-            self.fail(f"empty name in {value!r}", param, ctx)
-        return names
-
-
-def _many(flag: str, about: str, values: complete.Complete) -> Callable[[_F], _F]:
-    return click.option(
-        flag, multiple=True, type=_Names(), help=about + " Repeatable.", shell_complete=values
-    )
+from chela_bench.records import OUTCOMES, Run
+from chela_bench.reports.text import plain
 
 
 @click.command()
-@click.option("--lens", help="1k..64k (doubling) or 1k,3k,8k; k = 1024.")
-@_many("--op", "Ops to measure.", complete.ops)
-@_many("--impl", "Implementations, or path/to/file.py:function with one --op.", complete.impls)
-@_many("--shape", "Shapes by name, from bench.toml.", complete.shapes)
-@_many("--dtype", f"{', '.join(DTYPES)}.", complete.dtypes)
-@_many("--direction", f"{', '.join(DIRECTIONS)}.", complete.directions)
-@click.option("--set", "sizes", multiple=True, help="Sizes over the shape's: H=16,K=128.")
-@click.option("--axis", "axes", multiple=True, help="Sweep a setting: BLOCK_T=32,64. Repeatable.")
-@click.option(
-    "--preset",
-    help="A preset of bench.toml; 'cpu' by itself where there is no GPU.",
-    shell_complete=complete.presets,
-)
+@selection_options
 @device_option
 @click.option("--gpus", help="Several GPUs of this machine: 0,1 or all. Instead of --device.")
 @click.option("--mix-gpus", is_flag=True, help="Allow --gpus of several models.")
-@click.option("--timer", type=click.Choice(get_args(Timer)), help="Events or profiler spans.")
-@click.option("--l2", type=click.Choice(get_args(L2)), help="Evict the L2 cache, or leave it.")
-@click.option("--inputs", type=click.Choice(get_args(Distribution)), help="Timed inputs.")
 @click.option(
-    "--seed",
-    type=click.IntRange(-(1 << 62), 1 << 62),
-    help="Seed of inputs and of the order of points.",
+    "--hbm",
+    type=click.Choice(get_args(plan.HbmWay)),
+    default="model",
+    show_default=True,
+    help="Bytes through device memory: ncu counts them, gpm too but coarsely (NVML, Hopper), model "
+    "is each implementation's formula, auto the best that works here.",
 )
+@energy_option
+@ncu_report_option
 @config_option
 @out_option
 @click.option("--resume", type=click.Path(path_type=Path), help="Go on with this run folder.")
@@ -87,7 +55,7 @@ def _many(flag: str, about: str, values: complete.Complete) -> Callable[[_F], _F
     help="With --resume: measure points of this outcome again.",
 )
 @click.option("--dry-run", is_flag=True, help="List the points and stop.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@json_option
 @click.pass_context
 def sweep(ctx: click.Context, /, **given: Any) -> None:
     """Measure implementations over sequence lengths, each checked against its oracle.
@@ -100,8 +68,9 @@ def sweep(ctx: click.Context, /, **given: Any) -> None:
       chela-bench sweep --lens 1k..64k
       chela-bench sweep --op linear_attention --impl triton_chunked --axis BLOCK_T=32,64,128
       chela-bench sweep --op linear_attention --impl fla_chunk --impl my_kernel.py:attention
+      chela-bench sweep --op linear_attention --lens 4k,16k --hbm ncu
     """
-    flags = _flags(given)
+    said = flags_of(given)
     retry = frozenset(given["retry"])
     folder: Path | None = given["resume"]
     if retry and folder is None:
@@ -110,7 +79,7 @@ def sweep(ctx: click.Context, /, **given: Any) -> None:
     devices_given = given["device"] != "auto" or given["gpus"] is not None
     if given["device"] != "auto" and given["gpus"] is not None:
         raise UsageError("--device names one device and --gpus several: give one of them")
-    silent = flags == plan.Flags() and given["config"] is None and not devices_given
+    silent = said == plan.Flags() and given["config"] is None and not devices_given
     if resumed is not None and silent:
         settings = _settings_of(folder, resumed)
         refuse_changed_files(settings.user_impls, settings.user_files_sha256)
@@ -118,7 +87,7 @@ def sweep(ctx: click.Context, /, **given: Any) -> None:
         config = load_config(find_config(given["config"]))
         gpus = given["gpus"]
         devices = [choose_device(given["device"])] if gpus is None else choose_gpus(gpus)
-        settings = plan.resolve(config, flags, devices)
+        settings = plan.resolve(config, said, devices)
         if folder is not None and resumed is not None:
             refuse_other_settings(folder, resumed.settings, settings)
     if given["dry_run"]:
@@ -126,60 +95,25 @@ def sweep(ctx: click.Context, /, **given: Any) -> None:
         done = {p.key: f"done: {p.outcome}" for p in points if p.outcome not in retry}
         _print_plan(settings, plan.cases(settings), done, as_json=given["as_json"])
         return
-    importlib.import_module("chela_bench.cli.derived")  # slow or broken: now, not an hour later
-    target = folder or new_folder(given["out"])
-    progress = SweepProgress()
-    try:
-        with interrupted_by_signals(), progress:
-            result = run_sweep(settings, target, progress, resumed=resumed, retry=retry)
-    except ChelaBenchError:
-        if progress.begun:
-            with contextlib.suppress(ChelaBenchError):  # a full disk takes no tables either
-                _conclude_interrupted(target, as_json=given["as_json"])
-        raise
-    except KeyboardInterrupt as stop:
-        if progress.begun:
-            _conclude_interrupted(target, as_json=given["as_json"])
-        ctx.exit(stop.exit_code if isinstance(stop, Interrupted) else 130)
-    _conclude(result, as_json=given["as_json"])
-    ctx.exit(exit_code(result.points))
-
-
-def exit_code(points: list[Point]) -> int:
-    """3 if a result is wrong, 1 if a point crashed or timed out, else 0."""
-    outcomes = {point.outcome for point in points}
-    if "wrong" in outcomes:
-        return 3
-    return 1 if outcomes & {"crash", "timeout"} else 0
-
-
-def _conclude_interrupted(target: Path, *, as_json: bool) -> None:
-    """What was measured is worth its tables."""
-    run, points = store.load_run(target)
-    note = f"interrupted; go on with: chela-bench sweep --resume {target}"
-    _conclude(Result(target, run, points), as_json=as_json, note=note)
-
-
-def _conclude(result: Result, *, as_json: bool, note: str | None = None) -> None:
-    """Files first: the terminal may be gone."""
-    from chela_bench.cli.derived import PAGE, write_report, write_tables
-
-    write_tables(result.folder, result.run, result.points)
-    report = result.folder / "report"
-    paths = write_report(report, result.run, result.points)
-    if note is not None:
-        click.echo(note, err=True)
-    print_run(result.run, result.points, as_json=as_json)
-    cost = own_cost(result.run)
-    if cost is not None:
-        click.echo(f"the bench's own cost: {cost}", err=as_json)
-    figures = sum(path.suffix == ".png" for path in paths)
-    click.echo(
-        f"records: {result.folder}\nreport:  {report / PAGE} ({figures} figures)", err=as_json
+    if given["ncu_report"] is not None and settings.hbm not in ("ncu", "auto"):
+        raise UsageError("--ncu-report goes with --hbm ncu")
+    carry_out(
+        ctx,
+        settings,
+        out=given["out"],
+        as_json=given["as_json"],
+        folder=folder,
+        resumed=resumed,
+        retry=retry,
+        ncu_report=given["ncu_report"],
     )
 
 
 def _settings_of(folder: Path | None, run: Run) -> plan.Settings:
+    if run.settings.get("command") == "tune":
+        raise RecordError(f"{folder} is a run of tune; go on with: chela-bench tune --resume")
+    if run.settings.get("command") == "tune":
+        raise RecordError(f"{folder} is a run of tune; go on with: chela-bench tune --resume")
     try:
         return plan.Settings.model_validate(run.settings)
     except ValidationError as error:
@@ -204,33 +138,3 @@ def _print_plan(
         click.echo("  ".join(plain(part) for part in (key, reason) if part))
     runnable = sum(reason is None for reason in reasons.values())
     click.echo(f"{len(cases)} points, {runnable} to be tried", err=True)
-
-
-def _flags(given: dict[str, Any]) -> plan.Flags:
-    axes: dict[str, list[Any]] = {}
-    for text in given["axes"]:
-        name, values = plan.parse_axis(text)
-        axes.setdefault(name, []).extend(values)
-    sizes: dict[str, int] = {}
-    for text in given["sizes"]:
-        sizes |= plan.parse_sizes(text)
-
-    def flat(name: str) -> tuple[str, ...]:
-        return tuple(item for group in given[name] for item in group)
-
-    return plan.Flags(
-        preset=given["preset"],
-        ops=flat("op"),
-        impls=flat("impl"),
-        shapes=flat("shape"),
-        lens=given["lens"],
-        dtypes=flat("dtype"),
-        directions=flat("direction"),
-        axes=axes,
-        sizes=sizes,
-        timer=given["timer"],
-        l2=given["l2"],
-        inputs=given["inputs"],
-        seed=given["seed"],
-        mix_gpus=given["mix_gpus"],
-    )

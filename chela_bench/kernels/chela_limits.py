@@ -13,6 +13,7 @@ from torch import Tensor
 
 from chela_bench.kernels.gates import MAX_V
 from chela_bench.kernels.gates_ops import DTYPES
+from chela_bench.kernels.launching import is_on_gpu
 from chela_bench.kernels.linear_attention_config import MAX_K
 from chela_bench.kernels.long_conv_plan import MAX_T
 
@@ -30,4 +31,4 @@ def beyond_kernels(*, d_key: int, d_value: int, num_heads: int, max_length: int)
 
 def takes(x: Tensor) -> bool:
     """Whether the kernels compute with such tensors."""
-    return x.is_cuda and x.dtype in DTYPES
+    return is_on_gpu(x) and x.dtype in DTYPES

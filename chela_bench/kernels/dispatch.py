@@ -24,6 +24,8 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """As torch.autocast would have them, where it is on; all on the device of the first."""
     kind = "cuda" if tensors[0].is_cuda else tensors[0].device.type
+    if kind == "meta":  # which torch.autocast does not know
+        return tensors
     if not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from chela_bench.kernels.dispatch import is_plain
-from chela_bench.kernels.launching import cdiv
+from chela_bench.kernels.launching import cdiv, is_on_gpu
 from chela_bench.kernels.linear_attention import walk_of
 from chela_bench.kernels.linear_attention_ops import forward
 from chela_bench.kernels.linear_attention_walk import Gate, Walk, walk_by_hand
@@ -22,7 +22,7 @@ from chela_bench.kernels.linear_attention_walk import Gate, Walk, walk_by_hand
 def gating_walk(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Walk | None:
     """For `gated_attention` of these, or of a v that lies as this one does; None where the walk is
     not one for Hopper, gradients are on, or someone watches."""
-    if torch.is_grad_enabled() or not (causal and q.is_cuda and is_plain(q, k, v)):
+    if torch.is_grad_enabled() or not (causal and is_on_gpu(q) and is_plain(q, k, v)):
         return None
     call = walk_of(q, k, v, causal=True, trained=False)
     if call.forward is None or call.forward[0].launcher is not walk_by_hand():

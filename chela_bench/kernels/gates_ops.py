@@ -192,7 +192,7 @@ def _check_tensors(tensors: dict[str, Tensor | None]) -> None:
                 f"{list(first.shape)} on {first.device} and {other} {list(x.shape)} on {x.device}; "
                 "expand or move them first"
             )
-    if not first.is_cuda and not gates._norm_gate_fwd.interpreted:
+    if not gates._norm_gate_fwd.runs_on(first.device):
         raise ArgumentError(
             f"wanted {name} on a GPU, got {first.device}; move it, use chela_bench.reference.chela "
             "or start Python with TRITON_INTERPRET=1"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -32,6 +32,10 @@ class Launcher:
             assert fixed or parameter.name.endswith("_ptr"), parameter.name
         self._variants: dict[tuple[Any, ...], Variant] = {}
         self._orders: dict[tuple[str, ...], list[str]] = {}
+
+    def runs_on(self, device: torch.device) -> bool:
+        """On a GPU, or where kernels are interpreted; on meta tensors while they stand for one."""
+        return device.type == "cuda" or self.interpreted or _stand_in(device) is not None
 
     def constants(self, **values: object) -> tuple[object, ...]:
         """Values of the constexprs, in the kernel's order."""
@@ -111,7 +115,7 @@ class Variant:
             *tensors, *scalars, *self.constants,
             num_warps=self.num_warps, num_stages=self.num_stages,
         )  # fmt: skip
-        if not self.launcher.interpreted:
+        if not self.launcher.interpreted and compiled is not None:  # None: recorded, not run
             self._forms[aligned] = form_of(compiled, self.device)
 
 
@@ -150,8 +154,38 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device)
 
 
+class StandIn(NamedTuple):
+    """A GPU that is not there. Meta tensors stand for its memory, so that a host function goes
+    through all that it would do on it, up to the launch, which somebody has to catch."""
+
+    capability: int  # 90 on an H100; of another maker's, 0
+    processors: int
+
+
+_standing_in: StandIn | None = None
+
+
+def stand_in(gpu: StandIn) -> None:
+    """From here on, for the rest of the process: what was found out about meta tensors is kept by
+    who asked, and would be wrong for another GPU."""
+    global _standing_in
+    assert _standing_in is None, "a process stands in for one GPU"
+    _standing_in = gpu
+
+
+def _stand_in(device: torch.device) -> StandIn | None:
+    return _standing_in if device.type == "meta" else None
+
+
+def is_on_gpu(x: Tensor) -> bool:
+    """On one that is there, or that meta tensors stand for."""
+    return x.is_cuda or _stand_in(x.device) is not None
+
+
 def processors(device: torch.device) -> int:
     """SMs of a GPU; a few where kernels are interpreted."""
+    if (gpu := _stand_in(device)) is not None:
+        return gpu.processors
     if device.type != "cuda":
         return 4
     count: Any = torch.cuda.get_device_properties(device).multi_processor_count
@@ -160,10 +194,22 @@ def processors(device: torch.device) -> int:
 
 def has_wgmma(device: torch.device) -> bool:
     """Hopper alone: neither older GPUs nor newer ones have these tensor core instructions."""
+    if (gpu := _stand_in(device)) is not None:
+        return gpu.capability == 90
     if device.type != "cuda":
         return False
     properties: Any = torch.cuda.get_device_properties(device)
     return bool(properties.major == 9)
+
+
+def capability(device: torch.device) -> str | None:
+    """`9.0` of an H100; None of what is no NVIDIA GPU."""
+    if (gpu := _stand_in(device)) is not None:
+        return f"{gpu.capability // 10}.{gpu.capability % 10}" if gpu.capability else None
+    if device.type != "cuda":
+        return None
+    properties: Any = torch.cuda.get_device_properties(device)
+    return f"{properties.major}.{properties.minor}"
 
 
 def cdiv(size: int, block: int) -> int:

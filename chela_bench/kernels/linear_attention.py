@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +61,7 @@ from chela_bench.kernels.linear_attention_walk import (
     _walk,
     walk_plan,
 )
+from chela_bench.kernels.tuned import tuned
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -308,7 +310,13 @@ def _plan(
 ) -> tuple[int, int, tuple[int, ...]]:
     """Segments of each sequence, as the config says, or else by the schedule; pieces of them for
     the sums; other options, and on Hopper, where gradients are to come, which way back."""
-    asked = dict(checked(dict(config)))
+    asked: dict[str, Any] = dict(config)
+    usual = causal and not precise and not packed and schedule == "auto"
+    if usual and not asked and not torch.compiler.is_compiling():  # which knows no sizes
+        what = {"heads": N * H, "tokens": tokens, "K": K, "V": V, "trained": trained}
+        asked = dict(tuned("linear_attention", device, dtype, **what) or {})
+        schedule = str(asked.pop("schedule", schedule))
+    asked = dict(checked(asked))
     if V > MAX_K and asked.get("sweep") == 0:
         raise ArgumentError(
             f"wanted V <= {MAX_K} for sweep=0, since a walk for dq takes V as its keys, got "
@@ -382,7 +390,7 @@ def _check_facts(*facts: Facts) -> None:
         raise ArgumentError(
             f"wanted q, k and v on one device, got {', '.join(map(str, devices))}; move them"
         )
-    if devices[0].type != "cuda" and not _walk.interpreted:
+    if not _walk.runs_on(devices[0]):
         raise ArgumentError(
             f"wanted tensors on a GPU, got {devices[0]}; move them, use "
             "chela_bench.reference.linear_attention, or start Python with TRITON_INTERPRET=1"

@@ -381,7 +381,7 @@ def _check_kernel(kernel: Tensor, batch: int, max_length: int, block: int) -> No
         )
     if block not in BLOCKS:
         raise ArgumentError(f"no block {block!r}; it is one of {', '.join(map(str, BLOCKS))}")
-    if kernel.device.type != "cuda" and not _strip.interpreted:
+    if not _strip.runs_on(kernel.device):
         raise ArgumentError(
             f"decoding needs a GPU: wanted kernel on one, got {kernel.device}; move it, use "
             "chela_bench.reference.short_long_conv, or start Python with TRITON_INTERPRET=1"

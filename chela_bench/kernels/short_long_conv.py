@@ -74,6 +74,7 @@ from chela_bench.kernels.short_long_conv_ops import (
     spectrum_of,
     spectrum_shape,
 )
+from chela_bench.kernels.tuned import tuned
 
 Config = Mapping[str, int | str]
 
@@ -296,7 +297,7 @@ def kernel_spectrum(
         raise ArgumentError(
             f"wanted dtype float32, bfloat16 or float16, got {dtype}; pass that of the rows x"
         )
-    plan = plan_for(T, config, by_hand=ordered(dtype, kernel.device))
+    plan = _plan_for(T, dtype, kernel.device, config)
     values, scale = spectrum_of(kernel, T, plan.N2, plan.method, dtype)
     return Spectrum(values, scale, T, dtype, plan.method, plan.N2)
 
@@ -311,7 +312,10 @@ def hbm_bytes(
     """
     B, T, D = (shape[dim] for dim in "BTD")
     chosen = {name: x for name, x in (config or {}).items() if name in ("method", "N2")}
-    plan = plan_for(T, chosen or None, by_hand=itemsize == 2)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
+    measured = chosen or tuned("long_conv", device, dtype, tokens=T)
+    plan = plan_for(T, measured or None, by_hand=itemsize == 2)
     element = B * D * T * itemsize
     taps = D * T * itemsize  # read
     passes = element * (
@@ -351,9 +355,16 @@ def _merged(
     return merged(*branches, W, causal, identity), ahead
 
 
+def _plan_for(T: int, dtype: torch.dtype, device: torch.device, config: Config | None) -> Plan:
+    """As the config says, or else as was measured for this T, or else as the table does."""
+    if not config and not torch.compiler.is_compiling():  # which knows no T
+        config = tuned("long_conv", device, dtype, tokens=T) or config
+    return plan_for(T, config, by_hand=ordered(dtype, device))
+
+
 def _plan(x: Tensor, D: int, T: int, spectrum: Spectrum | None, config: Config | None) -> Plan:
     by_hand = ordered(x.dtype, x.device)
-    plan = plan_for(T, config, by_hand=by_hand)
+    plan = _plan_for(T, x.dtype, x.device, config)
     if spectrum is None:
         return plan
     made = spectrum.T, spectrum.dtype, spectrum.values.shape[0], spectrum.values.device

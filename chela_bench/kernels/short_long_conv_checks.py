@@ -141,7 +141,7 @@ def check_tensors(**tensors: Tensor | None) -> None:
             "wanted tensors on one device, got "
             f"{', '.join(f'{name} on {device}' for name, device in devices.items())}; move them"
         )
-    if first.type != "cuda" and not _long_conv.interpreted:
+    if not _long_conv.runs_on(first):
         raise ArgumentError(
             f"wanted tensors on a GPU, got {first}; move them, use "
             "chela_bench.reference.short_long_conv, or start Python with TRITON_INTERPRET=1"

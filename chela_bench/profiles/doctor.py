@@ -6,18 +6,24 @@ fact is "ok".
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from chela_bench.profiles.inventory import REQUIRED, Card, Facts
+from chela_bench.profiles.inventory import (
+    COUNTERS_REMEDY,
+    NCU_PAGE,
+    REQUIRED,
+    Facts,
+    at_least,
+    card_in_use,
+    release,
+)
+from chela_bench.profiles.ncu import MINIMUM as OLDEST_NCU
 
 State = Literal["ok", "warning", "problem"]
 PYTHON = "3.11"
 TORCH_PAGE = "https://pytorch.org/get-started/locally"
-NCU_PAGE = "https://developer.nvidia.com/nsight-compute"
-COUNTERS_PAGE = "https://developer.nvidia.com/ERR_NVGPUCTRPERM"
 
 
 @dataclass(frozen=True)
@@ -47,16 +53,6 @@ def examine(facts: Facts) -> list[Check]:
         *_peers(facts),
         *_files(facts),
     ]
-
-
-def at_least(version: str, minimum: str) -> bool:
-    """`2.10.0+cu130` is at least `2.10`."""
-    return _release(version) >= _release(minimum)
-
-
-def _release(version: str) -> list[int]:
-    numbers = re.match(r"\d+(?:\.\d+)*", version)
-    return [int(part) for part in numbers[0].split(".")] if numbers else []
 
 
 def _pip(package: str) -> str:
@@ -106,7 +102,7 @@ def _triton(facts: Facts) -> Iterator[Check]:
     elif not at_least(version, REQUIRED["triton"]):
         found = f"{version}; {REQUIRED['triton']} or later is needed"
         yield Check("triton", "problem", found, remedy)
-    elif wanted and _release(version) != _release(wanted):
+    elif wanted and release(version) != release(wanted):
         yield Check("triton", "warning", f"{version}; this torch wants {wanted}", remedy)
     else:
         yield Check("triton", "ok", version)
@@ -134,7 +130,7 @@ def _driver(facts: Facts) -> Iterator[Check]:
         newest = f", runs CUDA up to {facts.driver_cuda}" if facts.driver_cuda else ""
         yield Check("driver", "ok", facts.driver + newest)
         built = facts.torch.cuda
-        if built and facts.driver_cuda and _release(built)[:1] > _release(facts.driver_cuda)[:1]:
+        if built and facts.driver_cuda and release(built)[:1] > release(facts.driver_cuda)[:1]:
             yield Check(
                 "CUDA",
                 "warning",
@@ -215,19 +211,6 @@ def _index(facts: Facts) -> int:
     return int(facts.device.partition(":")[2] or 0)
 
 
-def card_in_use(facts: Facts) -> Card | None:
-    """NVML's card that a sweep would use; matched by UUID, else the only one."""
-    if facts.device == "cpu":
-        return None
-    index = _index(facts)
-    if index < len(facts.torch.gpus):
-        uuid = f"GPU-{facts.torch.gpus[index]['uuid']}"
-        for card in facts.cards:
-            if card.uuid == uuid:
-                return card
-    return facts.cards[0] if len(facts.cards) == 1 else None
-
-
 def _card(facts: Facts) -> Iterator[Check]:
     card = card_in_use(facts)
     if card is None:
@@ -269,31 +252,63 @@ def _card(facts: Facts) -> Iterator[Check]:
 
 
 def _ncu(facts: Facts) -> Iterator[Check]:
+    """Where HBM bytes can come from: counted by ncu, by GPM, or modelled."""
     on_gpu = facts.device != "cpu"
+    version = None if facts.ncu is None else facts.ncu.version
     if facts.ncu is None:
         if on_gpu:
-            yield Check(
-                "ncu", "warning", "not found: HBM bytes stay modelled", f"install it: {NCU_PAGE}"
-            )
+            found = "not found: chela-bench profile and sweep --hbm ncu need it"
+            yield Check("ncu", "warning", found, f"install it: {NCU_PAGE}")
         else:
             yield Check("ncu", "ok", "not found; only a GPU needs it")
-        return
-    yield Check("ncu", "ok", f"{facts.ncu.version or 'unknown version'}, {facts.ncu.path}")
-    if not on_gpu:
-        return
-    if facts.admin or facts.counters_admin_only is False:
-        yield Check("counters", "ok", "permitted")
-    elif facts.counters_admin_only:
-        yield Check(
-            "counters",
-            "warning",
-            "for administrators alone: ncu will say ERR_NVGPUCTRPERM",
-            "run as root (in a container: --cap-add=SYS_ADMIN), or have an administrator put "
-            "`options nvidia NVreg_RestrictProfilingToAdminUsers=0` in /etc/modprobe.d and "
-            f"reload the driver: {COUNTERS_PAGE}",
-        )
+    elif version is None:
+        found = f"{facts.ncu.path} does not tell its version"
+        yield Check("ncu", "warning" if on_gpu else "ok", found, _if(on_gpu, _new_ncu()))
+    elif not at_least(version, OLDEST_NCU):
+        found = f"{version}, {facts.ncu.path}; {OLDEST_NCU} or later is needed"
+        yield Check("ncu", "warning" if on_gpu else "ok", found, _if(on_gpu, _new_ncu()))
     else:
-        yield Check("counters", "ok", "the driver does not say who may read them")
+        yield Check("ncu", "ok", f"{version}, {facts.ncu.path}")
+    if on_gpu and facts.ncu is not None:
+        yield _counters(facts)
+    if on_gpu and card_in_use(facts) is not None:
+        yield from _nvml_counters(facts)
+
+
+def _counters(facts: Facts) -> Check:
+    """As tried; untried, as the driver says."""
+    if facts.counters_problem is not None:
+        what, remedy = facts.counters_problem
+        return Check("counters", "warning", what, remedy)
+    if facts.counters_tried:
+        return Check("counters", "ok", "permitted: ncu has just counted a kernel's bytes")
+    if facts.counters_admin_only and not facts.admin:
+        found = "for administrators alone: ncu will say ERR_NVGPUCTRPERM"
+        return Check("counters", "warning", found, COUNTERS_REMEDY)
+    allowed = facts.admin or facts.counters_admin_only is False
+    said = "permitted, as the driver says" if allowed else "the driver does not say who may"
+    return Check("counters", "ok", f"{said}; not tried")
+
+
+def _nvml_counters(facts: Facts) -> Iterator[Check]:
+    if facts.gpm_problem is None:
+        yield Check("GPM", "ok", "tells HBM bytes of long loops: sweep --hbm gpm")
+    else:
+        what, _, remedy = facts.gpm_problem.partition("; ")
+        yield Check("GPM", "warning", what, remedy)
+    if facts.energy:
+        yield Check("energy", "ok", "the card counts it: sweep --energy")
+    else:
+        found = "this card does not count it: sweep --energy stays empty"
+        yield Check("energy", "warning", found, "measure on a whole card of Volta or later")
+
+
+def _new_ncu() -> str:
+    return f"install {OLDEST_NCU} or later: {NCU_PAGE}"
+
+
+def _if(so: bool, remedy: str) -> str | None:
+    return remedy if so else None
 
 
 def _peers(facts: Facts) -> Iterator[Check]:

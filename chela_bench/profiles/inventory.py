@@ -19,7 +19,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,12 @@ REQUIRED = {  # as pyproject.toml has it; a test holds them equal
     "pydantic": "2.10",
     "nvidia-ml-py": "12.560",
 }
+NCU_PAGE = "https://developer.nvidia.com/nsight-compute"
+COUNTERS_REMEDY = (
+    "run as root (in a container: --cap-add=SYS_ADMIN), or have an administrator put "
+    "`options nvidia NVreg_RestrictProfilingToAdminUsers=0` in /etc/modprobe.d and "
+    "reload the driver: https://developer.nvidia.com/ERR_NVGPUCTRPERM"
+)
 _MODULES = {"nvidia-ml-py": "pynvml"}  # imported under another name
 TORCH_LIMIT_S = 120.0
 _TOOL_LIMIT_S = 20.0
@@ -128,6 +134,10 @@ class Facts:
     ncu: Ncu | None = None
     counters_admin_only: bool | None = None  # None: the driver does not tell
     admin: bool = False
+    counters_tried: bool = False  # by ncu, on a kernel
+    counters_problem: tuple[str, str] | None = None  # what it said then, and the remedy
+    gpm_problem: str | None = None  # of the card in use, and what else to take
+    energy: bool = False  # whether it counts its energy
     peers: tuple[Peer, ...] = ()
     config: str = ""
     config_problem: str | None = None
@@ -146,7 +156,7 @@ def collect(
 ) -> Facts:
     """The facts of this machine for `--device wanted`. UsageError if that is no device."""
     ncu = find_ncu()
-    return Facts(
+    facts = Facts(
         forced_cpu=wanted == "cpu",
         python=sys.version.split()[0],
         packages={name: _version(name) for name in REQUIRED},
@@ -154,7 +164,7 @@ def collect(
         torch=probe_torch(torch_limit_s),
         compiler=_compiler(),
         python_headers=Path(sysconfig.get_path("include"), "Python.h").is_file(),
-        ncu=None if ncu is None else Ncu(ncu, _ncu_version(ncu)),
+        ncu=None if ncu is None else Ncu(ncu, ncu_version(ncu)),
         counters_admin_only=counters_admin_only(),
         admin=is_admin(),
         peers=peers,
@@ -164,6 +174,38 @@ def collect(
         out_problem=unwritable(out),
         **_gpu_facts(wanted),
     )
+    return replace(facts, **_counters(facts))
+
+
+def card_in_use(facts: Facts) -> Card | None:
+    """NVML's card that a sweep would use; matched by UUID, else the only one."""
+    if facts.device == "cpu":
+        return None
+    index = int(facts.device.partition(":")[2] or 0)
+    if index < len(facts.torch.gpus):
+        bare = facts.torch.gpus[index]["uuid"]
+        for card in facts.cards:
+            if card.uuid in (f"GPU-{bare}", f"MIG-{bare}"):
+                return card
+    return facts.cards[0] if len(facts.cards) == 1 else None
+
+
+def _counters(facts: Facts) -> dict[str, Any]:
+    """What counts bytes and energy on the card in use: each is tried."""
+    found: dict[str, Any] = {}
+    if facts.ncu is not None and facts.ncu.version is not None and facts.torch.usable:
+        from chela_bench.profiles import ncu
+
+        if facts.device != "cpu" and at_least(facts.ncu.version, ncu.MINIMUM):
+            found["counters_tried"] = True
+            found["counters_problem"] = ncu.probe(facts.ncu.path)
+    card = card_in_use(facts)
+    if card is not None and card.uuid is not None:
+        from chela_bench.profiles import gpm, nvml
+
+        found["gpm_problem"] = gpm.problem(card.uuid)
+        found["energy"] = nvml.energy_mj(card.uuid) is not None
+    return found
 
 
 def _gpu_facts(wanted: str) -> dict[str, Any]:
@@ -245,11 +287,24 @@ def find_ncu() -> str | None:
     return None
 
 
-def _ncu_version(path: str) -> str | None:
+def at_least(version: str, minimum: str) -> bool:
+    """`2.10.0+cu130` is at least `2.10`."""
+    return release(version) >= release(minimum)
+
+
+def release(version: str) -> list[int]:
+    """`2.10.0+cu130` is [2, 10, 0]."""
+    numbers = re.match(r"\d+(?:\.\d+)*", version)
+    return [int(part) for part in numbers[0].split(".")] if numbers else []
+
+
+def ncu_version(path: str) -> str | None:
+    """`2025.3.1.0`; None if it does not say, within a time limit."""
     try:
         done = subprocess.run(
-            [path, "--version"], capture_output=True, text=True, timeout=_TOOL_LIMIT_S
-        )
+            [path, "--version"], capture_output=True, encoding="utf-8", errors="replace",
+            timeout=_TOOL_LIMIT_S, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return None
     found = re.search(r"Version (\d[\d.]*)", done.stdout)

@@ -111,7 +111,7 @@ def environment(device: str) -> Environment:
             f"cuda:0 to cuda:{torch.cuda.device_count() - 1}"
         )
     properties: Any = torch.cuda.get_device_properties(index)
-    uuid = f"GPU-{properties.uuid}"
+    uuid = nvml.uuid_of(str(properties.uuid))
     return Environment(
         device="cuda",
         name=properties.name,

@@ -1,12 +1,14 @@
 """NVML through nvidia-ml-py: which GPUs there are, and how one of them is doing. Reads only.
 
 A device is always matched by its UUID: NVML counts GPUs in PCI order and ignores
-CUDA_VISIBLE_DEVICES, so indices of NVML and CUDA need not agree.
+CUDA_VISIBLE_DEVICES, so indices of NVML and CUDA need not agree. CUDA's UUID of a slice of a card
+is NVML's of a MIG device, which tells neither clocks nor power.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -42,10 +44,21 @@ def _nvml() -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def _device(uuid: str) -> Iterator[Any]:
+def device(uuid: str) -> Iterator[Any]:
     """The device's handle; None without a driver, or where NVML does not know the device."""
     with _nvml() as available:
         yield _ask(pynvml.nvmlDeviceGetHandleByUUID, uuid) if available else None
+
+
+def uuid_of(bare: str) -> str:
+    """CUDA's UUID, as torch shows it, under NVML's name: `GPU-...`, or `MIG-...` for a slice."""
+    with _nvml() as available:
+        known = [
+            name
+            for name in (f"GPU-{bare}", f"MIG-{bare}")
+            if available and _ask(pynvml.nvmlDeviceGetHandleByUUID, name) is not None
+        ]
+    return known[0] if known else f"GPU-{bare}"
 
 
 def keep_open() -> None:
@@ -107,7 +120,7 @@ def facts(uuid: str) -> dict[str, Any]:
 
     What this card or driver does not tell is left out.
     """
-    with _device(uuid) as handle:
+    with device(uuid) as handle:
         if handle is None:
             return {}
         found = {
@@ -128,10 +141,11 @@ def facts(uuid: str) -> dict[str, Any]:
 
 
 def telemetry(uuid: str) -> tuple[Telemetry, list[str] | None]:
-    """Clocks, power and temperature now, and the throttle reasons in force ([]: none)."""
-    with _device(uuid) as handle:
+    """Clocks, power, temperature and memory now, and the throttle reasons in force ([]: none)."""
+    with device(uuid) as handle:
         if handle is None:
             return Telemetry(), None
+        memory = _ask(pynvml.nvmlDeviceGetMemoryInfo, handle)
         reading = Telemetry(
             sm_clock_mhz=_ask(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM),
             mem_clock_mhz=_ask(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_MEM),
@@ -139,6 +153,7 @@ def telemetry(uuid: str) -> tuple[Telemetry, list[str] | None]:
             temperature_c=_ask(
                 pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU
             ),
+            memory_bytes=None if memory is None else int(memory.used),
         )
         bits = _ask(pynvml.nvmlDeviceGetCurrentClocksEventReasons, handle)
         if bits is None:
@@ -147,9 +162,72 @@ def telemetry(uuid: str) -> tuple[Telemetry, list[str] | None]:
         return reading, reasons
 
 
+class Sampler:
+    """Reads the card every so often while the block runs, from a thread, and once at its end.
+
+    `reading` then holds the last values with the extremes of all, `throttle` every reason met.
+    """
+
+    def __init__(self, uuid: str, *, every_s: float = 0.1) -> None:
+        self._uuid, self._every_s = uuid, every_s
+        self._readings: list[tuple[Telemetry, list[str] | None]] = []
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> Sampler:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self._readings.append(telemetry(self._uuid))
+
+    @property
+    def reading(self) -> Telemetry:
+        readings = [reading for reading, _ in self._readings]
+        if not readings or readings[-1] == Telemetry():
+            return Telemetry()
+
+        def extreme(name: str, most: Callable[[list[int]], int]) -> int | None:
+            values = [getattr(reading, name) for reading in readings]
+            known = [value for value in values if value is not None]
+            return most(known) if known else None
+
+        return readings[-1].model_copy(
+            update={
+                "sm_clock_min_mhz": extreme("sm_clock_mhz", min),
+                "power_max_mw": extreme("power_mw", max),
+                "temperature_max_c": extreme("temperature_c", max),
+                "memory_bytes": extreme("memory_bytes", max),
+                "readings": len(readings),
+            }
+        )
+
+    @property
+    def throttle(self) -> list[str] | None:
+        """An idle card is no reason while it waits for the next call: only if it was never busy."""
+        known = [reasons for _, reasons in self._readings if reasons is not None]
+        if not known:
+            return None
+        idle = all("gpu_idle" in reasons for reasons in known)
+        met = {reason for reasons in known for reason in reasons}
+        return [name for name in THROTTLE_REASONS if name in met and (name != "gpu_idle" or idle)]
+
+    def _sample(self) -> None:
+        while not self._over.wait(self._every_s):
+            self._readings.append(telemetry(self._uuid))
+
+
+def energy_mj(uuid: str) -> int | None:
+    """Millijoules since the driver was loaded; None if this card does not count them."""
+    with device(uuid) as handle:
+        return None if handle is None else _ask(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle)
+
+
 def other_processes(uuid: str, own: set[int]) -> list[str]:
     """Compute processes on the card that are not ours, as "pid (name)"."""
-    with _device(uuid) as handle:
+    with device(uuid) as handle:
         if handle is None:
             return []
         processes = _ask(pynvml.nvmlDeviceGetComputeRunningProcesses, handle) or []

@@ -91,19 +91,19 @@ def draw(picture: Picture) -> Figure:
     """The picture as a figure 9 inches wide; its height follows from the number of lines."""
     lines = sorted(picture.lines, key=lambda line: -line.values[-1][1])
     named = [line.name for line in lines] + list(picture.notes)
-    plot_in = max(_PLOT_IN, 0.2 * sum(_rows(name) for name in named) + 0.2)
-    strip_in = _ROW_IN * sum(_rows(miss.name) for miss in picture.misses)
+    plot_in = max(_PLOT_IN, 0.2 * sum(rows_of(name) for name in named) + 0.2)
+    strip_in = _ROW_IN * sum(rows_of(miss.name) for miss in picture.misses)
     with matplotlib.rc_context(settings()):
         figure = Figure((_WIDTH_IN, plot_in + strip_in + _HEAD_IN), dpi=100, layout="constrained")
         FigureCanvasAgg(figure)
         axes, strip = _axes(figure, plot_in, strip_in)
-        title = _titles(figure, axes, picture)
+        title = titles(figure, axes, picture.title, picture.subtitle)
         _draw_lines(axes, lines)
         _draw_floor(axes, picture.floor, picture.floor_name)
         _draw_marks(axes, picture.marks)
         _scale(axes, picture)
         if lines:
-            _legend(axes, lines, picture.notes)
+            legend(axes, lines, picture.notes)
         else:
             axes.text(0.03, 0.95, picture.nothing, transform=axes.transAxes, va="top", color=QUIET)
         if strip is not None:
@@ -123,18 +123,19 @@ def _axes(figure: Figure, plot_in: float, strip_in: float) -> tuple[Axes, Axes |
     return axes, strip
 
 
-def _titles(figure: Figure, axes: Axes, picture: Picture) -> Text:
-    subtitle = _literal(textwrap.fill(picture.subtitle, 120))
-    axes.set_title(subtitle, loc="left", fontsize=9.5, color=QUIET, pad=10)
-    title = _literal(textwrap.fill(picture.title, 80))
-    return figure.suptitle(title, x=0, ha="left", fontsize=12.5, fontweight="bold")
+def titles(figure: Figure, axes: Axes, title: str, subtitle: str) -> Text:
+    """The subtitle above the plot and the title above both, which is returned to be aligned."""
+    below = _literal(textwrap.fill(subtitle, 120))
+    axes.set_title(below, loc="left", fontsize=9.5, color=QUIET, pad=10)
+    above = _literal(textwrap.fill(title, 80))
+    return figure.suptitle(above, x=0, ha="left", fontsize=12.5, fontweight="bold")
 
 
 def _draw_lines(axes: Axes, lines: Sequence[Line]) -> None:
     """From the slowest to the fastest; a line under an equal one is wider, and so still seen."""
     for i, line in enumerate(lines):
         wider = sum(_hides(over, line) for over in lines[i + 1 :])
-        axes.plot(*zip(*line.values, strict=True), zorder=3, **_line_looks(line, wider=wider))
+        axes.plot(*zip(*line.values, strict=True), zorder=3, **line_looks(line, wider=wider))
         axes.errorbar(
             [tokens for tokens, _, _ in line.spread],
             [q1 for _, q1, _ in line.spread],
@@ -147,7 +148,7 @@ def _draw_lines(axes: Axes, lines: Sequence[Line]) -> None:
         )
 
 
-def _line_looks(line: Line, *, wider: int = 0) -> dict[str, Any]:
+def line_looks(line: Line, *, wider: int = 0) -> dict[str, Any]:
     """Keywords of a line and its markers, the same in the plot and in the legend."""
     colour, marker = line.style
     size = {"P": 8.0, "X": 8.0, "D": 5.5, "s": 5.5, "p": 7.0, "h": 7.0}.get(marker, 6.5)
@@ -241,9 +242,9 @@ def _ticks(tokens: Sequence[int]) -> list[int]:
     return powers[::step] if len(powers) > 1 else [tokens[0], tokens[-1]]
 
 
-def _legend(axes: Axes, lines: Sequence[Line], notes: Sequence[str]) -> None:
+def legend(axes: Axes, lines: Sequence[Line], notes: Sequence[str]) -> None:
     """Right of the plot, in the order in which the lines end; notes below, in grey."""
-    entries = [(Line2D([], [], **_line_looks(line)), _wrapped(line.name)) for line in lines]
+    entries = [(Line2D([], [], **line_looks(line)), _wrapped(line.name)) for line in lines]
     entries += [(Line2D([], [], linestyle=""), _wrapped(note)) for note in notes]
     legend = axes.legend(
         *zip(*entries, strict=True),
@@ -258,7 +259,7 @@ def _legend(axes: Axes, lines: Sequence[Line], notes: Sequence[str]) -> None:
 
 
 def _draw_strip(strip: Axes, misses: Sequence[Miss]) -> None:
-    heights = [_rows(miss.name) for miss in misses]
+    heights = [rows_of(miss.name) for miss in misses]
     middles = [sum(heights[:i]) + height / 2 for i, height in enumerate(heights)]
     for miss, y in zip(misses, middles, strict=True):
         strip.axhline(y, color=FAINT, linewidth=0.8, zorder=1)
@@ -274,7 +275,8 @@ def _draw_strip(strip: Axes, misses: Sequence[Miss]) -> None:
     strip.yaxis.set_label_position("left")
 
 
-def _rows(name: str) -> int:
+def rows_of(name: str) -> int:
+    """Lines that a name takes in the legend."""
     return _wrapped(name).count("\n") + 1
 
 

@@ -1,7 +1,7 @@
-"""Figures of a run against length, by matplotlib; `render` turns one into bytes.
+"""Figures of a run, by matplotlib; `render` turns one into bytes.
 
-Both axes are logarithmic, so that T**p is a straight line of slope p. The strip below them names
-what failed, at its length and without a number.
+Against length, both axes are logarithmic, so that T**p is a straight line of slope p. The strip
+below them names what failed, at its length and without a number.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from chela_bench.reports.pictures import (
     floor_picture,
     hbm_picture,
     memory_picture,
+    roofline_picture,
     sweeps,
     time_picture,
 )
+from chela_bench.reports.roofline_drawing import draw_roofline
 from chela_bench.reports.style import settings
 
 Format = Literal["svg", "png", "pdf"]
@@ -43,7 +45,7 @@ _NO_DATES: dict[Format, dict[str, None]] = {
 
 def figures(run: Run, points: Sequence[Point]) -> dict[str, Figure]:
     """Every figure of a run: `linear_attention-fwd-bf16-B1-H16-K128-V128-time`, and with
-    `-floor`, `-hbm` and `-memory` where a point has such a value.
+    `-floor`, `-hbm`, `-memory` and `-roofline` where a point has such a value.
 
     Time is the median, with quartiles, the floor, and each line's exponent of T (`fitted_slope`'s,
     over the longer half of the lengths, with its 95 % interval). Points of softmax_attention at the
@@ -56,6 +58,9 @@ def figures(run: Run, points: Sequence[Point]) -> dict[str, Figure]:
             picture = picture_of(sweep)
             if picture is not None:
                 found[f"{slug}-{kind}"] = draw(picture)
+        roofline = roofline_picture(sweep)
+        if roofline is not None:
+            found[f"{slug}-roofline"] = draw_roofline(roofline)
     return found
 
 

@@ -8,6 +8,7 @@ tables; the page's own policy lets nothing else run and nothing be fetched.
 
 from __future__ import annotations
 
+import re
 import shlex
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from markupsafe import Markup
 from chela_bench.records import Point, Run
 from chela_bench.reports.groups import Group, drawn_beside, drawn_with, named_groups
 from chela_bench.reports.rows import COLUMNS, Column, Row, columns, notes, nulls, rows
+from chela_bench.reports.sheets import Sheet, sheets
 from chela_bench.reports.text import duration, facts, length, machine, plain, tally, three_digits
 
 _FIGURES = {
@@ -28,6 +30,7 @@ _FIGURES = {
     "floor": "multiple of the floor",
     "hbm": "HBM bytes per call",
     "memory": "peak memory",
+    "roofline": "roofline",
 }
 
 
@@ -70,6 +73,7 @@ class _Section:
     notes: tuple[str, ...]
     columns: Mapping[str, Column]
     rows: tuple[Row, ...]
+    sheets: tuple[Sheet, ...]
 
 
 def page(run: Run, points: Sequence[Point], svgs: Mapping[str, bytes]) -> str:
@@ -87,14 +91,14 @@ def page(run: Run, points: Sequence[Point], svgs: Mapping[str, bytes]) -> str:
         tally=tally(run, points),
         machine=", ".join(machine(run, points)),
         facts={**facts(run, points), "Command": plain(shlex.join(run.argv))},
-        sections=[_section(slug, group, named, svgs) for slug, group in named.items()],
+        sections=[_section(run, slug, group, named, svgs) for slug, group in named.items()],
         failures=_failures(named),
         nulls=nulls(points),
     )
 
 
 def _section(
-    slug: str, group: Group, named: Mapping[str, Group], svgs: Mapping[str, bytes]
+    run: Run, slug: str, group: Group, named: Mapping[str, Group], svgs: Mapping[str, bytes]
 ) -> _Section:
     others = [other for other in named.values() if other is not group]
     shown_by = drawn_with(group, others)
@@ -113,6 +117,7 @@ def _section(
         notes=tuple(notes(group, drawn_beside(group, others))),
         columns=columns(group, COLUMNS),
         rows=tuple(rows(group)),
+        sheets=tuple(sheets(run, group)),
     )
 
 
@@ -156,7 +161,17 @@ def _uri(svg: bytes) -> str:
 
 def _alt(what: str, group: Group) -> str:
     named = ", ".join(series.label for series in group.series)
-    return f"{what} against tokens T, {group.title}: {named}. The table below has the values."
+    against = "TFLOP/s against FLOPs a byte" if what == "roofline" else f"{what} against tokens T"
+    return f"{against}, {group.title}: {named}. The table below has the values."
+
+
+def amount(text: str) -> float | None:
+    """What a sheet's cell sorts by: its first number, a length in tokens; None if it has none."""
+    found = re.match(r"([\d ]*\d(?:\.\d+)?)([kM]?)", text)
+    if found is None:
+        return None
+    scale = {"k": 1024, "M": 1024**2}.get(found[2], 1)
+    return float(found[1].replace(" ", "")) * scale
 
 
 def _resource(name: str) -> str:
@@ -172,4 +187,5 @@ def _template() -> Template:
         lstrip_blocks=True,
     )
     environment.filters["tokens"] = length
+    environment.filters["amount"] = amount
     return environment.get_template("report.html.j2")

@@ -9,11 +9,12 @@ from collections.abc import Iterable, Sequence
 from chela_bench.records import Point, Run
 from chela_bench.reports.groups import Group, Series, drawn_beside, groups
 from chela_bench.reports.rows import Column, Row, columns, notes, rows
+from chela_bench.reports.sheets import Sheet, sheets
 from chela_bench.reports.text import facts, length, plain, tally
 
 _COLUMNS = (
     "time ms", "x floor", "tokens/s", "bytes/token", "parameters", "GFLOP", "TFLOP/s", "peak MiB",
-    "HBM MiB", "host us", "error / budget",
+    "HBM MiB", "host us", "mJ", "error / budget",
 )  # fmt: skip
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 _SPECIAL = re.compile(r"[\\`*\[\]|~$#]|(?<![^\W_])_|_(?![^\W_])")
@@ -29,6 +30,7 @@ def summary(run: Run, points: Sequence[Point]) -> str:
     for group in found:
         said = notes(group, drawn_beside(group, found))
         parts += [f"## {escaped(group.title)}", *map(escaped, said), _times(group)]
+        parts += [part for sheet in sheets(run, group) for part in _sheet(sheet)]
     failed = [(g, s, p) for g in found for s in g.series for p in s.failed]
     if failed:
         parts += ["## Failed points", _failed(failed)]
@@ -45,6 +47,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int) ->
     """A Markdown table of safe cells; the first `left` columns are text, the rest numbers."""
     rule = ["---" if i < left else "---:" for i in range(len(header))]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
+
+
+def _sheet(sheet: Sheet) -> list[str]:
+    cells = [[escaped(cell) for cell in row] for row in sheet.rows]
+    return [f"### {sheet.name}", escaped(sheet.note), table(sheet.header, cells, left=sheet.left)]
 
 
 def _times(group: Group) -> str:

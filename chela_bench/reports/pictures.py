@@ -22,6 +22,8 @@ from chela_bench.reports.groups import (
     named_groups,
     reading_order,
 )
+from chela_bench.reports.roofline import Roof
+from chela_bench.reports.roofline_drawing import RoofPicture, track
 from chela_bench.reports.rows import MODEL, hbm_bytes
 from chela_bench.reports.style import Style, styles, tint
 from chela_bench.reports.text import duration, machine, memory, plain, three_digits
@@ -204,6 +206,38 @@ def memory_picture(sweep: Sweep) -> Picture | None:
     )
 
 
+def roofline_picture(sweep: Sweep) -> RoofPicture | None:
+    """None where a ceiling was not measured, or no point has kernel time, FLOPs and bytes.
+
+    Of the group alone: another function's FLOPs are others.
+    """
+    group, roof = sweep.group, Roof.of(sweep.run.ceilings, sweep.group.dtype)
+    if roof is None:
+        return None
+    found = [
+        track(name, style, series.ok)
+        for series, style, name in sweep.drawn
+        if not sweep.is_other(series)
+    ]
+    tracks = tuple(each for each in found if each is not None)
+    if not tracks:
+        return None
+    measured = any(each.measured for each in tracks)
+    notes = ["hollow: modelled bytes"] if measured else ["bytes modelled, none measured"]
+    return RoofPicture(
+        title=_title(group),
+        subtitle="  ·  ".join(machine(sweep.run, group.points)),
+        roof=roof,
+        tracks=tracks,
+        notes=(*notes, "each line over the lengths of T"),
+    )
+
+
+def _title(group: Group) -> str:
+    dims = " ".join(f"{name}={size}" for name, size in group.dims.items())
+    return plain(f"{group.op} · {group.direction} · {group.dtype} · {dims}")
+
+
 def _above_zero(
     name: str, style: Style, values: Sequence[_Value], dashed: bool, *, hollow: bool = False
 ) -> tuple[list[Line], list[Miss]]:
@@ -229,9 +263,8 @@ def _picture(
     floor_name: str = "",
 ) -> Picture:
     group = sweep.group
-    dims = " ".join(f"{name}={size}" for name, size in group.dims.items())
     return Picture(
-        title=plain(f"{group.op} · {group.direction} · {group.dtype} · {dims}"),
+        title=_title(group),
         subtitle="  ·  ".join(machine(sweep.run, group.points)),
         lengths=group.lengths,
         quantity=quantity,

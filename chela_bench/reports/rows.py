@@ -64,7 +64,7 @@ def hbm_bytes(point: Point) -> Moved | None:
     hbm, total = point.hbm, point.hbm.total_bytes
     if total is None:
         return None
-    modelled = hbm.read_bytes is None or hbm.write_bytes is None
+    modelled = hbm.measured_bytes is None
     return Moved(total, MODEL if modelled else hbm.source or "measured")
 
 
@@ -98,9 +98,10 @@ def notes(group: Group, beside: Group | None = None) -> Iterator[str]:
 
 def columns(group: Group, names: Iterable[str]) -> dict[str, Column]:
     """Those of the names, in this order, that say something of the group: what a layer learns and
-    computes stands at layers, bytes of a token at steps."""
+    computes stands at layers, bytes of a token at steps, energy where it was measured."""
     quiet = set() if group.is_layer else set(_LAYER_COLUMNS)
     quiet |= set() if group.direction == "decode" else set(_STEP_COLUMNS)
+    quiet |= set() if any(p.energy_j is not None for p in group.points) else {"mJ"}
     return {name: COLUMNS[name] for name in names if name not in quiet}
 
 
@@ -183,5 +184,6 @@ COLUMNS = {
     "peak MiB": _in(2**20, lambda p: p.peak_bytes),
     "HBM MiB": Column(_moved, _with_source),
     "host us": _in(1e3, lambda p: p.host_ns),
+    "mJ": _in(1e-3, lambda p: p.energy_j),
     "error / budget": Column(lambda p: p.error_rel, _with_budget),
 }

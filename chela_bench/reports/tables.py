@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import pandas as pd
 
-from chela_bench.records import ConfigValue, Point, Run
+from chela_bench.records import ConfigValue, Kernel, Point, Run
 from chela_bench.reports.groups import reading_order
 
 _DIMS = ("B", "T", "H", "K", "V", "D")
@@ -48,8 +48,11 @@ _MEASURED: dict[str, _Column] = {
     "hbm_model_bytes": (_INTEGER, lambda _, p: p.hbm.model_bytes),
     "hbm_read_bytes": (_INTEGER, lambda _, p: p.hbm.read_bytes),
     "hbm_write_bytes": (_INTEGER, lambda _, p: p.hbm.write_bytes),
+    "hbm_late_write_bytes": (_INTEGER, lambda _, p: p.hbm.late_write_bytes),
+    "hbm_gpm_bytes": (_INTEGER, lambda _, p: p.hbm.gpm_bytes),
+    "hbm_x_floor": (_FLOAT, lambda _, p: p.hbm_x_floor),
     "hbm_source": (_TEXT, lambda _, p: p.hbm.source),
-    "hbm_measured_over_model": (_FLOAT, lambda _, p: _measured_over_model(p)),
+    "hbm_measured_over_model": (_FLOAT, lambda _, p: p.hbm.measured_over_model),
     "oracle": (_TEXT, lambda _, p: p.oracle),
     "error_rel": (_FLOAT, lambda _, p: p.error_rel),
     "error_budget": (_FLOAT, lambda _, p: p.error_budget),
@@ -62,6 +65,10 @@ _MEASURED: dict[str, _Column] = {
     "mem_clock_mhz": (_INTEGER, lambda _, p: p.telemetry.mem_clock_mhz),
     "power_mw": (_INTEGER, lambda _, p: p.telemetry.power_mw),
     "temperature_c": (_INTEGER, lambda _, p: p.telemetry.temperature_c),
+    "sm_clock_min_mhz": (_INTEGER, lambda _, p: p.telemetry.sm_clock_min_mhz),
+    "power_max_mw": (_INTEGER, lambda _, p: p.telemetry.power_max_mw),
+    "temperature_max_c": (_INTEGER, lambda _, p: p.telemetry.temperature_max_c),
+    "memory_bytes": (_INTEGER, lambda _, p: p.telemetry.memory_bytes),
     "throttle": (_TEXT, lambda _, p: _throttle(p)),
     "energy_j": (_FLOAT, lambda _, p: p.energy_j),
     "timer": (_TEXT, lambda _, p: p.timer),
@@ -102,6 +109,22 @@ def points_frame(run: Run, points: list[Point]) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
+def kernels_frame(points: list[Point]) -> pd.DataFrame:
+    """One row a kernel of each profiled point, units in the names; `key` is the point's."""
+    rows = [
+        {"key": point.key, **kernel.model_dump(), "limiters": "; ".join(kernel.limiters)}
+        for point in sorted(points, key=reading_order)
+        for kernel in point.kernels
+    ]
+    frame = pd.DataFrame(rows, columns=["key", *Kernel.model_fields])
+    kinds = {
+        name: _FLOAT if name.endswith("_pct") or name == "waves" else _INTEGER
+        for name in Kernel.model_fields
+        if name not in ("name", "grid", "limiters")
+    }
+    return frame.astype(kinds)
+
+
 def _columns(
     columns: Mapping[str, _Column], run: Run, points: list[Point]
 ) -> dict[str, pd.Series[Any]]:
@@ -125,13 +148,6 @@ def _config(values: list[ConfigValue | None]) -> pd.Series[Any]:
     if kinds == {bool}:
         return pd.Series(values, dtype=_FLAG)
     return pd.Series([None if value is None else str(value) for value in values], dtype=_TEXT)
-
-
-def _measured_over_model(point: Point) -> float | None:
-    hbm = point.hbm
-    if hbm.read_bytes is None or hbm.write_bytes is None or not hbm.model_bytes:
-        return None
-    return (hbm.read_bytes + hbm.write_bytes) / hbm.model_bytes
 
 
 def _throttle(point: Point) -> str | None:

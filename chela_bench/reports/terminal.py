@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from rich import box
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-from rich.table import Table
 from rich.text import Text
 
 from chela_bench.records import Point, Run
+from chela_bench.reports.columns import column_width, line, room, table, tables
 from chela_bench.reports.crossings import comparison
 from chela_bench.reports.groups import (
     OTHER_FUNCTIONS,
@@ -21,48 +20,47 @@ from chela_bench.reports.groups import (
     groups,
 )
 from chela_bench.reports.rows import COLUMNS, STEPS, engineering
+from chela_bench.reports.sheets import Sheet, sheets
 from chela_bench.reports.text import duration, length, lengths, machine, tally, three_digits
 
-_GAP = 2  # characters between columns
-_LONGEST_NAME = 18  # a longer one is folded
 
-
-def sweep_table(run: Run, points: Sequence[Point]) -> RenderableType:
+def sweep_table(
+    run: Run, points: Sequence[Point], *, beside: Sequence[str] = ("HBM traffic",)
+) -> RenderableType:
     """One table for each op, direction, dtype and shape; what failed and why; a line of counts.
 
     A cell is the median time and its multiple of the floor; `*` marks the fastest correct
     implementation of its row. Columns that do not fit the width continue in a further block. What
-    was skipped at every length has no column, unless nothing else has one.
+    was skipped at every length has no column, unless nothing else has one. `beside` names the
+    sheets that follow where something was counted.
     """
-    return _Sweep(run, tuple(points))
+    return _Sweep(run, tuple(points), tuple(beside))
 
 
 @dataclass(frozen=True)
 class _Sweep:
     run: Run
     points: tuple[Point, ...]
+    beside: tuple[str, ...]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield _line(" | ".join(machine(self.run, self.points)), "dim")
+        yield line(" | ".join(machine(self.run, self.points)), "dim")
         found = groups(self.points)
         for group in found:
             yield Text()
             yield _heading(group)
             yield from _blocks(group, options.max_width)
             yield from _legend(group)
-            yield from map(_line, _rates(group))
-            yield from map(_line, comparison(group, drawn_beside(group, found)))
+            yield from _sheets(self.run, group, options.max_width, self.beside)
+            yield from map(line, _rates(group))
+            yield from map(line, comparison(group, drawn_beside(group, found)))
             yield from _failures(group)
         yield Text()
-        yield _line(tally(self.run, self.points), "bold")
-
-
-def _line(text: str, style: str = "", indent: int = 0) -> Text:
-    return Text(" " * indent + text, style, overflow="fold")
+        yield line(tally(self.run, self.points), "bold")
 
 
 def _heading(group: Group) -> Text:
-    heading = _line(group.title, "bold")
+    heading = line(group.title, "bold")
     for op, other in OTHER_FUNCTIONS.items():
         if group.op == other:
             heading.append(f" (another function than {op})", "italic")
@@ -85,19 +83,41 @@ def _blocks(group: Group, width: int) -> Iterator[RenderableType]:
         )
     tried = [s for s in group.series if any(p.outcome != "skipped" for p in s.points)]
     waiting = [(series.label, _cells(group, series)) for series in tried or group.series]
-    if group.is_layer and waiting and _room(leading, width) < _column_width(*waiting[0]):
-        yield _table(leading, width)
+    if group.is_layer and waiting and room(leading, width) < column_width(*waiting[0]):
+        yield table(leading, width)
         yield Text()
         leading = leading[:1]
-    while waiting:
-        block, room = leading, _room(leading, width)
-        while waiting and (room >= _column_width(*waiting[0]) or block is leading):
-            room -= _column_width(*waiting[0]) + _GAP
-            block = [*block, waiting.pop(0)]
-        yield _table(block, width)
-        leading = leading[:1]
-        if waiting:
-            yield Text()
+    yield from tables(leading, waiting, width)
+
+
+def sheet_table(sheet: Sheet) -> RenderableType:
+    """One sheet, cut where the width ends, with its note."""
+    return _Sheet(sheet)
+
+
+@dataclass(frozen=True)
+class _Sheet:
+    sheet: Sheet
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from _sheet_lines(self.sheet, options.max_width)
+
+
+def _sheet_lines(sheet: Sheet, width: int) -> Iterator[RenderableType]:
+    columns = [
+        (name, [Text(row[n], overflow="fold") for row in sheet.rows])
+        for n, name in enumerate(sheet.header)
+    ]
+    head, rest = columns[: sheet.left], columns[sheet.left :]
+    yield from tables(head, rest, width, repeated=len(head), words=len(head) - 1)
+    yield line(sheet.note, "dim")
+
+
+def _sheets(run: Run, group: Group, width: int, names: Sequence[str]) -> Iterator[RenderableType]:
+    for sheet in (sheet for sheet in sheets(run, group) if sheet.name in names):
+        yield Text()
+        yield line(sheet.name, "bold")
+        yield from _sheet_lines(sheet, width)
 
 
 def _rates(group: Group) -> Iterator[str]:
@@ -112,33 +132,6 @@ def _rates(group: Group) -> Iterator[str]:
                 size = COLUMNS["bytes/token"].cell(point)[1]
                 moved = f", {size} HBM a token" if size else ""
                 yield f"{length(tokens)}: {series.label} {rate} tokens/s{moved}"
-
-
-def _room(columns: Sequence[tuple[str, Sequence[Text]]], width: int) -> int:
-    """What is left beside the columns."""
-    return width - sum(_column_width(*column) + _GAP for column in columns)
-
-
-def _column_width(name: str, cells: Sequence[Text]) -> int:
-    return max(min(Text(name).cell_len, _LONGEST_NAME), *(cell.cell_len for cell in cells))
-
-
-def _table(columns: Sequence[tuple[str, Sequence[Text]]], width: int) -> Table:
-    table = Table(
-        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), highlight=False
-    )
-    fits = sum(_column_width(*column) + _GAP for column in columns) - _GAP <= width
-    for name, cells in columns:
-        table.add_column(
-            Text(name, overflow="fold"),
-            justify="right",
-            vertical="bottom",
-            overflow="fold",
-            width=_column_width(name, cells) if fits else None,
-        )
-    for row in zip(*(cells for _, cells in columns), strict=True):
-        table.add_row(*row)
-    return table
 
 
 def _cells(group: Group, series: Series) -> list[Text]:
@@ -180,7 +173,7 @@ def _legend(group: Group) -> Iterator[Text]:
     if any(point.time_ns is None for point in ok):
         notes.append("wall: from launch to synchronised end, too many launches for kernel time")
     if notes:
-        yield _line("; ".join(notes), "dim")
+        yield line("; ".join(notes), "dim")
 
 
 def _failures(group: Group) -> Iterator[Text]:
@@ -188,5 +181,5 @@ def _failures(group: Group) -> Iterator[Text]:
         where = "; ".join(
             f"{label} at {lengths(tokens, group.lengths)}" for label, tokens in failure.where
         )
-        yield _line(f"{failure.outcome}: {where}")
-        yield _line(failure.reason, "dim", indent=2)
+        yield line(f"{failure.outcome}: {where}")
+        yield line(failure.reason, "dim", indent=2)

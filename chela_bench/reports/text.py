@@ -89,11 +89,13 @@ def own_cost(run: Run) -> str | None:
             ("compiling", cost.compiling_s),
             ("checking", cost.checking_s),
             ("timing", cost.timing_s),
+            ("profiling", cost.profiling_s),
         )
+        if seconds or name != "profiling"
     ]
     return (
         f"{100 * cost.own_share:.0f} % of {three_digits(cost.wall_s)} s; "
-        f"the rest: {parts[0]}, {parts[1]}, {parts[2]}"
+        f"the rest: {', '.join(parts)}"
     )
 
 

@@ -1,0 +1,205 @@
+"""Measured now, for the gate and for noise: a baseline's points, unclear ones once more, A/A."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from chela_bench.bench import plan, stats
+from chela_bench.bench.baseline import NoiseRecord, facts
+from chela_bench.bench.cases import Case, Limits, Session
+from chela_bench.bench.plan import Settings
+from chela_bench.bench.registry import all_ops
+from chela_bench.bench.runner import Runner, WorkerProcess, shuffled, utc_now
+from chela_bench.bench.sources import Entry, Machine, Measured, machine_of
+from chela_bench.errors import EnvironmentProblem, UsageError
+from chela_bench.records import Ceilings, Environment, Point
+
+LONGER = 4  # times the time for samples, of a round that is to settle a verdict
+Heard = Callable[[str], None]
+
+
+def here(device: str) -> Machine:
+    """This machine, as a worker on the device sees it."""
+    session = Session(
+        device=device, timer="event", l2="cold", seed=0, inputs="randn", limits=Limits()
+    )
+    with tempfile.TemporaryDirectory(prefix="chela-bench-") as folder:
+        worker = WorkerProcess(session, Path(folder) / "worker.log")
+        try:
+            hello = worker.ask({"session": session.model_dump(mode="json")}, "hello", 180.0)
+        finally:
+            worker.kill()
+    return machine_of(Environment.model_validate(hello["environment"]), hello["versions"])
+
+
+def settings_of(baseline: Measured, device: str) -> tuple[Settings, set[str]]:
+    """The baseline's own plan on this device, without what is no longer there; and its cases'
+    keys. What is left out is missing afterwards, which the gate says by name."""
+    given = dict(baseline.settings or {})
+    if not given:
+        raise UsageError(
+            f"{baseline.label} does not say how it was measured; give what was measured now, as in "
+            "chela-bench gate NOW.json --baseline ..."
+        )
+    ops = {op.name: op for op in all_ops()}
+    user = given.get("user_impls") or {}
+    impls = {
+        name: [impl for impl in wanted
+               if impl in user or any(impl == known.name for known in ops[name].impls)]
+        for name, wanted in given.get("impls", {}).items() if name in ops
+    }  # fmt: skip
+    given["impls"] = {name: kept for name, kept in impls.items() if kept}
+    given["shapes"] = {k: v for k, v in given.get("shapes", {}).items() if k in given["impls"]}
+    given["devices"] = [device]
+    if not given["impls"]:
+        raise UsageError(f"nothing of {baseline.label} is left to measure: its ops are gone")
+    try:
+        settings = Settings.model_validate(given)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise UsageError(f"{baseline.label}: settings.{where}: {problem['msg']}") from None
+    return settings, {case.key for case in plan.cases(settings)}
+
+
+def again(
+    measured: Measured,
+    names: Sequence[str],
+    session: Session,
+    *,
+    heard: Heard,
+) -> Measured:
+    """The named benchmarks once more, in a process of its own and for longer; the samples of all
+    rounds count together."""
+    if measured.machine.device != session.device.partition(":")[0]:
+        raise EnvironmentProblem(
+            f"{measured.label} is of {measured.machine}; here is no such device"
+        )
+    entries = dict(measured.entries)
+    longer = _longer(session)
+    with tempfile.TemporaryDirectory(prefix="chela-bench-") as folder:
+        with Runner(longer, Path(folder) / "worker.log", ceilings={}) as runner:
+            now = machine_of(runner.environment, runner.versions)
+            if now.identity != measured.machine.identity:
+                raise EnvironmentProblem(
+                    f"unclear points can be measured again on {measured.machine}; this is {now}"
+                )
+            for name in names:
+                before = entries[name]
+                if before.point is None:
+                    continue
+                heard(f"again: {name}")
+                point, samples = runner.measure(case_of(before.point))
+                entries[name] = _together(before, point, samples)
+    return dataclasses.replace(measured, entries=entries)
+
+
+def case_of(point: Point) -> Case:
+    return Case(
+        op=point.op,
+        impl=point.impl,
+        direction=point.direction,
+        dtype=point.dtype,
+        shape=point.shape,
+        config=point.config,
+    )
+
+
+def session_of(measured: Measured, device: str, limits: Limits) -> Session:
+    """How its points were measured, to measure them again."""
+    if measured.settings:
+        return settings_of(measured, device)[0].sessions()[0]
+    point = next(entry.point for entry in measured.entries.values() if entry.point)
+    return Session(
+        device=device,
+        timer=point.timer,
+        l2=point.l2 or "cold",
+        seed=0,
+        inputs="randn",
+        limits=limits,
+    )
+
+
+def _together(before: Entry, point: Point, samples: Sequence[float]) -> Entry:
+    if point.outcome != "ok" or before.point is None:
+        return Entry(before.name, point, list(samples), point.device)
+    pooled = [*before.samples_ns, *samples]
+    if point.time_ns is not None:
+        point = point.model_copy(update={"time_ns": stats.summarise(pooled)})
+    else:
+        point = point.model_copy(update={"wall_ns": round(stats.median(pooled))})
+    old = before.point
+    kept = {  # what only another command fills in
+        name: getattr(old, name) for name in ("hbm", "static") if getattr(old, name) is not None
+    }
+    return Entry(before.name, point.model_copy(update=kept), pooled, point.device)
+
+
+def _longer(session: Session) -> Session:
+    limits = session.limits
+    sample_s = limits.sample_s * LONGER
+    phase_s = max(limits.phase_s, 4 * limits.call_s + sample_s)
+    longer = limits.model_copy(update={"sample_s": sample_s, "phase_s": phase_s})
+    return session.model_copy(update={"limits": longer})
+
+
+def measure_noise(
+    settings: Settings, runs: int, *, heard: Heard
+) -> tuple[Machine, NoiseRecord, list[Point]]:
+    """The same code, in `runs` processes one after another; and the points that had no time."""
+    cases = [case for case in plan.cases(settings) if plan.unavailable(settings, case) is None]
+    if not cases:
+        raise UsageError("nothing of what is selected can run here")
+    session = settings.sessions()[0]
+    samples: dict[str, list[list[int]]] = {}
+    failed: dict[str, Point] = {}
+    ceilings: dict[str, Ceilings] = {}
+    machine: Machine | None = None
+    with tempfile.TemporaryDirectory(prefix="chela-bench-") as folder:
+        for number in range(runs):
+            with Runner(session, Path(folder) / "worker.log", ceilings=ceilings) as runner:
+                ceilings = {runner.device: runner.ceilings}
+                machine = machine_of(runner.environment, runner.versions)
+                for case in shuffled(cases, settings.seed + number):
+                    heard(f"run {number + 1} of {runs}: {case.key}")
+                    point, times = runner.measure(case)
+                    if point.outcome != "ok":
+                        failed[case.key] = point
+                    else:
+                        samples.setdefault(case.key, []).append([round(ns) for ns in times])
+    assert machine is not None
+    whole = {key: taken for key, taken in samples.items() if len(taken) == runs}
+    if not whole:
+        first = next(iter(failed.values()))
+        raise EnvironmentProblem(
+            f"nothing was measured {runs} times; {first.key}: {first.outcome}: {first.reason}"
+        )
+    return machine, _noise_record(machine, whole), list(failed.values())
+
+
+def _noise_record(machine: Machine, samples: Mapping[str, list[list[int]]]) -> NoiseRecord:
+    by_key, every = {}, []
+    for key, taken in samples.items():
+        medians = [stats.median(run) for run in taken]
+        pairs = [max(a, b) / min(a, b) - 1 for i, a in enumerate(medians) for b in medians[i + 1 :]]
+        by_key[key] = round(max(pairs), 6)
+        every += pairs
+    return NoiseRecord(
+        measured_utc=utc_now(),
+        machine=facts(machine),
+        typical=round(float(np.quantile(every, 0.95)), 6),
+        by_key=by_key,
+        samples_ns=dict(samples),
+    )
+
+
+def machine_info(machine: Machine) -> dict[str, Any]:
+    """As pytest-benchmark's machine_info carries it."""
+    return facts(machine)

@@ -1,0 +1,407 @@
+"""Baselines: records that somebody chose, kept by machine, and moved by nobody else.
+
+    DIR/<machine>/<name>/      baseline.json (what, when, SHA-256 of each file) and the records
+    DIR/<machine>/current.json the promoted one's name
+    DIR/noise/<device>.json    what `noise` measured on one device
+
+<machine> is GPU model, driver's major version, torch and Triton: with another of these, times and
+compiled kernels are others, and a baseline of its own is wanted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from chela_bench.bench import sources, store
+from chela_bench.bench.cases import Case
+from chela_bench.bench.comparing import Noise, assumed_noise
+from chela_bench.bench.runner import utc_now
+from chela_bench.bench.sources import Kind, Machine, Measured
+from chela_bench.errors import BaselineProblem, ChelaBenchError, EnvironmentProblem, UsageError
+
+SCHEMA_VERSION = 1
+HEADER, CURRENT, MODELS = "baseline.json", "current.json", "models.json"
+NOISE = "noise"
+_RUN_FILES = (store.RUN, store.POINTS, store.SAMPLES)
+_JSON_FILE: dict[Kind, str] = {"pytest": "pytest.json", "static": "atlas.json"}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(
+        extra="ignore", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+_R = TypeVar("_R", bound=_Record)
+
+
+class Header(_Record):
+    """baseline.json."""
+
+    schema_version: int = SCHEMA_VERSION
+    """Version of this schema; others are refused."""
+    name: str
+    """The baseline's name in its machine's folder."""
+    kind: Kind
+    """run: a run folder's records; pytest: pytest-benchmark's JSON; static: `atlas --json`."""
+    saved_utc: str
+    """ISO 8601."""
+    source: str
+    """What was saved."""
+    machine: dict[str, str]
+    """Device, name, UUID, driver, torch and Triton, as far as known."""
+    files: dict[str, str]
+    """SHA-256 of each file beside it."""
+
+
+class Current(_Record):
+    """current.json: the promoted baseline."""
+
+    name: str
+    """Its name."""
+    promoted_utc: str
+    """ISO 8601."""
+
+
+class ModelledPoint(_Record):
+    """One line of models.json."""
+
+    case: Case
+    """What moves the bytes."""
+    model_bytes: int = Field(ge=0)
+    """HBM bytes by its formula."""
+
+
+class NoiseRecord(_Record):
+    """DIR/noise/<device>.json: times of the same code in processes of their own."""
+
+    schema_version: int = SCHEMA_VERSION
+    """Version of this schema; others are refused."""
+    measured_utc: str
+    """ISO 8601."""
+    machine: dict[str, str]
+    """As a baseline's."""
+    typical: float = Field(ge=0, lt=1)
+    """Relative change that 95 of 100 pairs of runs stay within; for points not in by_key."""
+    by_key: dict[str, float]
+    """Largest relative change between two runs, by point key."""
+    samples_ns: dict[str, list[list[int]]] = Field(default_factory=dict)
+    """Time samples of each run, by point key, in the order taken."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One baseline of a folder, or why it cannot be read."""
+
+    key: str
+    name: str
+    current: bool
+    header: Header | None
+    problem: str | None
+
+
+def machine_key(machine: Machine) -> str:
+    """The name of a machine's folder."""
+    driver = machine.driver_major
+    parts = [
+        machine.name,
+        driver and f"driver-{driver}",
+        machine.torch and f"torch-{machine.torch}",
+        machine.triton and f"triton-{machine.triton}",
+    ]
+    return "_".join(_slug(part) for part in parts if part)
+
+
+def save(
+    source: Path, folder: Path, name: str | None, models: Mapping[str, tuple[Case, int]]
+) -> tuple[str, str]:
+    """Copies the records of `source` in; returns (machine key, name). Promotes nothing.
+
+    `models` are kept with compiled kernels.
+    """
+    measured = sources.read(source)
+    if not measured.entries and not measured.static:
+        raise UsageError(f"{source} holds nothing to keep")
+    name = name or re.sub(r"[^A-Za-z0-9]", "", utc_now()[:19]) + f"-{measured.kind}"
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"a baseline's name takes letters, digits and ._+-; got {name!r}")
+    key = machine_key(measured.machine)
+    target = folder / key / name
+    if target.exists():
+        raise UsageError(f"{target} is there already: a baseline never changes; give another name")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        half = Path(tempfile.mkdtemp(dir=target.parent, prefix=".saving-"))
+        try:
+            files = _copy(source, measured, half, models)
+            header = Header(
+                name=name,
+                kind=measured.kind,
+                saved_utc=utc_now(),
+                source=str(source),
+                machine=facts(measured.machine),
+                files={file: _sha256(half / file) for file in files},
+            )
+            store.write_atomically(half / HEADER, header.model_dump_json(indent=2).encode() + b"\n")
+            half.chmod(0o755)
+            half.rename(target)
+        finally:
+            shutil.rmtree(half, ignore_errors=True)
+    except OSError as error:
+        raise EnvironmentProblem(f"cannot write {target}: {error.strerror}") from error
+    return key, name
+
+
+def _copy(
+    source: Path, measured: Measured, half: Path, models: Mapping[str, tuple[Case, int]]
+) -> list[str]:
+    if measured.kind == "run":
+        files = [file for file in _RUN_FILES if (source / file).exists()]
+        for file in files:
+            shutil.copyfile(source / file, half / file)
+        return files
+    files = [_JSON_FILE[measured.kind]]
+    shutil.copyfile(source, half / files[0])
+    if measured.kind == "static" and models:
+        rows = [
+            ModelledPoint(case=case, model_bytes=size).model_dump_json()
+            for case, size in models.values()
+        ]
+        (half / MODELS).write_text("".join(f"{row}\n" for row in rows))
+        files.append(MODELS)
+    return files
+
+
+def promote(folder: Path, name: str, key: str | None = None) -> str:
+    """Makes `name` the one that `gate` takes for its machine; returns the machine's key."""
+    found = [one for one in listed(folder) if one.name == name and key in (None, one.key)]
+    if not found:
+        names = ", ".join(one.name for one in listed(folder)) or "none"
+        raise BaselineProblem(f"no baseline {name!r} in {folder}; there are: {names}")
+    if len(found) > 1:
+        keys = ", ".join(one.key for one in found)
+        raise UsageError(f"{name!r} is there for several machines; choose with --machine: {keys}")
+    [one] = found
+    _load(folder / one.key / name)
+    current = Current(name=name, promoted_utc=utc_now())
+    try:
+        store.write_atomically(
+            folder / one.key / CURRENT, current.model_dump_json(indent=2).encode() + b"\n"
+        )
+    except OSError as error:
+        raise EnvironmentProblem(f"cannot write {folder / one.key}: {error.strerror}") from error
+    return one.key
+
+
+def listed(folder: Path) -> list[Listed]:
+    """Every baseline of the folder, by machine and name."""
+    if not folder.is_dir():
+        raise BaselineProblem(
+            f"no folder of baselines at {folder}; `chela-bench baseline save` makes one"
+        )
+    found = []
+    for machine in sorted(p for p in folder.iterdir() if p.is_dir() and p.name != NOISE):
+        current = None
+        problem = None
+        try:
+            current = _current(machine)
+        except BaselineProblem as error:
+            problem = str(error)
+        for path in sorted(machine.iterdir()):
+            if not path.is_dir() or path.name.startswith("."):
+                continue
+            header = None
+            try:
+                header = _header(path)
+            except BaselineProblem as error:
+                problem = str(error)
+            found.append(Listed(machine.name, path.name, path.name == current, header, problem))
+            problem = None
+    return found
+
+
+def resolve(path: Path, machine: Machine) -> Measured:
+    """The baseline for this machine: of a folder of baselines the promoted one; a baseline, a run
+    folder or a JSON file as it is. Raises BaselineProblem if there is none that it can be."""
+    if not path.exists():
+        raise BaselineProblem(
+            f"no baseline at {path}; `chela-bench baseline save` and `promote` make one"
+        )
+    if (path / HEADER).exists():
+        found = _load(path)
+    elif path.is_file() or (path / store.RUN).exists():
+        try:
+            found = sources.read(path)
+        except ChelaBenchError as error:
+            raise BaselineProblem(str(error)) from error
+    else:
+        found = _promoted(path, machine)
+    _refuse_other_key(found, machine)
+    return found
+
+
+def _promoted(folder: Path, machine: Machine) -> Measured:
+    key = machine_key(machine)
+    name = _current(folder / key) if (folder / key).is_dir() else None
+    if name is not None:
+        return _load(folder / key / name)
+    there = listed(folder)
+    waiting = [one.name for one in there if one.key == key]
+    if waiting:
+        raise BaselineProblem(
+            f"none of {key}'s baselines is promoted ({', '.join(waiting)}): "
+            f"chela-bench baseline promote NAME --baselines {folder}"
+        )
+    others = ", ".join(dict.fromkeys(one.key for one in there if one.current)) or "none"
+    raise BaselineProblem(
+        f"no baseline for {key} in {folder}; there are for: {others}. Save one by name: "
+        f"chela-bench baseline save RUN --name NAME --baselines {folder}, then promote it"
+    )
+
+
+def _refuse_other_key(found: Measured, machine: Machine) -> None:
+    """Another GPU model, driver, torch or Triton is another baseline's business, not a failure."""
+    then, now = found.machine, machine
+    differing = [
+        f"{what} {a or 'unknown'}, here {b or 'unknown'}"
+        for what, a, b in (
+            ("device", then.device, now.device),
+            ("machine", then.name, now.name),
+            ("driver", then.driver_major, now.driver_major),
+            ("torch", then.torch, now.torch),
+            ("Triton", then.triton, now.triton),
+        )
+        if a != b
+    ]
+    if differing:
+        raise BaselineProblem(
+            f"the baseline {found.label} is of {'; '.join(differing)}. A new baseline is wanted, "
+            "by name: chela-bench baseline save RUN --name NAME, then promote it"
+        )
+
+
+def _load(path: Path) -> Measured:
+    """A saved baseline, unchanged since it was saved."""
+    header = _header(path)
+    for file, digest in header.files.items():
+        if Path(file).name != file:
+            raise BaselineProblem(f"{path / HEADER} names a file elsewhere: {file}")
+        try:
+            found = _sha256(path / file)
+        except OSError as error:
+            raise BaselineProblem(f"{path} lacks {file}: {error.strerror}; save it anew") from error
+        if found != digest:
+            raise BaselineProblem(
+                f"{path / file} was changed after it was saved; save a new baseline instead"
+            )
+    try:
+        if header.kind == "run":
+            measured = sources.read(path)
+        else:
+            measured = sources.read(path / _JSON_FILE[header.kind])
+        models = _models(path / MODELS) if MODELS in header.files else {}
+    except BaselineProblem:
+        raise
+    except ChelaBenchError as error:
+        raise BaselineProblem(str(error)) from error
+    return replace(measured, label=str(path), models=models)
+
+
+def _models(path: Path) -> dict[str, tuple[Case, int]]:
+    models = {}
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            row = ModelledPoint.model_validate_json(line)
+        except ValidationError as error:
+            problem = store.first_problem(error)
+            raise BaselineProblem(f"{path}, line {number}: {problem}") from None
+        models[row.case.key] = (row.case, row.model_bytes)
+    return models
+
+
+def _header(path: Path) -> Header:
+    return _read(path / HEADER, Header)
+
+
+def _current(machine: Path) -> str | None:
+    path = machine / CURRENT
+    if not path.exists():
+        return None
+    current = _read(path, Current)
+    if not (machine / current.name / HEADER).is_file() or not _NAME.fullmatch(current.name):
+        raise BaselineProblem(f"{path} names {current.name!r}, which is not there; promote another")
+    return current.name
+
+
+def _read(path: Path, model: type[_R]) -> _R:
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise BaselineProblem(f"{path.parent} is no baseline: it has no {path.name}") from None
+    except OSError as error:
+        raise BaselineProblem(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError):
+        raise BaselineProblem(f"{path} is not JSON, or only half of it; save it anew") from None
+    version = found.get("schema_version", SCHEMA_VERSION) if isinstance(found, dict) else None
+    if version != SCHEMA_VERSION:
+        raise BaselineProblem(
+            f"{path} has schema_version {version}; this chela-bench reads {SCHEMA_VERSION}: save "
+            "the baseline anew"
+        )
+    try:
+        return model.model_validate(found)
+    except ValidationError as error:
+        raise BaselineProblem(f"{path}: {store.first_problem(error)}") from None
+
+
+def write_noise(folder: Path, machine: Machine, record: NoiseRecord) -> Path:
+    path = _noise_path(folder, machine)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        store.write_atomically(path, record.model_dump_json().encode() + b"\n")
+    except OSError as error:
+        raise EnvironmentProblem(f"cannot write {path}: {error.strerror}") from error
+    return path
+
+
+def noise_of(folder: Path | None, machine: Machine, *, live: bool = False) -> Noise:
+    """What `noise` measured on this very device, else what is assumed. Of rounds side by side no
+    more than is assumed of them: `noise` measures whole runs."""
+    path = None if folder is None else _noise_path(folder, machine)
+    if path is None or not path.exists():
+        return assumed_noise(machine, live=live)
+    record = _read(path, NoiseRecord)
+    source = f"measured {record.measured_utc[:10]}: {path}"
+    assumed = assumed_noise(machine, live=live)
+    if live:
+        return assumed if assumed.typical <= record.typical else Noise(record.typical, source)
+    return Noise(record.typical, source, record.by_key)
+
+
+def _noise_path(folder: Path, machine: Machine) -> Path:
+    return folder / NOISE / f"{_slug(machine.uuid or machine.name)}.json"
+
+
+def facts(machine: Machine) -> dict[str, str]:
+    """As records keep it."""
+    found = {"device": machine.device, "name": machine.name, "uuid": machine.uuid}
+    return {name: value for name, value in (found | machine.versions()).items() if value}
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.+-]+", "-", text).strip("-.")
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

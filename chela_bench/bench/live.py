@@ -1,0 +1,328 @@
+"""Two sides measured in turns, each in a process of its own: A B, B A, A B, ... until it is clear.
+
+Whatever changes slowly (heat, clocks, neighbours) meets both sides alike, and a round is one pair:
+drift, a clock with two states and outliers cannot pass for a change of the code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chela_bench.bench import stats, verdict
+from chela_bench.bench.cases import Case, Session
+from chela_bench.bench.comparing import Noise, row_of
+from chela_bench.bench.runner import (
+    PACKAGE_ROOT,
+    START_LIMIT_S,
+    WorkerDied,
+    WorkerHung,
+    WorkerProcess,
+    gpu_lock,
+)
+from chela_bench.bench.sources import Machine, machine_of
+from chela_bench.bench.verdict import Evidence
+from chela_bench.errors import EnvironmentProblem, UsageError
+from chela_bench.records import Environment
+from chela_bench.verdicts import Change
+
+LOOKS = (10, 20, 40, 80, 160, 320, 640)  # rounds after which the verdict is looked at
+TURN_S = 0.05  # of samples, a side and round
+Clear = Callable[[Evidence, int], bool]
+
+
+class Failed(Exception):
+    """A side has no time: outcome and reason."""
+
+    def __init__(self, outcome: str, reason: str) -> None:
+        super().__init__(reason)
+        self.outcome, self.reason = outcome, reason
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same point of both sides."""
+
+    name: str
+    before: Case
+    after: Case
+
+
+class Seat:
+    """One side: a worker with its own copy of the package."""
+
+    def __init__(self, session: Session, log: Path, *, root: str = PACKAGE_ROOT) -> None:
+        self._session, self._log, self._root = session, log, root
+        self._worker: WorkerProcess | None = None
+        self.environment: Environment | None = None
+        self.versions: dict[str, str] = {}
+
+    def __enter__(self) -> Seat:
+        self._start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker = None
+
+    @property
+    def machine(self) -> Machine:
+        assert self.environment is not None, "enter the seat first"
+        return machine_of(self.environment, self.versions)
+
+    def hold(self, case: Case) -> None:
+        self._ask({"hold": case.model_dump(mode="json")}, "held")
+
+    def take(self, seconds: float) -> tuple[float, str]:
+        """The median of a turn's samples, nanoseconds, and the clock."""
+        taken = self._ask({"take": seconds}, "taken")
+        return stats.median(taken["samples_ns"]), taken["clock"]
+
+    def release(self) -> None:
+        self._ask({"release": None}, "released")
+
+    def let_go(self) -> None:
+        """After a failure: whatever is still held."""
+        if self._worker is not None:
+            with contextlib.suppress(Failed):
+                self.release()
+
+    def _start(self) -> WorkerProcess:
+        try:
+            worker = self._worker = WorkerProcess(self._session, self._log, root=self._root)
+            hello = worker.ask(
+                {"session": self._session.model_dump(mode="json")}, "hello", START_LIMIT_S
+            )
+            self.environment = Environment.model_validate(hello["environment"])
+            self.versions = hello["versions"]
+            worker.ask({"begin": {}}, "ready", START_LIMIT_S)
+        except OSError as error:
+            raise EnvironmentProblem(f"cannot start a worker: {error}") from error
+        except WorkerDied as death:
+            raise EnvironmentProblem(
+                f"the worker of {self._root} does not start: {death.reason}"
+            ) from death
+        except WorkerHung:
+            raise EnvironmentProblem(
+                f"the worker of {self._root} did not start within {START_LIMIT_S:g} s"
+            ) from None
+        return worker
+
+    def _ask(self, command: dict[str, Any], wanted: str) -> Any:
+        """The answer; Failed if there is none to be had, and the next question has a new worker."""
+        worker = self._worker or self._start()
+        limits = self._session.limits
+        phase, limit_s = "start", limits.phase_s
+        try:
+            worker.send(command)
+            while True:
+                answer = worker.receive(time.monotonic() + limit_s)
+                if answer is None:
+                    raise Failed("timeout", f"no answer for {limit_s:g} s in phase {phase!r}")
+                if "phase" in answer:
+                    phase = answer["phase"]
+                    limit_s = limits.build_s if phase == "build" else limits.phase_s
+                elif "failed" in answer:
+                    raise Failed(*answer["failed"])
+                elif wanted in answer:
+                    return answer[wanted]
+                else:
+                    raise Failed("crash", "something else wrote into the worker's answers")
+        except WorkerDied as death:
+            self.__exit__()
+            reason = death.reason
+            if self._root != PACKAGE_ROOT and "KeyError" in reason:
+                reason += "; is this revision older than live comparison? Compare sweeps of it"
+            raise Failed("crash", reason) from death
+        except Failed as failed:
+            if failed.outcome in ("timeout", "crash"):
+                self.__exit__()
+            raise
+
+
+@contextlib.contextmanager
+def seats(
+    session: Session, log_folder: Path, roots: tuple[str, str]
+) -> Iterator[tuple[Seat, Seat]]:
+    """Both sides, started, on one device that is locked for them."""
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(Seat(session, log_folder / "before.log", root=roots[0]))
+        assert first.environment is not None
+        if first.environment.uuid is not None:
+            stack.callback(gpu_lock(first.environment).close)
+        second = stack.enter_context(Seat(session, log_folder / "after.log", root=roots[1]))
+        if second.machine.identity != first.machine.identity:
+            raise EnvironmentProblem(f"two devices: {first.machine} and {second.machine}")
+        yield first, second
+
+
+def rounds(
+    before: Seat,
+    after: Seat,
+    pair: Pair,
+    clear: Clear,
+    *,
+    budget_s: float,
+    turn_s: float = TURN_S,
+) -> Evidence | str:
+    """Evidence, or why there is none. Raises Failed if a side has no time or is not right.
+
+    `clear` is asked after each of LOOKS, with how many looks there can be at most.
+    """
+    sides = (before, after)
+    for seat, case in zip(sides, (pair.before, pair.after), strict=True):
+        _named(seat is after, lambda s=seat, c=case: s.hold(c))  # type: ignore[misc]
+    taken: list[tuple[float, float]] = []
+    known: set[str] = set()
+    deadline = time.monotonic() + budget_s
+    while len(taken) < LOOKS[-1]:
+        order = (0, 1) if len(taken) % 2 == 0 else (1, 0)
+        times = [0.0, 0.0]
+        for side in order:
+            times[side], clock = _named(side == 1, lambda s=sides[side]: s.take(turn_s))  # type: ignore[misc]
+            known.add(clock)
+        taken.append((times[0], times[1]))
+        if len(known) > 1:
+            return f"timed by other means: {' and '.join(sorted(known))}"
+        enough = len(taken) >= LOOKS[0] and time.monotonic() > deadline
+        if enough or (len(taken) in LOOKS and clear(verdict.paired(taken), len(LOOKS))):
+            break
+    for seat in sides:
+        _named(seat is after, seat.release)
+    return verdict.paired(taken)
+
+
+def _named(is_after: bool, act: Callable[[], Any]) -> Any:
+    """A failure says whose it is."""
+    try:
+        return act()
+    except Failed as failed:
+        side = "after" if is_after else "before"
+        raise Failed(failed.outcome, f"{side}: {failed.outcome}: {failed.reason}") from None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a pair has no ratio."""
+
+    reason: str
+    wrong: bool = False  # a side's result is not right
+
+
+def in_turns(
+    before: Seat,
+    after: Seat,
+    pairs: Sequence[Pair],
+    clear: Clear,
+    *,
+    budget_s: float,
+    on_pair: Callable[[Pair], None] = lambda pair: None,
+) -> list[Evidence | Refusal]:
+    """Evidence a pair, each measured until `clear(evidence, looks)` or the budget's end."""
+    found: list[Evidence | Refusal] = []
+    for pair in pairs:
+        on_pair(pair)
+        try:
+            evidence = rounds(before, after, pair, clear, budget_s=budget_s)
+            found.append(Refusal(evidence) if isinstance(evidence, str) else evidence)
+        except Failed as failed:
+            found.append(Refusal(failed.reason, wrong=failed.outcome == "wrong"))
+            for seat in (before, after):
+                seat.let_go()
+    return found
+
+
+def compare(
+    before: Seat,
+    after: Seat,
+    pairs: Sequence[Pair],
+    noise: Noise,
+    *,
+    budget_s: float,
+    on_pair: Callable[[Pair], None] = lambda pair: None,
+) -> list[Change]:
+    """A row a pair. Verdicts are corrected for the number of pairs and of looks."""
+
+    def clear(evidence: Evidence, looks: int) -> bool:
+        alpha = verdict.COMPARE_ALPHA / looks / len(pairs)
+        [(word, _)] = verdict.verdicts([evidence], noise=[noise.typical], alpha=alpha)
+        return word != "unclear"
+
+    taken = in_turns(before, after, pairs, clear, budget_s=budget_s, on_pair=on_pair)
+    found = [one for one in taken if isinstance(one, Evidence)]
+    alpha = verdict.COMPARE_ALPHA / len(LOOKS)
+    judged = iter(verdict.verdicts(found, noise=[noise.typical] * len(found), alpha=alpha))
+    rows = []
+    for pair, one in zip(pairs, taken, strict=True):
+        if isinstance(one, Refusal):
+            rows.append(
+                Change(name=pair.name, verdict="unclear", reason=one.reason, wrong=one.wrong)
+            )
+            continue
+        word, p = next(judged)
+        reason = "the budget ended before it was clear" if word == "unclear" else None
+        row = row_of(pair.name, one, min(1.0, p * len(LOOKS)))
+        rows.append(row.model_copy(update={"verdict": word, "reason": reason}))
+    return rows
+
+
+def clear_of(thresholds: Callable[[Evidence], float], pairs: int) -> Clear:
+    """For the gate: until it is known on which side of its threshold the ratio lies."""
+
+    def clear(evidence: Evidence, looks: int) -> bool:
+        alpha = verdict.GATE_ALPHA / looks / pairs
+        [(within, _)] = verdict.gated([evidence], [thresholds(evidence)], alpha=alpha)
+        return within is not None
+
+    return clear
+
+
+@contextlib.contextmanager
+def checkouts(revisions: Sequence[str]) -> Iterator[list[str]]:
+    """A worktree of the package's repository for every revision; `.` is the tree as it stands."""
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chela-bench-")))
+        roots = []
+        for number, revision in enumerate(revisions):
+            if revision == ".":
+                roots.append(PACKAGE_ROOT)
+                continue
+            commit = _git("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
+            if commit is None:
+                raise UsageError(
+                    f"{revision!r} is no implementation of what is selected, and no revision of "
+                    f"{PACKAGE_ROOT}; there, `.` is the tree as it stands"
+                )
+            root = folder / f"{number}"
+            if _git("worktree", "add", "--detach", str(root), commit) is None:
+                raise EnvironmentProblem(f"git cannot check {revision} out into {root}")
+            stack.callback(_git, "worktree", "remove", "--force", str(root))
+            if not (root / "chela_bench" / "bench" / "turns.py").exists():
+                raise UsageError(
+                    f"{revision} is older than live comparison; compare sweeps of it instead"
+                )
+            roots.append(str(root))
+        yield roots
+
+
+def _git(*command: str) -> str | None:
+    """What git says of the package's repository; None if it refuses."""
+    try:
+        return subprocess.run(
+            ["git", "-C", PACKAGE_ROOT, *command],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+            env={k: v for k, v in os.environ.items() if not k.startswith("GIT_")},  # as in hooks
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,177 @@
+"""`chela-bench atlas`: what the compiler says of every block size, with no GPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from chela_bench.bench import atlas as bench
+from chela_bench.bench.config import find_config, load_config
+from chela_bench.bench.load import refuse_changed_files
+from chela_bench.bench.plan import unique
+from chela_bench.cli import complete
+from chela_bench.cli.choices import Names, flags_of, many
+from chela_bench.cli.options import config_option, json_option
+from chela_bench.cli.output import echo_rich, write_files
+from chela_bench.cli.progress import CompileProgress
+from chela_bench.cli.signals import Interrupted, interrupted_by_signals
+from chela_bench.errors import UsageError
+from chela_bench.profiles.occupancy import ARCHS, find_arch
+from chela_bench.records import AtlasRow
+
+
+@click.command()
+@click.argument("op", required=False, shell_complete=complete.ops)
+@many("--impl", "Implementations, or path/to/file.py:function with an OP.", complete.impls)
+@click.option(
+    "--arch",
+    "archs",
+    multiple=True,
+    type=Names(),
+    help=f"Architectures: {', '.join(ARCHS)}. Repeatable.  [default: all but sm_75, 87, 103]",
+    shell_complete=complete.archs,
+)
+@click.option("--axis", "axes", multiple=True, help="A setting: BLOCK_T=32,64. Repeatable.")
+@click.option("--lens", help=f"T of the calls; {bench.DEFAULT_LENS} unless said.")
+@many("--shape", "Shapes by name, from bench.toml.", complete.shapes)
+@many("--dtype", "fp32, bf16, fp16.", complete.dtypes)
+@many("--direction", "fwd, fwdbwd, decode.", complete.directions)
+@click.option("--set", "sizes", multiple=True, help="Sizes over the shape's: H=16,K=128.")
+@click.option("--fits-on", metavar="ARCH", help="List the configurations that run there.")
+@click.option(
+    "--export-prune",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.py",
+    help="Write an early_config_prune for triton.autotune.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for atlas.csv, atlas.json and heat maps.",
+)
+@click.option("--jobs", type=click.IntRange(1), help="Compilers side by side; all processors.")
+@click.option(
+    "--limit",
+    "limit_s",
+    type=click.FloatRange(0.1, 86400),
+    default=bench.LIMIT_S,
+    show_default=True,
+    help="Seconds for one kernel's compiler.",
+)
+@click.option("--no-cache", is_flag=True, help="Compile everything, and keep nothing.")
+@config_option
+@json_option
+@click.pass_context
+def atlas(ctx: click.Context, /, **given: Any) -> None:
+    """Compile every configuration for every architecture: shared memory, registers, spills.
+
+    No GPU is needed. Each call runs on tensors without memory up to its launches, and what it would
+    launch is compiled in a process that may die. Without OP: all ops with Triton kernels.
+
+    \b
+    Exits with 1 if a compiler crashed or hung.
+    Examples:
+      chela-bench atlas
+      chela-bench atlas linear_attention --axis BLOCK_T=32,64,128 --axis BLOCK_V=32,64,128
+      chela-bench atlas linear_attention --fits-on sm_86
+    """
+    archs = _archs(given["archs"], given["fits_on"])
+    op = () if given["op"] is None else ((given["op"],),)
+    flags = flags_of({**given, "op": op})
+    config = load_config(find_config(given["config"]))
+    settings = bench.resolve(config, flags)
+    refuse_changed_files(settings.user_impls, settings.user_files_sha256)
+    options = bench.Options(
+        limit_s=given["limit_s"],
+        cache=None if given["no_cache"] else bench.cache_folder(),
+        **({} if given["jobs"] is None else {"parallel": given["jobs"]}),
+    )
+    try:
+        with interrupted_by_signals(), CompileProgress() as progress:
+            found = bench.compile_all(
+                bench.cases(settings),
+                archs,
+                options,
+                user_impls=settings.user_impls,
+                progress=progress,
+            )
+    except KeyboardInterrupt as stop:
+        click.echo("interrupted; what was compiled is kept for the next time", err=True)
+        ctx.exit(stop.exit_code if isinstance(stop, Interrupted) else 130)
+    _write(found, archs, given)
+    if given["as_json"]:
+        click.echo(_document(found, archs, given["fits_on"]))
+    else:
+        _print(found, archs, given["fits_on"])
+    ctx.exit(1 if any(row.outcome in ("crash", "timeout") for row in found.rows) else 0)
+
+
+def _archs(given: Sequence[Sequence[str]], fits_on: str | None) -> list[str]:
+    names = unique(name for group in given for name in group)
+    if not names:
+        names = list(bench.DEFAULT_ARCHS) if fits_on is None else [fits_on]
+    if fits_on is not None and fits_on not in names:
+        names.append(fits_on)
+    for name in names:
+        find_arch(name)
+    return names
+
+
+def _print(found: bench.Found, archs: Sequence[str], fits_on: str | None) -> None:
+    from chela_bench.reports.atlas import atlas_table, runs_on_table
+
+    echo_rich(atlas_table(found.rows, found.refused, archs))
+    if fits_on is not None:
+        echo_rich(runs_on_table(found.rows, fits_on))
+
+
+def _document(found: bench.Found, archs: Sequence[str], fits_on: str | None) -> str:
+    from chela_bench.reports.atlas import runs_on
+
+    document: dict[str, Any] = {
+        "triton": found.triton,
+        "archs": list(archs),
+        "points": [row.model_dump(mode="json") for row in found.rows],
+        "refused": [each.model_dump(mode="json") for each in found.refused],
+    }
+    if fits_on is not None:
+        document["fits_on"] = {"arch": fits_on, "configs": runs_on(found.rows, fits_on)}
+    return json.dumps(document, indent=2)
+
+
+def _write(found: bench.Found, archs: Sequence[str], given: dict[str, Any]) -> None:
+    files: dict[Path, bytes] = {}
+    target: Path | None = given["export_prune"]
+    if target is not None:
+        files[target] = _pruning(found.rows, target)
+    out: Path | None = given["out"]
+    if out is not None:
+        from chela_bench.cli.derived import FORMATS
+        from chela_bench.reports.atlas import atlas_frame
+        from chela_bench.reports.atlas_maps import atlas_maps
+        from chela_bench.reports.figures import render
+        from chela_bench.reports.heat import draw_heat_map
+
+        files[out / "atlas.csv"] = atlas_frame(found.rows).to_csv(index=False).encode()
+        files[out / "atlas.json"] = _document(found, archs, given["fits_on"]).encode()
+        for name, heat in atlas_maps(found.rows, archs).items():
+            figure = draw_heat_map(heat)
+            for kind in FORMATS:
+                files[out / f"{name}.{kind}"] = render(figure, kind)
+    write_files(files)
+    for path in files:
+        click.echo(f"wrote {path}", err=True)
+
+
+def _pruning(rows: Sequence[AtlasRow], target: Path) -> bytes:
+    from chela_bench.reports.prune import prune_module
+
+    if not target.stem.isidentifier():
+        raise UsageError(
+            f"--export-prune {target}: {target.stem!r} is no name to import a module by"
+        )
+    return prune_module(rows, target.stem).encode()

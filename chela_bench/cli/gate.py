@@ -1,0 +1,238 @@
+"""`chela-bench gate`: passes, or says which benchmark got slower, fatter, wrong or lost."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from chela_bench.bench import again, gating, live, sources
+from chela_bench.bench.baseline import HEADER, noise_of, resolve
+from chela_bench.bench.config import Config, find_config, load_config
+from chela_bench.bench.gating import Rules
+from chela_bench.bench.plan import Flags
+from chela_bench.bench.sources import Measured, alike
+from chela_bench.bench.store import RUN, write_atomically
+from chela_bench.bench.sweep import new_folder
+from chela_bench.bench.sweep import sweep as run_sweep
+from chela_bench.bench.verdict import Evidence, Limit, parse_limit
+from chela_bench.cli.choices import flags_of, selection_options
+from chela_bench.cli.options import (
+    baselines_option,
+    budget_option,
+    config_option,
+    device_option,
+    json_option,
+    out_option,
+)
+from chela_bench.cli.output import echo_rich, say_progress
+from chela_bench.cli.progress import SweepProgress
+from chela_bench.cli.signals import interrupted_by_signals
+from chela_bench.cli.turns import two_sides
+from chela_bench.errors import BaselineProblem, ChelaBenchError, EnvironmentProblem, UsageError
+from chela_bench.profiles.machine import choose_device
+from chela_bench.reports import gating as report
+from chela_bench.verdicts import Check, Gating, document
+
+
+@click.command()
+@click.argument("candidate", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--baseline",
+    "baseline_path",
+    type=click.Path(path_type=Path),
+    help="A folder of baselines, a baseline, a run folder or a JSON file.",
+)
+@click.option(
+    "--live",
+    "live_against",
+    metavar="REVISION",
+    help="Instead of a baseline: measure this git revision and the tree as it stands, in turns.",
+)
+@budget_option
+@selection_options
+@click.option(
+    "--limit",
+    default=str(gating.DEFAULT_LIMIT),
+    show_default=True,
+    help="Change of time that is allowed: both must be exceeded to fail.",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(0, 20),
+    default=2,
+    show_default=True,
+    help="How often unclear points are measured again.",
+)
+@device_option
+@config_option
+@out_option
+@baselines_option
+@click.option("--junit", type=click.Path(path_type=Path), help="Write JUnit XML here.")
+@click.option(
+    "--summary",
+    type=click.Path(path_type=Path),
+    help="Append Markdown here [default: $GITHUB_STEP_SUMMARY, if set].",
+)
+@json_option
+@click.pass_context
+def gate(ctx: click.Context, /, **given: Any) -> None:
+    """Hold a run against a baseline. Without CANDIDATE the baseline's points are measured now.
+
+    CANDIDATE is a run folder, pytest-benchmark's JSON, or `atlas --json`, for which no GPU is
+    needed. Times may grow by --limit; exact figures (SRAM, registers, spills, launches, peak
+    memory) not at all; a benchmark that is missing fails.
+
+    \b
+    Exit codes: 0 passed, 1 a regression, 3 a wrong result, 4 no baseline for this machine,
+    5 unclear after measuring again.
+
+    \b
+    Examples:
+      chela-bench gate --baseline baselines
+      chela-bench gate now.json --baseline baselines --limit 5%,2us --junit gate.xml
+      chela-bench gate --live origin/main --op long_conv --impl triton
+    """
+    limit = parse_limit(given["limit"])
+    flags = flags_of(given)
+    if (given["baseline_path"] is None) == (given["live_against"] is None):
+        raise UsageError("hold against what? Give --baseline PATH or --live REVISION, one of them")
+    if given["live_against"] is not None:
+        if given["candidate"] is not None:
+            raise UsageError("--live measures the tree as it stands: no CANDIDATE")
+        with interrupted_by_signals():
+            result = _in_turns(given, flags, limit)
+    elif flags != Flags():
+        raise UsageError("a baseline holds its own points; which ones goes with --live")
+    else:
+        result = _against_baseline(given, limit)
+    _write(result, given["junit"], given["summary"])
+    if given["as_json"]:
+        click.echo(document(result))
+    else:
+        echo_rich(report.terminal(result))
+    ctx.exit(result.exit_code)
+
+
+def _in_turns(given: dict[str, Any], flags: Flags, limit: Limit) -> Gating:
+    """Times only; there is no noise between days in them, and nothing stored to go stale."""
+    with two_sides(given, flags, (given["live_against"], ".")) as sides:
+        rules = Rules(limit, sides.noise)
+
+        def threshold(evidence: Evidence) -> float:
+            return limit.threshold(evidence.before_ns, sides.noise.typical)
+
+        taken = live.in_turns(
+            sides.before,
+            sides.after,
+            sides.pairs,
+            live.clear_of(threshold, len(sides.pairs)),
+            budget_s=given["budget_s"],
+            on_pair=lambda pair: say_progress(pair.name),
+        )
+        machine = str(sides.after.machine)
+    return Gating(
+        baseline=given["live_against"],
+        candidate="the tree as it stands",
+        machine=machine,
+        limit=str(limit),
+        noise=sides.noise.typical,
+        noise_source=sides.noise.source,
+        points=gating.live_checks([pair.name for pair in sides.pairs], taken, rules),
+    )
+
+
+def _against_baseline(given: dict[str, Any], limit: Limit) -> Gating:
+    config = load_config(find_config(given["config"]))
+    path: Path = given["baseline_path"]
+    if given["candidate"] is None:
+        with interrupted_by_signals():
+            baseline, candidate = _measured_now(given, path)
+    else:
+        candidate = sources.read(given["candidate"])
+        baseline = resolve(path, candidate.machine)
+    if (baseline.kind == "static") != (candidate.kind == "static"):
+        raise BaselineProblem(
+            f"{candidate.label} and the baseline {baseline.label} are not of one kind: compiled "
+            "kernels are held against compiled kernels, times against times"
+        )
+    is_folder = path.is_dir() and not any((path / name).exists() for name in (HEADER, RUN))
+    noise = noise_of(path if is_folder else given["baselines"], candidate.machine)
+    baseline, candidate = alike(baseline, candidate)
+    same_card = not {m.uuid for m in baseline.machines}.isdisjoint(
+        m.uuid for m in candidate.machines
+    )
+    rules = Rules(limit, noise, same_card=same_card)
+    with interrupted_by_signals():
+        checks, notes = _settled(baseline, candidate, rules, config, given)
+    if not same_card:
+        notes.append("the baseline is of another card of this model")
+    return Gating(
+        baseline=baseline.label,
+        candidate=candidate.label,
+        machine=str(candidate.machine),
+        limit=str(limit),
+        noise=noise.typical,
+        noise_source=noise.source,
+        points=checks,
+        notes=notes,
+    )
+
+
+def _measured_now(given: dict[str, Any], path: Path) -> tuple[Measured, Measured]:
+    """The baseline of this machine, and its points as they are today, in a run folder."""
+    device = choose_device(given["device"])
+    baseline = resolve(path, again.here(device))
+    if baseline.kind != "run":
+        what = "`atlas --json`" if baseline.kind == "static" else "pytest-benchmark's JSON"
+        raise UsageError(f"the baseline {baseline.label} is {what}: give today's as CANDIDATE")
+    settings, _ = again.settings_of(baseline, device)
+    folder = new_folder(given["out"])
+    with SweepProgress() as progress:
+        run_sweep(settings, folder, progress)
+    return baseline, sources.read(folder)
+
+
+def _settled(
+    baseline: Measured,
+    candidate: Measured,
+    rules: Rules,
+    config: Config,
+    given: dict[str, Any],
+) -> tuple[list[Check], list[str]]:
+    """Checks, with unclear times measured again as often as allowed; and what stood in the way."""
+    checks = gating.gate(baseline, candidate, rules, config)
+    names = gating.unclear_times(checks)
+    if not names or not given["rounds"] or candidate.kind == "static":
+        return checks, []
+    try:
+        device = choose_device(given["device"])
+        session = again.session_of(candidate, device, config.limits)
+        for _ in range(given["rounds"]):
+            candidate = again.again(candidate, names, session, heard=say_progress)
+            checks = gating.gate(baseline, candidate, rules, config)
+            names = gating.unclear_times(checks)
+            if not names:
+                break
+    except (EnvironmentProblem, UsageError) as error:
+        return checks, [f"unclear times were not measured again: {error}"]
+    return checks, []
+
+
+def _write(result: Gating, junit: Path | None, summary: Path | None) -> None:
+    in_job = os.environ.get("GITHUB_STEP_SUMMARY")
+    summary = summary or (Path(in_job) if in_job else None)
+    path: Path | None = None
+    try:
+        if junit is not None:
+            path = junit
+            junit.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(junit, report.junit(result).encode())
+        if summary is not None:
+            path = summary
+            with summary.open("a", encoding="utf-8") as handle:
+                handle.write(report.markdown(result))
+    except OSError as error:
+        raise ChelaBenchError(f"cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,57 @@
+"""`chela-bench noise`: how far two runs of the same code differ on this machine."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from chela_bench.bench import plan
+from chela_bench.bench.again import measure_noise
+from chela_bench.bench.baseline import write_noise
+from chela_bench.bench.config import find_config, load_config
+from chela_bench.cli.choices import flags_of, selection_options
+from chela_bench.cli.lines import say
+from chela_bench.cli.options import baselines_option, config_option, device_option, json_option
+from chela_bench.cli.output import say_progress
+from chela_bench.cli.signals import interrupted_by_signals
+from chela_bench.profiles.machine import choose_device
+from chela_bench.reports.text import plain
+
+
+@click.command()
+@selection_options
+@click.option(
+    "--runs",
+    type=click.IntRange(2, 100),
+    default=5,
+    show_default=True,
+    help="Processes that measure the same, one after another.",
+)
+@device_option
+@config_option
+@baselines_option
+@json_option
+def noise(**given: Any) -> None:
+    """Measure the same code several times over, each in a process of its own (A/A), and keep how
+    far the times differ: `compare` and `gate` allow so much on this device.
+
+    \b
+    Example:  chela-bench noise --preset attention --impl triton_chunked
+    """
+    config = load_config(find_config(given["config"]))
+    settings = plan.resolve(config, flags_of(given), [choose_device(given["device"])])
+    with interrupted_by_signals():
+        machine, record, failed = measure_noise(settings, given["runs"], heard=say_progress)
+    path = write_noise(given["baselines"], machine, record)
+    if given["as_json"]:
+        rows = [{"key": key, "noise": size} for key, size in record.by_key.items()]
+        document = {"file": str(path), "machine": record.machine, "typical": record.typical}
+        click.echo(json.dumps({**document, "points": rows}, indent=2))
+        return
+    for key, size in sorted(record.by_key.items(), key=lambda item: -item[1]):
+        say(f"{size * 100:5.2f} %  {plain(key)}", hang=9)
+    for point in failed:
+        say(f"no time  {plain(f'{point.key}: {point.outcome}: {point.reason}')}", hang=9)
+    say(f"95 of 100 pairs of runs stay within {record.typical * 100:.2f} % on {machine}: {path}")

@@ -1,0 +1,197 @@
+"""A comparison as text for a terminal, Markdown for a pull request, and a figure of its ratios."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.text import Text
+
+from chela_bench.reports.columns import line
+from chela_bench.reports.markdown import escaped, table
+from chela_bench.reports.style import INK, QUIET, settings
+from chela_bench.reports.text import duration, plain
+from chela_bench.verdicts import Change, Comparison, Side, Verdict
+
+ORDER: tuple[Verdict, ...] = ("slower", "unclear", "faster", "same")
+_TERMINAL = {"slower": "red", "unclear": "yellow", "faster": "green", "same": ""}
+_COLOURS = {"slower": "#D55E00", "unclear": "#E69F00", "faster": "#009E73", "same": QUIET}
+_MARKERS = {"slower": ">", "unclear": "o", "faster": "<", "same": "s"}
+_WIDE = 110  # from so many columns on, a benchmark takes one line
+_MOST_ROWS = 60  # of a figure
+
+
+def reading_order(points: Sequence[Change]) -> list[Change]:
+    """Slower first, then unclear, faster and same; within each the largest change first."""
+
+    def size(change: Change) -> float:
+        return 0.0 if change.ratio is None else abs(change.ratio - 1)
+
+    return sorted(points, key=lambda c: (ORDER.index(c.verdict), -size(c), c.name))
+
+
+def terminal(comparison: Comparison) -> RenderableType:
+    """A line or two a benchmark, then what only one side has, notes and counts."""
+    return _Terminal(comparison)
+
+
+class _Terminal:
+    def __init__(self, comparison: Comparison) -> None:
+        self.comparison = comparison
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        comparison = self.comparison
+        yield line(f"before: {_side(comparison.before)}", "dim")
+        yield line(f"after:  {_side(comparison.after)}", "dim")
+        yield Text()
+        for change in reading_order(comparison.points):
+            yield from change_lines(change, wide=options.max_width >= _WIDE)
+        for names, what in ((comparison.missing, "before"), (comparison.added, "after")):
+            for name in names:
+                yield line(f"only {what}: {plain(name)}", "dim")
+        for note in comparison.notes:
+            yield line(plain(note), "dim")
+        yield line(counts(comparison), "bold")
+
+
+def change_lines(change: Change, *, wide: bool) -> Iterator[Text]:
+    head = Text(overflow="fold")
+    head.append(f"{change.verdict:<8}", _TERMINAL[change.verdict])
+    head.append(f"{ratio(change):<24}{times(change):<22}")
+    if wide:
+        head.append(plain(change.name))
+    head.rstrip()
+    yield head
+    if not wide:
+        yield line(f"  {plain(change.name)}")
+    if change.reason is not None:
+        yield line(f"        {plain(change.reason)}", "dim")
+
+
+def ratio(change: Change) -> str:
+    """`1.034 [1.021, 1.047]`."""
+    if change.ratio is None:
+        return "-"
+    interval = "" if change.low is None else f" [{change.low:.3f}, {change.high:.3f}]"
+    return f"{change.ratio:.3f}{interval}"
+
+
+def times(change: Change) -> str:
+    """`133 us to 144 us`."""
+    then, now = (
+        "-" if time is None else duration(time) for time in (change.before_ns, change.after_ns)
+    )
+    return f"{then} to {now}"
+
+
+def counts(comparison: Comparison) -> str:
+    """`12 benchmarks: 1 slower, 11 same; 1 only before`."""
+    found = Counter(change.verdict for change in comparison.points)
+    each = ", ".join(f"{found[word]} {word}" for word in ORDER if found[word])
+    noun = "benchmark" if len(comparison.points) == 1 else "benchmarks"
+    text = f"{len(comparison.points)} {noun}" + (f": {each}" if each else "")
+    for names, where in ((comparison.missing, "before"), (comparison.added, "after")):
+        if names:
+            text += f"; {len(names)} only {where}"
+    return text
+
+
+def markdown(comparison: Comparison) -> str:
+    """For a pull request: counts, the changes, and everything else folded away."""
+    relative = ", of multiples of the floor" if comparison.across_machines else ""
+    parts = [
+        f"### {escaped(counts(comparison))}",
+        f"{escaped(comparison.before.label)} to {escaped(comparison.after.label)}, "
+        f"{comparison.mode}{relative}, on {escaped(comparison.after.machine)}. Ratios are after "
+        "over before, with 95 % intervals.",
+    ]
+    rows = reading_order(comparison.points)
+    loud = [row for row in rows if row.verdict != "same"]
+    quiet = [row for row in rows if row.verdict == "same"]
+    if loud:
+        parts.append(_table(loud))
+    if quiet:
+        parts += [
+            f"<details><summary>{len(quiet)} the same</summary>",
+            _table(quiet),
+            "</details>",
+        ]
+    one_sided = [
+        f"- only {where}: {escaped(name)}"
+        for names, where in ((comparison.missing, "before"), (comparison.added, "after"))
+        for name in names
+    ]
+    notes = [f"- {escaped(note)}" for note in comparison.notes]
+    if one_sided or notes:
+        parts.append("\n".join([*one_sided, *notes]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(rows: Sequence[Change]) -> str:
+    header = ["verdict", "benchmark", "reason", "before", "after", "ratio", "95 % interval"]
+    cells = [
+        [
+            f"**{row.verdict}**" if row.verdict != "same" else row.verdict,
+            escaped(row.name),
+            escaped(row.reason or ""),
+            "" if row.before_ns is None else duration(row.before_ns),
+            "" if row.after_ns is None else duration(row.after_ns),
+            "" if row.ratio is None else f"{row.ratio:.3f}",
+            "" if row.low is None else f"{row.low:.3f} to {row.high:.3f}",
+        ]
+        for row in rows
+    ]
+    return table(header, cells, left=3)
+
+
+def figure(comparison: Comparison) -> Figure | None:
+    """Ratios with their intervals, one line a benchmark; None if nothing was compared.
+
+    Of more than 60 the largest changes are shown.
+    """
+    rows = [row for row in reading_order(comparison.points) if row.ratio is not None]
+    left_out, rows = len(rows) - _MOST_ROWS, rows[:_MOST_ROWS]
+    if not rows:
+        return None
+    with matplotlib.rc_context(settings()):
+        drawn = Figure(figsize=(9.0, 1.5 + 0.26 * len(rows)), layout="constrained")
+        axes = drawn.add_subplot()
+        places = range(len(rows))
+        for y, row in zip(places, rows, strict=True):
+            colour = _COLOURS[row.verdict]
+            if row.low is not None and row.high is not None:
+                axes.hlines(y, row.low, row.high, color=colour, linewidth=2.2)
+            axes.plot([row.ratio or 1.0], [y], _MARKERS[row.verdict], color=colour, markersize=5)
+        band = comparison.noise
+        axes.axvspan(1 / (1 + band), 1 + band, color="#f0f0f0", zorder=0)
+        axes.axvline(1.0, color=INK, linewidth=0.8, zorder=1)
+        axes.set_yticks(list(places), [plain(row.name)[-80:] for row in rows], fontsize=7.5)
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.grid(axis="y", visible=False)
+        what = "multiple of the floor, " if comparison.across_machines else "time, "
+        axes.set_xlabel(f"{what}after / before; 95 % interval; grey: noise")
+        more = f", the largest {len(rows)} of {len(rows) + left_out}" if left_out > 0 else ""
+        axes.set_title(
+            f"{_short(comparison.before)} to {_short(comparison.after)}{more}",
+            fontsize=9.5, loc="left",
+        )  # fmt: skip
+        shown = [word for word in ORDER if any(row.verdict == word for row in rows)]
+        handles = [
+            Line2D([], [], color=_COLOURS[word], marker=_MARKERS[word], label=word)
+            for word in shown
+        ]
+        drawn.legend(handles=handles, loc="outside lower right", ncols=len(shown))
+    return drawn
+
+
+def _short(side: Side) -> str:
+    return plain(side.label)[-50:]
+
+
+def _side(side: Side) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in side.versions.items())
+    return plain(" | ".join(filter(None, [side.label, side.machine, versions])))

@@ -1,0 +1,485 @@
+"""`gate`: every exit code, every way to get worse, and baselines that somebody broke."""
+
+from __future__ import annotations
+
+import json
+from xml.etree import ElementTree
+
+import pytest
+
+from chela_bench.records import Hbm, Static, Telemetry
+from tests.factories import make_failure, make_run
+from tests.records import CLOCKS, atlas_json, atlas_row, pytest_json, samples, timed, write_run
+from tests.running import ROOT, in_this_process
+
+MB = 1_000_000
+
+
+@pytest.fixture
+def gate(tmp_path):
+    """Holds points against points; returns the exit code and what did not pass."""
+
+    def held(before, after, *flags, run=None):
+        baseline = write_run(tmp_path / "baseline", before)
+        candidate = write_run(tmp_path / "candidate", after, run)
+        return gated(tmp_path, candidate, "--baseline", baseline, *flags)
+
+    return held
+
+
+def gated(folder, *arguments, **environment):
+    done = in_this_process(
+        "gate", *arguments, "--rounds", 0, "--json", cwd=folder,
+        **{"GITHUB_STEP_SUMMARY": "", **environment},
+    )  # fmt: skip
+    checks = json.loads(done.stdout)["points"] if done.stdout else []
+    loud = [check for check in checks if check["outcome"] != "passed"]
+    return done, loud
+
+
+def test_the_same_passes(gate):
+    done, loud = gate([timed(T) for T in (1024, 2048)], [timed(T, seed=1) for T in (1024, 2048)])
+    assert done.returncode == 0 and loud == []
+
+
+def test_slower_fails_with_the_name(gate):
+    done, [check] = gate([timed(), timed(2048)], [timed(), timed(2048, ns=1.08e6)])
+    assert done.returncode == 1 and check["outcome"] == "failed" and check["figure"] == "time"
+    assert "T2048" in check["name"] and check["change"]["low"] > 1.05
+    assert "+8." in check["reason"] or "+7.9" in check["reason"]
+
+
+def test_a_limit_in_time_lets_short_kernels_pass(gate):
+    before, after = [timed(ns=10_000)], [timed(ns=11_500)]
+    assert gate(before, after)[0].returncode == 0
+    assert gate(before, after, "--limit", "5%")[0].returncode == 1
+
+
+def test_near_the_limit_is_unclear(gate):
+    done, [check] = gate([timed()], [timed(ns=1.05e6, seed=1)])
+    assert done.returncode == 5 and check["outcome"] == "unclear"
+    assert "where 5.0% is allowed" in check["reason"]
+
+
+def test_other_clocks_are_unclear(gate):
+    """8 % more time at a clock 9 % lower is no fault of the code."""
+    now = Telemetry(**{**CLOCKS, "sm_clock_mhz": 1800})
+    done, [check] = gate([timed()], [timed(ns=1.08e6, telemetry=now)])
+    assert done.returncode == 5 and "SM clock was 1980 MHz and is 1800 MHz" in check["reason"]
+
+
+def test_noise_that_was_measured_here_is_allowed(tmp_path):
+    candidate = write_run(tmp_path / "now", [timed(ns=1.08e6)])
+    saved(tmp_path, write_run(tmp_path / "then", [timed()]))
+    noise = tmp_path / "baselines" / "noise" / "GPU-0.json"
+    noise.parent.mkdir()
+    record = {"measured_utc": "2026-01-01", "machine": {}, "typical": 0.01, "by_key": {}}
+    noise.write_text(json.dumps(record))
+    assert gated(tmp_path, candidate, "--baseline", "baselines")[0].returncode == 1
+    [key] = [timed()[0].key]
+    noise.write_text(json.dumps({**record, "by_key": {key: 0.12}}))
+    assert gated(tmp_path, candidate, "--baseline", "baselines")[0].returncode == 0
+    noise.write_text(noise.read_text()[:40])
+    assert gated(tmp_path, candidate, "--baseline", "baselines")[0].returncode == 4
+
+
+@pytest.mark.parametrize(
+    ("after", "code", "words"),
+    [
+        ([], 1, "missing"),
+        ([(make_failure("skipped", "needs a GPU"), [])], 1, "newly skipped: needs a GPU"),
+        ([(make_failure("oom", "CUDA out of memory"), [])], 1, "newly oom"),
+        ([(make_failure("wrong", "o is off by 3e-1"), [])], 3, "o is off by 3e-1"),
+    ],
+    ids=["missing", "skipped", "oom", "wrong"],
+)
+def test_what_lost_its_result_fails_with_the_name(gate, after, code, words):
+    done, loud = gate([timed(), timed(2048)], [timed(2048), *after])
+    assert done.returncode == code
+    assert "T1024" in loud[0]["name"] and words in loud[0]["reason"]
+
+
+def test_what_never_ran_still_does_not(gate):
+    skipped = (make_failure("skipped", "needs a GPU"), [])
+    assert gate([skipped, timed(2048)], [skipped, timed(2048)])[0].returncode == 0
+    done, [check] = gate([skipped], [timed()])
+    assert done.returncode == 0 and check["outcome"] == "better"
+
+
+def test_a_new_benchmark_is_listed(gate):
+    done, [check] = gate([timed()], [timed(), timed(2048)])
+    assert done.returncode == 0 and check["outcome"] == "new" and "T2048" in check["name"]
+
+
+def test_a_new_benchmark_that_is_wrong_fails(gate):
+    done, [check] = gate([timed()], [timed(), (make_failure("wrong", "no", 2048), [])])
+    assert done.returncode == 3 and check["outcome"] == "wrong"
+
+
+def test_a_renamed_benchmark_fails_and_says_its_new_name(tmp_path):
+    then = pytest_json(tmp_path / "then.json", [timed()], ["t.py::test_old"])
+    now = pytest_json(tmp_path / "now.json", [timed()], ["t.py::test_new"])
+    done, loud = gated(tmp_path, now, "--baseline", then)
+    assert done.returncode == 1 and [c["outcome"] for c in loud] == ["failed", "new"]
+    assert loud[0]["name"] == "t.py::test_old" and "t.py::test_new" in loud[0]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "outcome"),
+    [
+        ({"launches": 2}, {"launches": 3}, "failed"),
+        ({"launches": 3}, {"launches": 2}, "better"),
+        ({"launches": 2}, {"launches": None}, "failed"),
+        ({"launches": None}, {"launches": 2}, None),
+        ({"peak_bytes": 4096}, {"peak_bytes": 4097}, "failed"),
+        ({"hbm": Hbm(model_bytes=100)}, {"hbm": Hbm(model_bytes=101)}, "failed"),
+        ({"static": Static(regs=168)}, {"static": Static(regs=169)}, "failed"),
+        ({"static": Static(ctas_per_sm=2)}, {"static": Static(ctas_per_sm=1)}, "failed"),
+        ({"static": Static(ctas_per_sm=1)}, {"static": Static(ctas_per_sm=2)}, "better"),
+    ],
+)
+def test_exact_figures_gate_exactly(gate, before, after, outcome):
+    done, loud = gate([timed(**before)], [timed(**after)])
+    assert [check["outcome"] for check in loud] == ([] if outcome is None else [outcome])
+    assert done.returncode == (1 if outcome == "failed" else 0)
+
+
+def counted(size, source="ncu"):
+    return {"hbm": Hbm(read_bytes=size // 2, write_bytes=size // 2, source=source)}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "outcome"),
+    [
+        (counted(646 * MB), counted(655 * MB), None),
+        (counted(646 * MB), counted(700 * MB), "failed"),  # a pass over HBM more, in no more time
+        (counted(646 * MB), counted(600 * MB), "better"),
+        (counted(90 * MB), counted(180 * MB), None),  # too few bytes for counters
+        (counted(646 * MB), {}, "failed"),
+        (counted(646 * MB), counted(700 * MB, "gpm"), "failed"),
+        (counted(646 * MB, "gpm"), counted(700 * MB, "gpm"), None),
+    ],
+)
+def test_measured_bytes(gate, before, after, outcome):
+    done, loud = gate([timed(**before)], [timed(**after)])
+    assert [check["outcome"] for check in loud] == ([] if outcome is None else [outcome])
+    assert done.returncode == (1 if outcome == "failed" else 0)
+
+
+BUDGETS = """
+[budgets.linear_attention.medium]
+{}
+"""
+
+
+@pytest.mark.parametrize(
+    ("budget", "point", "outcome"),
+    [
+        ("max_ms = 0.9", {}, "failed"),
+        ("max_ms = 1.1", {}, None),
+        ("max_x_floor = 1.5", {"floor_ns": 500_000}, "failed"),
+        ("max_x_floor = 1.5", {}, "unchecked"),
+        ("max_peak_bytes = 4095", {}, "failed"),
+        ("max_hbm_x_model = 1.2", {"hbm": Hbm(read_bytes=70, write_bytes=60, model_bytes=100,
+                                              source="ncu")}, "failed"),
+        ("max_spill_bytes = 0", {"static": Static(spill_store_bytes=8, spill_load_bytes=8)},
+         "failed"),
+        ('max_ms = 0.9\nimpls = ["triton_chunked"]', {}, None),
+        ('max_ms = 0.9\ndirections = ["fwdbwd"]', {}, None),
+        ('max_ms = 0.9\ndtypes = ["fp32"]', {}, None),
+    ],
+)  # fmt: skip
+def test_budgets(gate, tmp_path, budget, point, outcome):
+    config = tmp_path / "own.toml"
+    config.write_text((ROOT / "bench.toml").read_text() + BUDGETS.format(budget))
+    done, loud = gate([timed(**point)], [timed(**point)], "--config", config)
+    assert [check["outcome"] for check in loud] == ([] if outcome is None else [outcome])
+    assert done.returncode == (1 if outcome == "failed" else 0), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        ("", "limits nothing"),
+        ("max_ms = 0", "greater than 0"),
+        ("max_s = 1", "unknown key; allowed here: impls"),
+        ('max_ms = 1\nimpls = ["tritn"]', "no implementation 'tritn'"),
+    ],
+)
+def test_budgets_that_say_nothing_are_refused(gate, tmp_path, budget, words):
+    config = tmp_path / "own.toml"
+    config.write_text((ROOT / "bench.toml").read_text() + BUDGETS.format(budget))
+    done, _ = gate([timed()], [timed()], "--config", config)
+    assert done.returncode == 2 and words in done.stderr
+
+
+@pytest.mark.parametrize("name", ["no_op.medium", "linear_attention.no_shape"])
+def test_a_budget_of_nothing_is_refused(gate, tmp_path, name):
+    config = tmp_path / "own.toml"
+    budget = f"\n[budgets.{name}]\nmax_ms = 1\n"
+    config.write_text((ROOT / "bench.toml").read_text() + budget)
+    done, _ = gate([timed()], [timed()], "--config", config)
+    assert (
+        done.returncode == 2 and f"budgets.{name.removesuffix('.medium')}: no such" in done.stderr
+    )
+
+
+STATIC = [
+    ({"spill_store_bytes": 16}, "spill_store_bytes was 0 and is 16"),
+    ({"smem_bytes": 98304}, "smem_bytes was 65536 and is 98304"),
+    ({"fits": False, "smem_bytes": 132000, "reason": "132000 of 101376 bytes"},
+     "no longer fits sm_86: 132000 of 101376 bytes"),
+    ({"regs": 255}, "regs was 168 and is 255"),
+    ({"ctas_per_sm": 0}, "ctas_per_sm was 1 and is 0"),
+    ({"tensor_core": None}, "tensor_core was HMMA and is none"),
+    ({"tensor_core": "FFMA"}, "tensor_core was HMMA and is FFMA"),
+    ({"regs": None}, "regs was 168 and is not known now"),
+    ({"outcome": "compile_error", "fits": False, "reason": "ptxas said no"},
+     "newly compile_error: ptxas said no"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "words"), STATIC, ids=[words for _, words in STATIC])
+def test_a_kernel_that_got_fatter_fails_by_name(tmp_path, change, words):
+    then = atlas_json(tmp_path / "then.json", atlas_row(), atlas_row(arch="sm_90"))
+    now = atlas_json(tmp_path / "now.json", atlas_row(**change), atlas_row(arch="sm_90"))
+    done, loud = gated(tmp_path, now, "--baseline", then)
+    assert done.returncode == 1
+    assert words in [check["reason"] for check in loud]
+    [name] = {check["name"] for check in loud}
+    first, last = "linear_attention/triton_chunked/_linear_attention_fwd/bf16/", "/sm_86"
+    assert name.startswith(f"{first}BLOCK_T=64,num_warps=4/K128-V128#") and name.endswith(last)
+
+
+def test_rows_that_differ_in_a_constant_alone_are_two(tmp_path):
+    state = atlas_row(constants={**atlas_row()["constants"], "HAS_STATE": True}, regs=200)
+    rows = atlas_json(tmp_path / "rows.json", atlas_row(), state)
+    done, loud = gated(tmp_path, rows, "--baseline", rows)
+    assert done.returncode == 0 and loud == []
+    again = atlas_json(tmp_path / "again.json", atlas_row(), atlas_row(regs=200))
+    done, _ = gated(tmp_path, again, "--baseline", rows)
+    assert done.returncode == 2 and "stands there twice" in done.stderr
+
+
+def test_a_kernel_that_got_leaner_passes(tmp_path):
+    then = atlas_json(tmp_path / "then.json", atlas_row())
+    now = atlas_json(tmp_path / "now.json", atlas_row(regs=128, ctas_per_sm=2, compile_ms=9000))
+    done, loud = gated(tmp_path, now, "--baseline", then)
+    assert done.returncode == 0 and [c["outcome"] for c in loud] == ["better", "better"]
+
+
+def test_a_kernel_that_is_gone_fails_and_a_new_one_is_listed(tmp_path):
+    then = atlas_json(tmp_path / "then.json", atlas_row(), atlas_row(kernel="_old"))
+    now = atlas_json(tmp_path / "now.json", atlas_row(), atlas_row(kernel="_new"))
+    done, loud = gated(tmp_path, now, "--baseline", then)
+    assert done.returncode == 1 and [c["outcome"] for c in loud] == ["failed", "new"]
+    assert "_old" in loud[0]["name"] and "was not compiled" in loud[0]["reason"]
+
+
+def test_a_spill_budget_holds_for_compiled_kernels(tmp_path):
+    rows = atlas_json(tmp_path / "rows.json", atlas_row(spill_store_bytes=8))
+    config = tmp_path / "own.toml"
+    text = (ROOT / "bench.toml").read_text() + BUDGETS.format("max_spill_bytes = 0")
+    config.write_text(text)
+    done, [check] = gated(tmp_path, rows, "--baseline", rows, "--config", config)
+    assert done.returncode == 1 and check["figure"] == "max_spill_bytes"
+
+
+def test_another_triton_asks_for_a_new_baseline(tmp_path):
+    then = atlas_json(tmp_path / "then.json", atlas_row(triton="3.6.0"))
+    now = atlas_json(tmp_path / "now.json", atlas_row())
+    done, _ = gated(tmp_path, now, "--baseline", then)
+    assert done.returncode == 4
+    assert "Triton 3.6.0, here 3.7.1" in done.stderr and "--name" in done.stderr
+
+
+def test_times_are_not_held_against_kernels(tmp_path):
+    rows, run = atlas_json(tmp_path / "rows.json"), write_run(tmp_path / "run", [timed()])
+    assert gated(tmp_path, rows, "--baseline", run)[0].returncode == 4
+    assert gated(tmp_path, run, "--baseline", rows)[0].returncode == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"versions": {"torch": "2.11.0", "triton": "3.7.1"}}, "Triton 3.6.0, here 3.7.1"),
+        ({"versions": {"torch": "2.13.0", "triton": "3.6.0"}}, "torch 2.11.0, here 2.13.0"),
+        ({"driver": "600.1"}, "driver 580, here 600"),
+        ({"name": "NVIDIA A100"}, "machine NVIDIA H100 80GB HBM3, here NVIDIA A100"),
+    ],
+)
+def test_a_baseline_of_another_machine_is_none(gate, changes, words):
+    environment = {k: v for k, v in changes.items() if k != "versions"}
+    other = make_run(environment=make_run().environment.model_copy(update=environment))
+    other = other.model_copy(update={k: v for k, v in changes.items() if k == "versions"})
+    done, _ = gate([timed()], [timed()], run=other)
+    assert done.returncode == 4 and words in done.stderr
+
+
+def test_another_card_of_the_model_is_said(gate):
+    environment = make_run().environment.model_copy(update={"uuid": "GPU-1", "driver": "580.99"})
+    other = make_run(environment=environment)
+    done, loud = gate([timed()], [timed(device="GPU-1")], run=other)
+    assert done.returncode == 0 and loud == []
+    assert "another card of this model" in done.stdout
+
+
+def saved(folder, source, name="first"):
+    in_this_process("baseline", "save", source, "--name", name, cwd=folder)
+    done = in_this_process("baseline", "promote", name, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    [path] = (folder / "baselines").glob(f"*/{name}")
+    return path
+
+
+def torn(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def edited(path):
+    path.write_text(path.read_text().replace('"bf16"', '"fp16"'))
+
+
+def removed(path):
+    path.unlink()
+
+
+BREAKS = [
+    ("points.jsonl", torn, "was changed after it was saved"),
+    ("points.jsonl", edited, "was changed after it was saved"),
+    ("samples.jsonl", removed, "lacks samples.jsonl"),
+    ("run.json", torn, "was changed after it was saved"),
+    ("baseline.json", torn, "half of it"),
+    ("baseline.json", removed, "which is not there"),
+    ("../current.json", torn, "half of it"),
+    ("../current.json", removed, "none of"),
+]
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "words"), BREAKS, ids=[f"{d.__name__} {f}" for f, d, _ in BREAKS]
+)
+def test_a_broken_baseline_is_none(tmp_path, file, damage, words):
+    run = write_run(tmp_path / "run", [timed()])
+    damage(saved(tmp_path, run) / file)
+    done, _ = gated(tmp_path, run, "--baseline", "baselines")
+    assert done.returncode == 4 and words in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_a_baseline_of_another_schema_is_none(tmp_path, version):
+    run = write_run(tmp_path / "run", [timed()])
+    path = saved(tmp_path, run) / "baseline.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": version}))
+    done, _ = gated(tmp_path, run, "--baseline", "baselines")
+    assert done.returncode == 4 and "schema_version" in done.stderr
+
+
+def test_an_edited_header_leads_nowhere_else(tmp_path):
+    run = write_run(tmp_path / "run", [timed()])
+    path = saved(tmp_path, run) / "baseline.json"
+    header = json.loads(path.read_text())
+    path.write_text(json.dumps({**header, "files": {"../../secret": "0"}}))
+    done, _ = gated(tmp_path, run, "--baseline", "baselines")
+    assert done.returncode == 4 and "names a file elsewhere" in done.stderr
+
+
+def test_a_run_whose_points_and_samples_disagree_is_none(tmp_path):
+    run = write_run(tmp_path / "run", [timed()])
+    points = run / "points.jsonl"
+    faster = points.read_text().replace(f'"median":{timed()[0].time_ns.median}', '"median":500000')
+    points.write_text(faster)
+    done, _ = gated(tmp_path, run, "--baseline", run)
+    assert done.returncode == 2 and "changed by hand" in done.stderr
+    good = write_run(tmp_path / "good", [timed()])
+    done, _ = gated(tmp_path, good, "--baseline", run)
+    assert done.returncode == 4 and "changed by hand" in done.stderr
+
+
+def test_no_baseline_at_all(tmp_path):
+    run = write_run(tmp_path / "run", [timed()])
+    done, _ = gated(tmp_path, run, "--baseline", "baselines")
+    assert done.returncode == 4 and "no baseline at baselines" in done.stderr
+
+
+@pytest.mark.parametrize(("count", "code"), [(0, 5), (1, 5), (5, 5), (6, 0), (12, 0)])
+def test_few_samples_do_not_pass(tmp_path, count, code):
+    """None of the samples kept, one, and so on."""
+    taken = samples(1e6, n=count or 1)
+    run = write_run(tmp_path / "run", [timed(ns=taken)])
+    if count == 0:
+        (run / "samples.jsonl").write_text("")
+    done, [check] = gated(tmp_path, run, "--baseline", run) if code else (None, [None])
+    if code:
+        assert done.returncode == code and check["outcome"] == "unclear"
+    else:
+        assert gated(tmp_path, run, "--baseline", run)[0].returncode == 0
+
+
+@pytest.mark.parametrize("ns", [0, -5, 10**30])
+def test_samples_that_are_no_times_are_refused(tmp_path, ns):
+    run = write_run(tmp_path / "run", [timed()])
+    path = run / "samples.jsonl"
+    line = json.loads(path.read_text())
+    path.write_text(json.dumps({**line, "samples_ns": [ns, *line["samples_ns"][1:]]}) + "\n")
+    done, _ = gated(tmp_path, run, "--baseline", run)
+    assert done.returncode in (2, 0) and "Traceback" not in done.stderr
+    if ns <= 0:
+        assert done.returncode == 2 and "a time of" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("--baseline", "b", "--live", "main"), ("run", "--live", "main"), ("--limit", "x")],
+)
+def test_a_gate_without_sides_is_refused(tmp_path, arguments):
+    done = in_this_process("gate", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+
+
+def test_junit_counts_a_regression_as_a_failed_test(gate, tmp_path):
+    path = tmp_path / "reports" / "gate.xml"
+    summary = tmp_path / "summary.md"
+    summary.write_text("before\n")
+    gate(
+        [timed(), timed(2048), timed(4096)],
+        [timed(), timed(2048, ns=1.5e6), timed(4096, ns=1.05e6, seed=1), timed(8192)],
+        "--junit", path, "--summary", summary,
+    )  # fmt: skip
+    suites = ElementTree.parse(path).getroot()
+    [suite] = suites
+    cases = suite.findall("testcase")
+    for element in (suites, suite):
+        assert (element.get("failures"), element.get("errors")) == ("1", "1")
+        assert element.get("tests") == str(len(cases)) and element.get("skipped") == "1"
+    [failure] = suite.iter("failure")
+    [error] = suite.iter("error")
+    assert "+50" in failure.get("message") and "allowed" in error.get("message")
+    text = summary.read_text()
+    assert text.startswith("before\n") and "**failed**" in text and "T2048" in text
+
+
+def test_a_job_on_github_gets_its_summary(tmp_path):
+    run = write_run(tmp_path / "run", [timed()])
+    summary = tmp_path / "step.md"
+    done, _ = gated(tmp_path, run, "--baseline", run, GITHUB_STEP_SUMMARY=str(summary))
+    assert done.returncode == 0 and "chela-bench gate: passed" in summary.read_text()
+
+
+def test_the_terminal_says_why(tmp_path):
+    then = write_run(tmp_path / "then", [timed()])
+    now = write_run(tmp_path / "now", [timed(ns=1.2e6)])
+    done = in_this_process(
+        "gate", now, "--baseline", then, "--rounds", 0, cwd=tmp_path, COLUMNS="60"
+    )
+    assert done.returncode == 1 and max(map(len, done.stdout.splitlines())) <= 60
+    words = " ".join(done.stdout.split())
+    assert "slower, where 5%,2us and noise of 1.5% allow 5.0%" in words and "FAILED" in words
+
+
+def test_unclear_here_without_the_card_says_so(tmp_path):
+    """Rounds are wanted, and there is no such card: exit 5, with the reason."""
+    then = write_run(tmp_path / "then", [timed()])
+    now = write_run(tmp_path / "now", [timed(ns=1.05e6, seed=1)])
+    done = in_this_process("gate", now, "--baseline", then, cwd=tmp_path)
+    assert done.returncode == 5 and "were not measured again" in " ".join(done.stdout.split())

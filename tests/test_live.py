@@ -1,0 +1,168 @@
+"""Two sides in turns: the order, when it ends, what a failing side leaves, git revisions."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+from collections import Counter
+
+import pytest
+
+from chela_bench.bench import live
+from chela_bench.bench.cases import Case
+from chela_bench.bench.comparing import Noise
+from chela_bench.bench.gating import Rules, live_checks
+from chela_bench.bench.live import Failed, Pair, Refusal
+from chela_bench.bench.verdict import Limit
+from chela_bench.errors import UsageError
+from tests.running import ROOT, in_this_process, tiny_config
+
+CASE = Case(op="linear_attention", impl="chunked", direction="fwd", dtype="fp32",
+            shape={"B": 1, "T": 64, "H": 1, "K": 16, "V": 16})  # fmt: skip
+PAIR = Pair("point", CASE, CASE)
+NOISE = Noise(0.006, "assumed")
+
+
+class Seat:
+    """A side whose times are known; `diary` is shared by both."""
+
+    def __init__(self, name, times, diary, clock="event", fails=None):
+        self.name, self.diary, self.clock, self.fails = name, diary, clock, fails or {}
+        self.times = itertools.cycle(times)
+
+    def _do(self, what):
+        self.diary.append((self.name, what))
+        if what in self.fails:
+            raise Failed(*self.fails[what])
+
+    def hold(self, case):
+        self._do("hold")
+
+    def take(self, seconds):
+        self._do("take")
+        return next(self.times), self.clock
+
+    def release(self):
+        self._do("release")
+
+    def let_go(self):
+        self._do("let go")
+
+
+def seats(before, after, **changes):
+    diary = []
+    return Seat("A", before, diary), Seat("B", after, diary, **changes), diary
+
+
+def turns(diary):
+    return "".join(name for name, what in diary if what == "take")
+
+
+def test_the_order_is_flipped_each_round_and_both_are_judged_again():
+    a, b, diary = seats([100.0], [108.0])
+    [row] = live.compare(a, b, [PAIR], NOISE, budget_s=5)
+    assert turns(diary).startswith("ABBAABBA")
+    assert row.verdict == "slower" and row.ratio == pytest.approx(1.08)
+    assert diary[:2] == [("A", "hold"), ("B", "hold")]
+    assert diary[-2:] == [("A", "release"), ("B", "release")]
+
+
+def test_it_ends_as_soon_as_it_is_clear():
+    for change, word in ((1.0, "same"), (1.2, "slower"), (0.8, "faster")):
+        a, b, diary = seats([100.0], [100.0 * change])
+        [row] = live.compare(a, b, [PAIR], NOISE, budget_s=60)
+        assert row.verdict == word and row.samples == live.LOOKS[0] == len(turns(diary)) / 2
+
+
+def test_the_budget_ends_what_stays_unclear():
+    a, b, _ = seats([100.0, 101.0], [99.0, 103.0, 102.0])
+    [row] = live.compare(a, b, [PAIR], Noise(0.0, "none"), budget_s=0)
+    assert row.verdict == "unclear" and "budget" in row.reason and row.low is not None
+
+
+def test_drift_and_one_jump_of_the_clock_are_no_change():
+    """Both sides slow down by 5 %, then by 12 % in the middle of a round."""
+    drift = [100.0 * (1 + 0.05 * i / 8) * (1.12 if i > 3 else 1) for i in range(8)]
+    a, b, _ = seats(drift, drift)
+    [row] = live.compare(a, b, [PAIR], NOISE, budget_s=60)
+    assert row.verdict == "same"
+
+
+def test_two_clocks_are_not_mixed():
+    a, b, _ = seats([100.0], [100.0], clock="wall")
+    [row] = live.compare(a, b, [PAIR], NOISE, budget_s=5)
+    assert row.verdict == "unclear" and "event and wall" in row.reason and row.ratio is None
+
+
+@pytest.mark.parametrize("when", ["hold", "take", "release"])
+@pytest.mark.parametrize("outcome", ["wrong", "crash"])
+def test_a_side_that_fails_has_no_time_and_the_next_point_goes_on(when, outcome):
+    a, b, diary = seats([100.0], [100.0], fails={when: (outcome, "off by 0.3")})
+    other = Pair("other", CASE, CASE)
+    rows = live.compare(a, b, [PAIR, other], NOISE, budget_s=5)
+    assert [row.verdict for row in rows] == ["unclear", "unclear"]
+    assert rows[0].reason == f"after: {outcome}: off by 0.3" and rows[0].ratio is None
+    assert [row.wrong for row in rows] == [outcome == "wrong"] * 2
+    assert Counter(what for _, what in diary)["let go"] == 4
+
+
+def test_a_gate_in_turns():
+    rules = Rules(Limit(0.05, 0.0), NOISE)
+    for change, outcome in ((1.0, "passed"), (1.08, "failed")):
+        a, b, _ = seats([100.0], [100.0 * change])
+        clear = live.clear_of(lambda evidence: 1.05, 1)
+        taken = live.in_turns(a, b, [PAIR], clear, budget_s=60)
+        [check] = live_checks(["point"], taken, rules)
+        assert check.outcome == outcome and check.name == "point"
+    refused = [Refusal("after: wrong: no", wrong=True), Refusal("after: crash: no")]
+    found = [c.outcome for c in live_checks(["a", "b"], refused, rules)]
+    assert found == ["wrong", "failed"]
+
+
+def test_no_such_revision():
+    with pytest.raises(UsageError, match="no implementation of what is selected, and no revision"):
+        with live.checkouts(["no-such-thing"]):
+            pass
+
+
+def test_a_revision_before_live_comparison_is_refused_and_nothing_stays():
+    first = git("rev-list", "--max-parents=0", "HEAD").split()[0]
+    before = git("worktree", "list")
+    with pytest.raises(UsageError, match="older than live comparison"):
+        with live.checkouts([".", first]):
+            pass
+    assert git("worktree", "list") == before
+
+
+def git(*words):
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a checkout")
+    done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
+    return done.stdout
+
+
+def test_two_implementations_side_by_side(tmp_path):
+    """Real workers: the token loop beside the chunked form, at a length where it is far slower."""
+    config = tiny_config(tmp_path)
+    done = in_this_process(
+        "compare", "--live", "chunked", "recurrent", "--config", config, "--op",
+        "linear_attention", "--device", "cpu", "--budget", 4, "--json", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    [row] = found["points"]
+    assert found["mode"] == "live" and row["verdict"] == "slower" and row["ratio"] > 5
+    assert row["name"] == "linear_attention/fwd/fp32/B1-T256-H2-K16-V16"
+
+
+def test_a_wrong_side_is_found_before_it_is_timed(tmp_path):
+    config = tiny_config(tmp_path)
+    (tmp_path / "mine.py").write_text("def attention(q, k, v):\n    return v * 2\n")
+    done = in_this_process(
+        "compare", "--live", "chunked", "mine.py:attention", "--config", config, "--op",
+        "linear_attention", "--device", "cpu", "--json", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 3, done.stderr
+    [row] = json.loads(done.stdout)["points"]
+    assert row["ratio"] is None and row["reason"].startswith("after: wrong: o is off by")
