@@ -349,6 +349,15 @@ class ChelaBlock(reference.ChelaBlock):
         """The layer's."""
         self.layer.restore()
 
+    def _fed_forward(self, u: Tensor) -> Tensor:
+        """As the reference's, normed by a kernel."""
+        if self.layer._chosen(u) == "reference":
+            return super()._fed_forward(u)
+        if self.layer.norm_position == "before":
+            normed, around = normalize(self.norm, u)
+            return around + self._feed_forward(normed)
+        return normalize(self.norm, u + self._feed_forward(u))[0]
+
 
 def _merge_again(layer: ChelaLayer, incompatible_keys: object) -> None:
     """After load_state_dict."""
