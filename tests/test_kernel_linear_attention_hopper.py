@@ -53,7 +53,7 @@ def test_every_kernel_compiles_for_hopper():
         r"^(walk|sweep|kept) +K (\d+) +V (\d+) (.*?) +warps.* (\d+) stack +(\d+) KB .* HMMA (\d+)",
         ended.stdout, re.MULTILINE,
     )  # fmt: skip
-    assert len(rows) == len(TILES) + 4 + 5 + 1, ended.stdout
+    assert len(rows) == len(TILES) + 6 + 5 + 1, ended.stdout
     for kind, _, _, what, stack, shared, old_products in rows:
         assert int(shared) <= 227 and old_products == "0", ended.stdout
         if kind == "walk":

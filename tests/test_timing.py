@@ -220,7 +220,7 @@ def test_a_short_probe_is_tuned_before_its_launches_are_counted(monkeypatch):
     job = Job(bench, _case("fwd", T=1024), op, op.impl("chunked"), function)
     call = job.call(job.draw())
     call()
-    assert measure._launches(job, call, measure.SLOW_NS + 1) == 1
+    assert measure.launches_of(job, call, measure.SLOW_NS + 1) == 1
     assert measure.SHORT_TOKENS in tuned
 
 
