@@ -25,9 +25,9 @@ from chela_bench.kernels.gates_ops import (
     joint_output_gate,
     norm_gate,
     output_gate,
-    queries_keys,
     silu,
 )
+from chela_bench.kernels.queries_keys_ops import _queries_keys, queries_keys
 from tests.attention import DEVICE, new_memory_is_nan
 
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -539,8 +539,8 @@ def test_the_operators_keep_pytorchs_rules(trained):
     opcheck(ops._norm_gate, x(), x(), None, None, EPS, "silu", bf16, False)
     opcheck(ops._norm_gate, x(), None, None, SHRINK, EPS, None, torch.float32, True)
     parameters = [x(8) for _ in range(4)]
-    opcheck(ops._queries_keys, x(dtype=half), *parameters, None, True)
-    opcheck(ops._queries_keys, x(dtype=half), *parameters, x(8, dtype=half), True)
+    opcheck(_queries_keys, x(dtype=half), *parameters, None, True)
+    opcheck(_queries_keys, x(dtype=half), *parameters, x(8, dtype=half), True)
     opcheck(ops._output_gate, x(), x(), x(dtype=half), x(8), x(8, dtype=half))
     opcheck(ops._output_gate, x(2, 3, 16), None, x(), x(8), None)
     opcheck(ops._output_gate, x().transpose(0, 1), None, x().transpose(0, 1), None, None)

@@ -36,7 +36,6 @@ from chela_bench.kernels.gates_ops import (
     norm_gate,
     normed_output_gate,
     output_gate,
-    queries_keys,
     silu,
 )
 from chela_bench.kernels.linear_attention import linear_attention
@@ -48,6 +47,7 @@ from chela_bench.kernels.projections import (
     can_project,
     projected,
 )
+from chela_bench.kernels.queries_keys_ops import queries_keys
 from chela_bench.kernels.short_long_conv import short_conv, short_long_conv
 from chela_bench.reference import chela as reference
 from chela_bench.reference.chela import zero_padding

@@ -1,7 +1,6 @@
 """The CHELA layer's pointwise products as functions of PyTorch: operators, autograd, checks.
 
     norm_gate      m = o / sqrt(mean(o^2) + eps) * act(a)               saves o and a
-    queries_keys   q = a_q * s + m_q, k = a_k * s + m_k, s = SiLU(p)    saves p, a_q and a_k
     output_gate    y = sigmoid(g) SiLU(h) + (1 - sigmoid(g)) x          saves h, g and x; or h
                    h and g apart, or as halves of [..., 2 N]
     silu           v = SiLU(p)                                          saves p
@@ -9,7 +8,7 @@
 All tensors are [..., N] in float32, bfloat16 or float16, in any mixture; kernels compute in float32
 and round once. No copy is made of what can be seen as rows [R, N] with N contiguous. Each is
 differentiable once. Outputs are contiguous. chela_bench.reference.chela has the layer that they are
-part of.
+part of; its queries and keys are in queries_keys_ops.py.
 
 A bias that a, p, h or g came with may be given beside it: the value has it in already, and the
 gradient is the sum of the value's over all rows, which the backward makes on its way.
@@ -26,7 +25,6 @@ from torch import Tensor
 
 from chela_bench.errors import ArgumentError
 from chela_bench.kernels import gates
-from chela_bench.kernels import queries_keys as shared
 from chela_bench.kernels.operator import Operator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -53,8 +51,8 @@ def norm_gate(
     shrunk. It has no gradient. owns_gradient: whoever goes on from m says that nobody else holds
     m's gradient, so that o's may take its place in memory. Raises ArgumentError.
     """
-    _check_tensors({"o": o, "a": a})
-    _check_bias("a", a, bias)
+    check_tensors({"o": o, "a": a})
+    check_bias("a", a, bias)
     if shrink is not None and (shrink.shape, shrink.dtype) != (o.shape[-2:-1], torch.float32):
         raise ArgumentError(
             f"wanted shrink [T] = {list(o.shape[-2:-1])} in float32, a number for each row of o, "
@@ -75,34 +73,6 @@ def norm_gate(
     return m
 
 
-def queries_keys(
-    p: Tensor,
-    a_q: Tensor,
-    m_q: Tensor,
-    a_k: Tensor,
-    m_k: Tensor,
-    *,
-    activation: bool,
-    bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """q = a_q * s + m_q and k = a_k * s + m_k, s = SiLU(p) if activation, else p.
-
-    p [..., K]; a_q, m_q, a_k, m_k [K], of any float dtypes; q, k [..., K] in p's dtype. bias [K] is
-    one that p has in already. The same inputs give gradients of the same bits. Raises
-    ArgumentError.
-    """
-    _check_tensors({"p": p})
-    _check_bias("p", p, bias)
-    for name, x in (("a_q", a_q), ("m_q", m_q), ("a_k", a_k), ("m_k", m_k)):
-        if x.shape != p.shape[-1:] or not x.is_floating_point() or x.device != p.device:
-            raise ArgumentError(
-                f"wanted {name} [{p.shape[-1]}] of floats on {p.device}, one for each column of p, "
-                f"got {list(x.shape)} of {x.dtype} on {x.device}"
-            )
-    q, k = _queries_keys(p, a_q, m_q, a_k, m_k, bias, activation)
-    return q, k
-
-
 def output_gate(
     h: Tensor,
     g: Tensor | None,
@@ -116,9 +86,9 @@ def output_gate(
     h, g, x, y [..., D]; y in x's dtype. bias_h and bias_g [D] are what h and g have in already.
     Raises ArgumentError.
     """
-    _check_tensors({"h": h, "g": g, "x": x})
-    _check_bias("h", h, bias_h)
-    _check_bias("g", g, bias_g)
+    check_tensors({"h": h, "g": g, "x": x})
+    check_bias("h", h, bias_h)
+    check_bias("g", g, bias_g)
     y: Tensor = _output_gate(h, g, x, bias_h, bias_g)
     return y
 
@@ -130,13 +100,13 @@ def joint_output_gate(
 
     x, y [..., D]. Raises ArgumentError.
     """
-    _check_tensors({"hg": hg})
+    check_tensors({"hg": hg})
     if hg.shape[-1] % 2 != 0:
         raise ArgumentError(f"wanted hg [..., 2 D], got {list(hg.shape)}; it is h beside g")
     h, g = hg.chunk(2, dim=-1)
-    _check_tensors({"h": h, "g": g, "x": x})
-    _check_bias("h", h, bias_h)
-    _check_bias("g", g, bias_g)
+    check_tensors({"h": h, "g": g, "x": x})
+    check_bias("h", h, bias_h)
+    check_bias("g", g, bias_g)
     if x.shape[-1] == 0:  # where halves cannot be told from one of them
         return output_gate(h, g, x, bias_h=bias_h, bias_g=bias_g)
     y: Tensor = _output_gate(hg, None, x, bias_h, bias_g)
@@ -159,8 +129,8 @@ def normed_output_gate(
     h, u, g, x, y [..., D]; squares [..., P] float32, contiguous. Without gradient, and not for
     tensors that someone watches. Raises ArgumentError.
     """
-    _check_tensors({"h": h, "u": u, "g": g, "x": x})
-    y = _empty(x)
+    check_tensors({"h": h, "u": u, "g": g, "x": x})
+    y = empty(x)
     gates.output_gate_forward(h, g, x, y, u=u, squares=squares, width=width, eps=eps)
     return y
 
@@ -168,13 +138,13 @@ def normed_output_gate(
 def silu(p: Tensor, *, bias: Tensor | None = None) -> Tensor:
     """v = SiLU(p), [..., N] in p's dtype; bias [N] is one that p has in already. Raises
     ArgumentError."""
-    _check_tensors({"p": p})
-    _check_bias("p", p, bias)
+    check_tensors({"p": p})
+    check_bias("p", p, bias)
     v: Tensor = _output_gate(p, None, None, bias, None)
     return v
 
 
-def _check_tensors(tensors: dict[str, Tensor | None]) -> None:
+def check_tensors(tensors: dict[str, Tensor | None]) -> None:
     """Dtypes, and that shapes and devices are the first's."""
     (name, first), *_ = tensors.items()
     assert first is not None
@@ -199,7 +169,7 @@ def _check_tensors(tensors: dict[str, Tensor | None]) -> None:
         )
 
 
-def _check_bias(name: str, x: Tensor | None, bias: Tensor | None) -> None:
+def check_bias(name: str, x: Tensor | None, bias: Tensor | None) -> None:
     if bias is None:
         return
     fits = x is not None and bias.shape == x.shape[-1:] and bias.device == x.device
@@ -211,20 +181,20 @@ def _check_bias(name: str, x: Tensor | None, bias: Tensor | None) -> None:
         )
 
 
-def _empty(x: Tensor, dtype: torch.dtype | None = None, *, wanted: bool = True) -> Tensor:
+def empty(x: Tensor, dtype: torch.dtype | None = None, *, wanted: bool = True) -> Tensor:
     """Contiguous, of the shape of x and its dtype, unless another is given."""
     return x.new_empty(x.shape if wanted else (0,), dtype=dtype)
 
 
-def _empty_bias(x: Tensor, dtype: torch.dtype, *, wanted: bool) -> Tensor:
+def empty_bias(x: Tensor, dtype: torch.dtype, *, wanted: bool) -> Tensor:
     return x.new_empty(x.shape[-1:] if wanted else (0,), dtype=dtype)
 
 
-def _dtype_of(bias: Tensor | None) -> torch.dtype:
+def dtype_of(bias: Tensor | None) -> torch.dtype:
     return torch.float32 if bias is None else bias.dtype
 
 
-def _needed(gradients: tuple[Tensor, ...], needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+def only(gradients: tuple[Tensor, ...], needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     return tuple([x if needs else None for x, needs in zip(gradients, needed, strict=True)])
 
 
@@ -256,14 +226,14 @@ def _norm_gate_output(
     dtype: torch.dtype,
     owns_gradient: bool,
 ) -> Tensor:
-    return _empty(o, dtype)
+    return empty(o, dtype)
 
 
 def _norm_gate_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     o, a, bias, shrink, *options, _, ctx.owns_gradient = inputs
     ctx.save_for_backward(o, a, shrink)
     ctx.options = options  # eps, activation
-    ctx.bias_dtype = _dtype_of(bias)
+    ctx.bias_dtype = dtype_of(bias)
 
 
 def _norm_gate_differentiate(
@@ -275,7 +245,7 @@ def _norm_gate_differentiate(
     if ctx.owns_gradient and alike and backward is _norm_gate_backward:  # not the operator
         backward = partial(backward, room=dm)
     found = backward(o, a, dm, shrink, *ctx.options, ctx.bias_dtype, *needed)
-    return *_needed(found, needed), *(None,) * 5
+    return *only(found, needed), *(None,) * 5
 
 
 def _norm_gate_backward(
@@ -318,8 +288,8 @@ def _norm_gate_gradients(
     needs_da: bool,
     needs_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    da = _empty(o if a is None else a, wanted=needs_da)
-    return _empty(o, wanted=needs_do), da, _empty_bias(o, bias_dtype, wanted=needs_db)
+    da = empty(o if a is None else a, wanted=needs_da)
+    return empty(o, wanted=needs_do), da, empty_bias(o, bias_dtype, wanted=needs_db)
 
 
 _norm_gate = Operator(
@@ -339,117 +309,6 @@ _norm_gate = Operator(
     ),
     _norm_gate_save,
     _norm_gate_differentiate,
-)
-
-
-# --- queries_keys ---------------------------------------------------------------------------------
-
-
-def _queries_keys_forward(
-    p: Tensor,
-    a_q: Tensor,
-    m_q: Tensor,
-    a_k: Tensor,
-    m_k: Tensor,
-    bias: Tensor | None,
-    activation: bool,
-) -> tuple[Tensor, Tensor]:
-    q, k = _queries_keys_outputs(p, a_q, m_q, a_k, m_k, bias, activation)
-    shared.queries_keys_forward(p, (a_q, m_q, a_k, m_k), q, k, activation=activation)
-    return q, k
-
-
-def _queries_keys_outputs(
-    p: Tensor,
-    a_q: Tensor,
-    m_q: Tensor,
-    a_k: Tensor,
-    m_k: Tensor,
-    bias: Tensor | None,
-    activation: bool,
-) -> tuple[Tensor, Tensor]:
-    return _empty(p), _empty(p)
-
-
-def _queries_keys_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    p, a_q, m_q, a_k, m_k, bias, activation = inputs
-    ctx.save_for_backward(p, a_q, a_k)
-    ctx.options = activation, m_q.dtype, m_k.dtype, _dtype_of(bias)
-
-
-def _queries_keys_differentiate(
-    ctx: Any, dq: Tensor, dk: Tensor, backward: Callable[..., Any]
-) -> tuple[Tensor | None, ...]:
-    needed = ctx.needs_input_grad[:6]
-    wanted = needed[0], any(needed[1:]), needed[5]
-    found = backward(*ctx.saved_tensors, dq, dk, *ctx.options, *wanted)
-    return *_needed(found, needed), None
-
-
-def _queries_keys_backward(
-    p: Tensor,
-    a_q: Tensor,
-    a_k: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    activation: bool,
-    m_q_dtype: torch.dtype,
-    m_k_dtype: torch.dtype,
-    bias_dtype: torch.dtype,
-    needs_dp: bool,
-    needs_sums: bool,
-    needs_db: bool,
-) -> tuple[Tensor, ...]:
-    dp, *sums = found = _queries_keys_gradients(
-        p, a_q, a_k, dq, dk, activation, m_q_dtype, m_k_dtype, bias_dtype,
-        needs_dp, needs_sums, needs_db,
-    )  # fmt: skip
-    shared.queries_keys_backward(
-        p, a_q, a_k, dq, dk, dp if needs_dp else None,
-        sums[: 4 + needs_db] if needs_sums else (), activation=activation,
-    )  # fmt: skip
-    return found
-
-
-def _queries_keys_gradients(
-    p: Tensor,
-    a_q: Tensor,
-    a_k: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    activation: bool,
-    m_q_dtype: torch.dtype,
-    m_k_dtype: torch.dtype,
-    bias_dtype: torch.dtype,
-    needs_dp: bool,
-    needs_sums: bool,
-    needs_db: bool,
-) -> tuple[Tensor, ...]:
-    """needs_sums: of the parameters; needs_db, which goes with it, of the bias too."""
-    dtypes = a_q.dtype, m_q_dtype, a_k.dtype, m_k_dtype
-    sums = [_empty_bias(p, dtype, wanted=needs_sums) for dtype in dtypes]
-    db = _empty_bias(p, bias_dtype, wanted=needs_db)
-    return _empty(p, wanted=needs_dp), *sums, db
-
-
-_queries_keys = Operator(
-    "queries_keys",
-    (
-        "(Tensor p, Tensor a_q, Tensor m_q, Tensor a_k, Tensor m_k, Tensor? bias, bool activation) "
-        "-> (Tensor q, Tensor k)",
-        _queries_keys_forward,
-        _queries_keys_outputs,
-    ),
-    (
-        "(Tensor p, Tensor a_q, Tensor a_k, Tensor dq, Tensor dk, bool activation, "
-        "ScalarType m_q_dtype, ScalarType m_k_dtype, ScalarType bias_dtype, bool needs_dp, "
-        "bool needs_sums, bool needs_db) "
-        "-> (Tensor dp, Tensor da_q, Tensor dm_q, Tensor da_k, Tensor dm_k, Tensor db)",
-        _queries_keys_backward,
-        _queries_keys_gradients,
-    ),
-    _queries_keys_save,
-    _queries_keys_differentiate,
 )
 
 
@@ -486,14 +345,14 @@ def _output_gate_output(
     bias_h: Tensor | None,
     bias_g: Tensor | None,
 ) -> Tensor:
-    return _empty(h if x is None else x)
+    return empty(h if x is None else x)
 
 
 def _output_gate_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     h, g, x, bias_h, bias_g = inputs
     ctx.has_gate = g is not None or _is_joint(h, x)
     ctx.save_for_backward(h, g, x if ctx.has_gate else None)
-    ctx.bias_dtypes = _dtype_of(bias_h), _dtype_of(bias_g)
+    ctx.bias_dtypes = dtype_of(bias_h), dtype_of(bias_g)
 
 
 def _output_gate_differentiate(
@@ -504,7 +363,7 @@ def _output_gate_differentiate(
     wanted = needed if ctx.has_gate else (needed[0], False, False, needed[3], False)
     if not any(wanted):
         return None, None, dy if needed[2] else None, None, None
-    found = _needed(backward(h, g, x, dy, *ctx.bias_dtypes, *wanted), wanted)
+    found = only(backward(h, g, x, dy, *ctx.bias_dtypes, *wanted), wanted)
     if not ctx.has_gate:  # dx is dy
         return *found[:2], dy if needed[2] else None, *found[3:]
     return found
@@ -520,7 +379,7 @@ def _output_gate_backward(
     *needs: bool,
 ) -> tuple[Tensor, ...]:
     found = _output_gate_gradients(h, g, x, dy, bias_h_dtype, bias_g_dtype, *needs)
-    dh, dg, *others = _needed(found, needs)
+    dh, dg, *others = only(found, needs)
     if dh is not None:
         dh, dg = _apart(dh, dg, x)
     gates.output_gate_backward(*_apart(h, g, x), x, dy, dh, dg, *others)
@@ -541,11 +400,11 @@ def _output_gate_gradients(
     needs_db_g: bool,
 ) -> tuple[Tensor, ...]:
     return (
-        _empty(h, wanted=needs_dh),
-        _empty(h if g is None else g, wanted=needs_dg),
-        _empty(dy, wanted=needs_dx),
-        _empty_bias(dy, bias_h_dtype, wanted=needs_db_h),
-        _empty_bias(dy, bias_g_dtype, wanted=needs_db_g),
+        empty(h, wanted=needs_dh),
+        empty(h if g is None else g, wanted=needs_dg),
+        empty(dy, wanted=needs_dx),
+        empty_bias(dy, bias_h_dtype, wanted=needs_db_h),
+        empty_bias(dy, bias_g_dtype, wanted=needs_db_g),
     )
 
 
