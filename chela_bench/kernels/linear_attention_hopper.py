@@ -140,6 +140,11 @@ def _keep(
 
 
 @gluon.jit
+def _tile(ptr, offs, rows, columns, IS_WHOLE: gl.constexpr):
+    return gl.load(ptr + offs, mask=_mask(offs, rows, columns, IS_WHOLE), other=0.0)
+
+
+@gluon.jit
 def _gate(a, ACTIVATION: gl.constexpr):
     """act(a), as rows._activated."""
     a = a.to(gl.float32)
@@ -247,10 +252,10 @@ def _linear_attention_wgmma_kernel(
     no_o = gl.zeros([BLOCK_T, BLOCK_V], gl.float32, O)
     next_state = warpgroup_mma_init(state)
     for i in range(0, chunks):
-        if a_ptr is not None:  # ahead of the copies that it would wait behind
-            c = chunks - 1 - i if IS_REVERSED else i
-            mask = _mask(o_offs, left - c * BLOCK_T, left_v, WHOLE_V)
-            a = gl.load(a_ptr + c * BLOCK_T * (stride_ot * UNIT) + o_offs, mask=mask, other=0.0)
+        now = chunks - 1 - i if IS_REVERSED else i
+        if a_ptr is not None and GROUPS > 1:  # ahead of the copies that it would wait behind
+            tile_ptr = a_ptr + now * BLOCK_T * (stride_ot * UNIT)
+            a = _tile(tile_ptr, o_offs, left - now * BLOCK_T, left_v, WHOLE_V)
         async_copy.wait_group(STAGES - 2 if Q_STAGES > 1 else 0)
         stage = i % STAGES
         q, k, v = qs.index(stage if Q_STAGES > 1 else 0), ks.index(stage), vs.index(stage)
@@ -291,6 +296,9 @@ def _linear_attention_wgmma_kernel(
             o = warpgroup_mma(p_smem, v, o, is_async=True)
         next_state = warpgroup_mma(k.permute((1, 0)), v, state, is_async=True)
         if a_ptr is not None:
+            if GROUPS == 1:  # whose registers do not hold it for longer
+                tile_ptr = a_ptr + now * BLOCK_T * (stride_ot * UNIT)
+                a = _tile(tile_ptr, o_offs, left - now * BLOCK_T, left_v, WHOLE_V)
             gate = _gate(a, ACTIVATION)
         o = warpgroup_mma_wait(1, deps=[o])
         if Q_STAGES == 1:
@@ -306,8 +314,8 @@ def _linear_attention_wgmma_kernel(
             SQUARES: gl.constexpr = squares.type.layout
             r = gl.arange(0, BLOCK_T, gl.SliceLayout(1, SQUARES))[:, None]
             group = gl.arange(0, GROUPS, gl.SliceLayout(0, SQUARES))[None, :]
-            at = (((b * T + start + c * BLOCK_T) * H + h) * NV + pid_v) * GROUPS
-            gl.store(squares_ptr + at + (r * (H * NV * GROUPS) + group), squares, mask=r < rows)
+            first = (((b * T + start + c * BLOCK_T) * H + h) * NV + pid_v) * GROUPS
+            gl.store(squares_ptr + first + (r * (H * NV * GROUPS) + group), squares, mask=r < rows)
         m = gl.convert_layout(_rounded(o, scale), o_offs.type.layout)
         if a_ptr is not None:
             m = (m.to(gl.float32) * gate).to(gl.bfloat16)
