@@ -121,5 +121,5 @@ def _sum_of_squares(x: Tensor, block: int) -> Tensor:
 
 def _worst_ratio(difference: Tensor, size: Tensor) -> float:
     ratio = torch.where(difference == 0, 0.0, difference / size)  # 0/0 is no error; x/0 is inf
-    worst = float(ratio.max().sqrt())
+    worst = float(ratio.detach().max().sqrt())
     return worst if math.isfinite(worst) else math.inf
