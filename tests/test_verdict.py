@@ -62,6 +62,14 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     assert held / 400 >= 0.93
 
 
+def test_a_ratio_lies_in_its_interval():
+    """Where the median of all samples is another than that of blocks, too."""
+    after = [1.0, 1.0, 3.0, 3.0, 3.0] * 24 + [1.0] * 35
+    found = unpaired([1.0] * len(after), after)
+    assert found.low <= found.ratio <= found.high
+    assert found.ratio == 3 and found.after_ns == 1
+
+
 @pytest.mark.parametrize("pairs", [[(2.0, 2.0)] * 10, [(3.0, 3.3), (3.1, 3.2)] * 6])
 def test_sides_can_be_exchanged(pairs):
     forward, back = paired(pairs), paired([(b, a) for a, b in pairs])

@@ -137,11 +137,12 @@ def unpaired(before_ns: Sequence[float], after_ns: Sequence[float]) -> Evidence:
     """Evidence of two sets of samples, each in the order taken."""
     blocks = (np.sort(blocked(before_ns)), np.sort(blocked(after_ns)))
     low, high = _ratio_interval(*blocks)
+    before, after = (float(np.median(side)) for side in blocks)
     medians = [float(np.median(np.asarray(side))) for side in (before_ns, after_ns)]
     return Evidence(
         before_ns=medians[0],
         after_ns=medians[1],
-        ratio=medians[1] / medians[0],
+        ratio=after / before,  # what the interval is of; the samples' may lie outside of it
         low=low,
         high=high,
         count=min(map(len, blocks)),
