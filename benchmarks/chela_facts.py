@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
 
 import torch
+from kernel_spans import spans
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from chela_bench.kernels.chela import ChelaLayer
 
@@ -30,23 +29,6 @@ def layer_and_input(shape: str) -> tuple[ChelaLayer, Tensor]:
     B, T = map(int, shape.split(","))
     layer = ChelaLayer(1024, max_length=T, implementation="triton").to("cuda", torch.bfloat16)
     return layer, torch.randn(B, T, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-
-
-def spans(call: Callable[[], object], calls: int = 10) -> dict[str, tuple[float, float]]:
-    """Of each kernel, how often it runs in a call, and for how many microseconds in all."""
-    for _ in range(3):
-        call()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
-        for _ in range(calls):
-            call()
-        torch.cuda.synchronize()
-    found: dict[str, tuple[float, float]] = {}
-    for event in profiled.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            times, us = found.get(event.name, (0.0, 0.0))
-            found[event.name] = times + 1 / calls, us + event.device_time / calls
-    return found
 
 
 def times(shape: str) -> None:

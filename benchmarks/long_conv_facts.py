@@ -17,11 +17,10 @@ short_long_conv from and to [B, T, D], without a gate and then with one that is 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 
 import torch
+from kernel_spans import spans
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from chela_bench.bench.check import relative_error, worst_block_error
 from chela_bench.bench.models import short_sizes
@@ -52,22 +51,6 @@ def errors(dtype: torch.dtype, device: str) -> None:
             block = worst_block_error(*rows, row_rms=True)
             shown.append(f"{name} {relative_error(actual.detach(), right):.2e} {block:.2e}")
         print(f"{str(dtype).removeprefix('torch.')} T {T:<6} {'   '.join(shown)}", flush=True)
-
-
-def spans(call: Callable[[], object], calls: int = 10) -> dict[str, float]:
-    """Microseconds of each kernel, a call."""
-    for _ in range(3):
-        call()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
-        for _ in range(calls):
-            call()
-        torch.cuda.synchronize()
-    found: dict[str, float] = {}
-    for event in profiled.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            found[event.name] = found.get(event.name, 0.0) + event.device_time / calls
-    return found
 
 
 def times(shape: str, config: dict[str, int | str] | None, dtype: torch.dtype) -> None:
@@ -119,11 +102,12 @@ def once_whole(shape: str, config: dict[str, int | str] | None, dtype: torch.dty
     torch.cuda.synchronize()
 
 
-def report(shape: str, *rows: tuple[str, dict[str, float]]) -> None:
+def report(shape: str, *rows: tuple[str, dict[str, tuple[float, float]]]) -> None:
     for name, found in rows:
-        longest = sorted(found.items(), key=lambda item: -item[1])[:5]
-        kernels = ", ".join(f"{of.strip('_')[:36]} {time:.1f}" for of, time in longest)
-        print(f"{shape} {name:8} {sum(found.values()):9.1f} us   {kernels}", flush=True)
+        longest = sorted(found.items(), key=lambda item: -item[1][1])[:5]
+        kernels = ", ".join(f"{of.strip('_')[:36]} {us:.1f}" for of, (_, us) in longest)
+        total = sum(us for _, us in found.values())
+        print(f"{shape} {name:8} {total:9.1f} us   {kernels}", flush=True)
 
 
 def main() -> None:
