@@ -185,11 +185,26 @@ def test_sums_over_many_rows_have_the_same_bits_each_time(monkeypatch, walks):
 
 
 @kinds
-def test_compiled_is_pytorchs(kind):
+def test_compiled_gives_the_same_bits(kind):
     torch._dynamo.reset()
-    norm, x = new_norm(kind, 24), drawn(3, 24)
+    norm, x, dy = new_norm(kind, 24), drawn(3, 24).requires_grad_(), drawn(3, 24, seed=1)
     compiled = torch.compile(lambda x: normalize(norm, x)[0], fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), normalize(norm, x)[0])
+    leaves = [x, *norm.parameters()]
+    y, right = compiled(x), normalize(norm, x)[0]
+    assert torch.equal(y, right)
+    found, wanted = (torch.autograd.grad(z, leaves, dy) for z in (y, right))
+    assert all(map(torch.equal, found, wanted))
+
+
+@kinds
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_operator_keeps_pytorchs_rules(kind, trained):
+    x, norm = drawn(2, 3, 8).half(), new_norm(kind, 8)
+    given = [x, norm.weight.detach(), norm.bias.detach() if kind == "layer" else None]
+    for tensor in given:
+        if trained and tensor is not None:
+            tensor.requires_grad_()
+    torch.library.opcheck(module._normalize.registered.default, (*given, 1e-5))
 
 
 def test_has_first_derivatives_alone():

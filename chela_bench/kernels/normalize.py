@@ -11,7 +11,7 @@ the mean in float32. Bytes an element in 16 bits: 4 forward, 8 backward.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from chela_bench.kernels.dispatch import is_plain
 from chela_bench.kernels.launching import Launcher, cdiv, on_device_of
+from chela_bench.kernels.operator import Operator
 from chela_bench.kernels.projections import check_first_derivative
 from chela_bench.kernels.row_sums import WALKED, new_parts, sum_parts, walks_of
 from chela_bench.kernels.rows import _load, _mask, _store, rows_of, tile
@@ -106,13 +107,16 @@ def normalize(norm: nn.LayerNorm | nn.RMSNorm, x: Tensor) -> tuple[Tensor, Tenso
 
     x [..., D] in float32, bfloat16 or float16; what is computed is in float32. Whoever needs x
     besides takes the second: what reaches that is added to x's gradient by the norm's own backward,
-    which saves a pass. Where PyTorch watches (torch.compile, functorch) and for D > 4096, PyTorch's
-    own. Differentiable once.
+    which saves a pass. Where PyTorch watches (torch.compile, functorch) it adds that up itself. For
+    D > 4096, PyTorch's own norm. Differentiable once.
     """
     weight, bias = norm.weight, norm.bias if isinstance(norm, nn.LayerNorm) else None
     eps = torch.finfo(torch.float32).eps if norm.eps is None else norm.eps
-    if x.shape[-1] > MAX_D or not is_plain(x, weight):
+    if x.shape[-1] > MAX_D:
         return _by_pytorch(norm, x, eps), x
+    if not is_plain(x, weight):
+        y, _, _ = _normalize.registered(x, weight, bias, eps)
+        return y, x
     y, around = _Normalized.apply(x, weight, bias, eps)
     return y, around if x.requires_grad else x
 
@@ -124,37 +128,126 @@ def _by_pytorch(norm: nn.LayerNorm | nn.RMSNorm, x: Tensor, eps: float) -> Tenso
     return F.rms_norm(x, width, weight, eps)
 
 
+Outputs = tuple[Tensor, Tensor, Tensor]
+
+
+def _normed(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Outputs:
+    """y, the mean and r; of RMS norm, whose bias is None, the mean is empty."""
+    y, mean, inverse = found = _normed_outputs(x, weight, bias, eps)
+    _forward(x, weight, bias, y, None if bias is None else mean, inverse, eps)
+    return found
+
+
+def _normed_outputs(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Outputs:
+    rows, dtype = x.shape[:-1], torch.float32
+    mean = x.new_empty((0,) if bias is None else rows, dtype=dtype)
+    return x.new_empty(x.shape), mean, x.new_empty(rows, dtype=dtype)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    x, weight, bias, _ = inputs
+    _, mean, inverse = output
+    ctx.save_for_backward(x, weight, mean, inverse)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.mark_non_differentiable(mean, inverse)
+
+
+def _differentiate(
+    ctx: Any, dy: Tensor, dmean: None, dinverse: None, backward: Callable[..., Any]
+) -> tuple[Tensor | None, ...]:
+    return *_gradients_of(ctx, dy, None, backward), None
+
+
+def _gradients_of(
+    ctx: Any, dy: Tensor, around: Tensor | None, backward: Callable[..., Any]
+) -> tuple[Tensor | None, ...]:
+    """Of x, the weight and the bias."""
+    x, weight, mean, inverse = ctx.saved_tensors
+    needs_dx, *needed = ctx.needs_input_grad[:3]
+    around = around if needs_dx else None
+    dtype = ctx.bias_dtype
+    dx, dw, db = backward(x, weight, mean, inverse, dy, around, dtype, needs_dx, any(needed))
+    gives_db = needed[1] and dtype is not None
+    return dx if needs_dx else None, dw if needed[0] else None, db if gives_db else None
+
+
+def _back(
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    dy: Tensor,
+    around: Tensor | None,
+    bias_dtype: torch.dtype | None,
+    needs_dx: bool,
+    needs_sums: bool,
+) -> Outputs:
+    dx, dw, db = found = _back_outputs(
+        x, weight, mean, inverse, dy, around, bias_dtype, needs_dx, needs_sums
+    )
+    sums = [y for y, is_there in ((dw, True), (db, bias_dtype is not None)) if is_there]
+    means = None if bias_dtype is None else mean
+    to = dx if needs_dx else None
+    _backward(x, dy, around, weight, means, inverse, to, sums if needs_sums else [])
+    return found
+
+
+def _back_outputs(
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    dy: Tensor,
+    around: Tensor | None,
+    bias_dtype: torch.dtype | None,
+    needs_dx: bool,
+    needs_sums: bool,
+) -> Outputs:
+    dx = x.new_empty(x.shape if needs_dx else (0,))
+    dw = weight.new_empty(weight.shape if needs_sums else (0,))
+    wants_db = needs_sums and bias_dtype is not None
+    return dx, dw, weight.new_empty(weight.shape if wants_db else (0,), dtype=bias_dtype)
+
+
+_normalize = Operator(
+    "normalize",
+    (
+        "(Tensor x, Tensor weight, Tensor? bias, float eps) "
+        "-> (Tensor y, Tensor mean, Tensor inverse)",
+        _normed,
+        _normed_outputs,
+    ),
+    (
+        "(Tensor x, Tensor weight, Tensor mean, Tensor inverse, Tensor dy, Tensor? around, "
+        "ScalarType? bias_dtype, bool needs_dx, bool needs_sums) "
+        "-> (Tensor dx, Tensor dw, Tensor db)",
+        _back,
+        _back_outputs,
+    ),
+    _save,
+    _differentiate,
+)
+
+
 class _Normalized(torch.autograd.Function):
-    """x, w, b, eps -> y, x."""
+    """x, w, b, eps -> y, x: the operator with what goes around it, which one cannot hand on."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        y = x.new_empty(x.shape)
-        mean, inverse = x.new_empty(2, x[..., 0].numel(), dtype=torch.float32)
-        means = None if bias is None else mean
-        _forward(x, weight, bias, y, means, inverse, eps)
-        ctx.save_for_backward(x, weight, means, inverse)
+        y, mean, inverse = _normed(x, weight, bias, eps)
+        ctx.save_for_backward(x, weight, mean, inverse)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y, x
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, around: Tensor | None) -> tuple[Tensor | None, ...]:
         check_first_derivative("a norm")
-        x, weight, mean, inverse = ctx.saved_tensors
-        needs_dx, *needed = ctx.needs_input_grad[:3]
         if dy is None:
             return around, None, None, None
-        dx = x.new_empty(x.shape) if needs_dx else None
-        dw = db = None
-        if any(needed):
-            dw = weight.new_empty(weight.shape)
-            db = None if ctx.bias_dtype is None else dw.to(ctx.bias_dtype, copy=True)
-        sums = [x for x in (dw, db) if x is not None]
-        _backward(x, dy, around if needs_dx else None, weight, mean, inverse, dx, sums)
-        return dx, dw if needed[0] else None, db if needed[1] else None, None
+        return *_gradients_of(ctx, dy, around, _back), None
 
 
 def _forward(
