@@ -35,18 +35,19 @@ def rows():
 
 
 def table(ranges):
-    """Two kernels for each range; of a late one, one that writes a MiB."""
+    """Two kernels for each range; of one that evicts, one that writes a MiB."""
     header, units, *kernels = rows()
     out = io.StringIO()
     writer = csv.writer(out, quoting=csv.QUOTE_ALL, lineterminator="\n")
     writer.writerows([header, units])
     number = 0
     for name in ranges:
-        for kernel in kernels[2:] if "late" not in name else kernels[:1]:
+        evicts = "late" in name or "begin" in name
+        for kernel in kernels[2:] if not evicts else kernels[:1]:
             row = dict(zip(header, kernel, strict=True))
             stack = f'753  "<default domain>:chela:none"  "<default domain>:{name}:none:none" '
             row |= {"ID": str(number), COLUMN: stack, "profiler__replayer_passes": "1"}
-            if "late" in name:
+            if evicts:
                 row |= {"dram__bytes_write.sum": "1,048,576", "Kernel Name": "reduce_kernel"}
             writer.writerow([row[column] for column in header])
             number += 1
@@ -82,7 +83,7 @@ def profile(arguments, way):
         return 0
     plan, progress = json.loads(Path(arguments[-3]).read_text()), Path(arguments[-2])
     numbers = [number for number, _ in plan["cases"]]
-    ranges = []
+    ranges = ["chela-begin"]
     with progress.open("a") as steps:
 
         def tell(**step):

@@ -89,23 +89,40 @@ def loaded_by_the_driver(case):
     "given", CASES, ids=lambda x: "-".join([x[0], x[2], x[3], f"T{x[4]['T']}", *map(str, x[5])])
 )
 def test_registers_shared_memory_and_binaries_are_what_the_driver_loads(given):
+    """Triton 3.6 may give one of several binaries of a kernel that is compiled again in another
+    process: compiling here goes on until every binary that the driver has loaded has come up, or
+    is of a kernel of which several have, alike in all figures."""
     op, impl, direction, dtype, shape, config = given
     case = Case(op=op, impl=impl, direction=direction, dtype=dtype, shape=shape, config=config)
     properties = torch.cuda.get_device_properties(0)
     options = atlas.Options(cache=None, processors=properties.multi_processor_count)
-    found = atlas.compile_all([case], [arch()], options)
-    assert not found.refused
-    offline = {row.cubin_sha256: row for row in found.rows}
     online = loaded_by_the_driver(case)
     assert online
-    told = {x["kernel"] for digest, x in online.items() if digest not in offline}
-    assert not told, "other binaries offline"
+    offline = {}
+    for _ in range(6):
+        found = atlas.compile_all([case], [arch()], options)
+        assert not found.refused
+        offline |= {row.cubin_sha256: row for row in found.rows}
+        if set(online) <= set(offline):
+            break
     for digest, kernel in online.items():
-        row = offline[digest]
-        assert (row.regs, row.smem_bytes) == (kernel["regs"], kernel["smem_bytes"])
-        assert row.config["num_warps"] == kernel["num_warps"]
-        assert row.fits
-        assert row.ctas_per_sm == kernel["ctas_per_sm"]
+        rows = [offline[digest]] if digest in offline else of_kernel(kernel, offline)
+        assert len(rows) == 1 or len({row.cubin_sha256 for row in rows}) > 1
+        for row in rows:
+            assert (row.regs, row.smem_bytes) == (kernel["regs"], kernel["smem_bytes"])
+            assert row.config["num_warps"] == kernel["num_warps"]
+            assert row.fits
+            assert row.ctas_per_sm == kernel["ctas_per_sm"]
+
+
+def of_kernel(kernel, offline):
+    """Every binary of a kernel that compiles to several. Where the case launches the kernel with
+    one specialisation, they are told apart by nothing else."""
+    name = kernel["kernel"].removeprefix("_").removesuffix("_kernel")
+    rows = [row for row in offline.values() if row.kernel == name]
+    assert len(rows) > 1, f"{name}: another binary offline"
+    assert len({(str(row.constants), str(row.types)) for row in rows}) == 1
+    return rows
 
 
 def test_the_table_of_limits_is_the_cards():

@@ -174,7 +174,8 @@ def test_missing_columns_are_named_and_empty():
 
 
 def test_points_come_from_their_ranges_and_late_writes_stand_apart():
-    capture = parse(table(["chela-3", "chela-late-3", "chela-12"]))
+    capture = parse(table(["chela-begin", "chela-3", "chela-late-3", "chela-12"]))
+    assert len(capture.launches) == 6
     assert list(capture.by_point()) == [3, 12]
     assert [kernel.name for kernel in capture.by_point()[3]] == ["seg_state", "seg_out"]
     assert capture.late_bytes() == {3: 1 << 20}

@@ -3,8 +3,10 @@
 Started with three arguments: a file with the session and the cases, a file that says how far it
 is, a line a step, and the bench's process id. A case is compiled, tuned and run once before; then
 L2 is evicted, and the kernels of the next call alone are counted; then L2 is evicted once more, so
-that what the call wrote and L2 still holds is counted on its way out. The results are not judged:
-the bench has done that, on the same code, shape and dtype.
+that what the call wrote and L2 still holds is counted on its way out. Before the first case L2 is
+evicted in a range as well: at the first kernel that it sees the tool writes some megabytes, which
+would be the first case's. The results are not judged: the bench has done that, on the same code,
+shape and dtype.
 
     {"pid": 17}    {"begins": 0}    {"ended": 0, "problem": null}    {"spoilt": "..."}
 """
@@ -59,6 +61,8 @@ def run_all(
 ) -> None:
     """Each case in turn, until one leaves the process unfit for the next."""
     cuda = worker.bench.cuda
+    if worker.bench.evictor is not None:
+        ranged(f"{RANGE}-begin", worker.bench.evictor)
     for number, case in cases:
         tell(begins=number)
         before, problem = state(cuda=cuda), None
@@ -84,7 +88,7 @@ def run(worker: Worker, number: int, case: Case, ranged: Ranged) -> None:
         call()
         steps = timing.steps_of(call)
         steps.rewind()
-        evict = _nothing if worker.bench.evictor is None else worker.bench.evictor
+        evict = worker.bench.evictor or _nothing
         evict()
         ranged(f"{RANGE}-{number}", steps.run)
         ranged(f"{RANGE}-late-{number}", evict)

@@ -34,7 +34,8 @@ from chela_bench.profiles.inventory import (
 
 MINIMUM = "2022.3"  # the first that knows Hopper
 # Of NVTX, around all that is counted. Inside are `chela-N`, point N's call, and `chela-late-N`,
-# what evicts from L2 what the call has written there.
+# what evicts from L2 what the call has written there; `chela-begin` does that for what the tool
+# itself writes at the first kernel that it sees.
 RANGE = "chela"
 TIME = "gpu__time_duration.sum"
 READ, WRITTEN = "dram__bytes_read.sum", "dram__bytes_write.sum"

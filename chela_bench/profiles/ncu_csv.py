@@ -17,7 +17,7 @@ from chela_bench.profiles import ncu
 from chela_bench.records import Kernel
 
 _PUSHED = "thread Domain:Push/Pop_Range"
-_POINT = re.compile(rf'[:"]{ncu.RANGE}-(?P<late>late-)?(?P<point>\d+)[:"]')
+_POINT = re.compile(rf'[:"]{ncu.RANGE}-(begin|(?P<late>late-)?(?P<point>\d+))[:"]')
 _SCALES = {  # to bytes and nanoseconds; a unit that is not here is taken as it is
     "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "Tbyte": 1e12,
     "us": 1e3, "ms": 1e6, "s": 1e9, "usecond": 1e3, "msecond": 1e6, "second": 1e9,
@@ -61,7 +61,7 @@ _MEANS = ("l2_hit_pct", "occupancy_pct")
 @dataclass(frozen=True)
 class Launch:
     """One row: a kernel with one launch, and the point whose range it was in; `late` if it only
-    evicted what the point's call had left in L2."""
+    evicted what the point's call, or the tool at its beginning, had left in L2."""
 
     point: int | None
     kernel: Kernel
@@ -85,12 +85,13 @@ class Capture:
             found.pop(self.launches[-1].point, None)
         return {point: merged(kernels) for point, kernels in found.items()}
 
-    def late_bytes(self) -> dict[int | None, int]:
+    def late_bytes(self) -> dict[int, int]:
         """Bytes that each point's call had written, and that left L2 only after it."""
-        found: dict[int | None, int] = {}
+        found: dict[int, int] = {}
         for launch in self.launches:
-            if launch.late and launch.kernel.write_bytes is not None:
-                found[launch.point] = found.get(launch.point, 0) + launch.kernel.write_bytes
+            written = launch.kernel.write_bytes
+            if launch.late and launch.point is not None and written is not None:
+                found[launch.point] = found.get(launch.point, 0) + written
         return found
 
 
@@ -186,6 +187,8 @@ def _launch(row: dict[str, str], units: dict[str, str], number: _Numbers) -> Lau
     )
     if found is None:
         return Launch(None, kernel)
+    if found["point"] is None:
+        return Launch(None, kernel, late=True)
     return Launch(int(found["point"]), kernel, late=found["late"] is not None)
 
 
