@@ -51,7 +51,8 @@ def linear_attention(*args, **kwargs):
 
 def chela_bench(root: Path, *words: object) -> subprocess.CompletedProcess[str]:
     """The command line of the package in `root`."""
-    environment = {**os.environ, "PYTHONPATH": str(root)}
+    path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path}
     command = [sys.executable, "-P", "-m", "chela_bench", *map(str, words)]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 

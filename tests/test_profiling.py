@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from chela_bench.bench.cases import Case
 from chela_bench.bench.config import load_config
 from chela_bench.bench.models import STEPS
 from chela_bench.bench.worker import Worker
+from chela_bench.cli import noise as noise_command
 from chela_bench.cli import profile as profile_command
 from chela_bench.errors import EnvironmentProblem
 from chela_bench.profiles import ncu
@@ -254,6 +256,20 @@ def profile(config, *arguments, way=""):
         "--impl", "triton_chunked,quadratic", "--lens", "128,256", *arguments,
         FAKE_NCU=way, PATH=os.environ["PATH"],
     )  # fmt: skip
+
+
+def test_noise_counts_bytes_run_by_run(stub_gpu, monkeypatch):
+    monkeypatch.setattr(noise_command, "choose_device", lambda wanted: "cuda")
+    folder = stub_gpu.parent / "baselines"
+    done = in_this_process(
+        "noise", "--config", stub_gpu, "--impl", "triton_chunked", "--lens", "128,256", "--hbm",
+        "ncu", "--runs", 3, "--baselines", folder, "--json", FAKE_NCU="", PATH=os.environ["PATH"],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [row["hbm_noise"] for row in found["points"]] == [0.0, 0.0]
+    record = json.loads(Path(found["file"]).read_text())
+    assert list(record["hbm_bytes"].values()) == [[READ + WRITTEN + MIB] * 3] * 2
 
 
 def test_profile_from_the_command_line_to_the_report(stub_gpu):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from chela_bench.bench import plan, stats
+from chela_bench.bench import plan, profiling, stats
 from chela_bench.bench.baseline import NoiseRecord, facts
 from chela_bench.bench.cases import Case, Limits, Session
 from chela_bench.bench.plan import Settings
@@ -153,11 +153,14 @@ def _longer(session: Session) -> Session:
 def measure_noise(
     settings: Settings, runs: int, *, heard: Heard
 ) -> tuple[Machine, NoiseRecord, list[Point]]:
-    """The same code, in `runs` processes one after another; and the points that had no time."""
+    """The same code, in `runs` processes one after another, and with `--hbm ncu` each time in one
+    more under the profiler; and the points that had no time."""
     cases = [case for case in plan.cases(settings) if plan.unavailable(settings, case) is None]
     if not cases:
         raise UsageError("nothing of what is selected can run here")
-    session = settings.sessions()[0]
+    tool = profiling.usable_tool() if settings.hbm == "ncu" else None
+    session = settings.sessions(ncu=tool is not None)[0]
+    bytes_: dict[str, list[int]] = {}
     samples: dict[str, list[list[int]]] = {}
     failed: dict[str, Point] = {}
     ceilings: dict[str, Ceilings] = {}
@@ -174,6 +177,12 @@ def measure_noise(
                         failed[case.key] = point
                     else:
                         samples.setdefault(case.key, []).append([round(ns) for ns in times])
+            if tool is not None:
+                heard(f"run {number + 1} of {runs}: under ncu {tool.version}")
+                way = profiling.Way(tool, session, runner.ceilings, Path(folder), heard)
+                good = [case for case in cases if case.key not in failed]
+                for key, moved in profiling.bytes_now(way, good, runner.environment).items():
+                    bytes_.setdefault(key, []).append(moved)
     assert machine is not None
     whole = {key: taken for key, taken in samples.items() if len(taken) == runs}
     if not whole:
@@ -181,23 +190,36 @@ def measure_noise(
         raise EnvironmentProblem(
             f"nothing was measured {runs} times; {first.key}: {first.outcome}: {first.reason}"
         )
-    return machine, _noise_record(machine, whole), list(failed.values())
+    counted = {key: moved for key, moved in bytes_.items() if key in whole and len(moved) == runs}
+    return machine, _noise_record(machine, whole, counted), list(failed.values())
 
 
-def _noise_record(machine: Machine, samples: Mapping[str, list[list[int]]]) -> NoiseRecord:
+def _noise_record(
+    machine: Machine,
+    samples: Mapping[str, list[list[int]]],
+    moved: Mapping[str, list[int]] | None = None,
+) -> NoiseRecord:
     by_key, every = {}, []
     for key, taken in samples.items():
-        medians = [stats.median(run) for run in taken]
-        pairs = [max(a, b) / min(a, b) - 1 for i, a in enumerate(medians) for b in medians[i + 1 :]]
+        pairs = _changes([stats.median(run) for run in taken])
         by_key[key] = round(max(pairs), 6)
         every += pairs
+    counted = dict(moved or {})
     return NoiseRecord(
         measured_utc=utc_now(),
         machine=facts(machine),
         typical=round(float(np.quantile(every, 0.95)), 6),
         by_key=by_key,
         samples_ns=dict(samples),
+        hbm_by_key={key: round(max(_changes(counts)), 6) for key, counts in counted.items()},
+        hbm_bytes=counted,
     )
+
+
+def _changes(values: Sequence[float]) -> list[float]:
+    """Between any two, relative to the smaller one."""
+    pairs = [(a, b) for i, a in enumerate(values) for b in values[i + 1 :]]
+    return [max(pair) / min(pair) - 1 for pair in pairs]
 
 
 def machine_info(machine: Machine) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class ModelledPoint(_Record):
 
 
 class NoiseRecord(_Record):
-    """DIR/noise/<device>.json: times of the same code in processes of their own."""
+    """DIR/noise/<device>.json: times, and bytes, of the same code in processes of their own."""
 
     schema_version: int = SCHEMA_VERSION
     """Version of this schema; others are refused."""
@@ -98,6 +98,10 @@ class NoiseRecord(_Record):
     """Largest relative change between two runs, by point key."""
     samples_ns: dict[str, list[list[int]]] = Field(default_factory=dict)
     """Time samples of each run, by point key, in the order taken."""
+    hbm_by_key: dict[str, float] = Field(default_factory=dict)
+    """The same as by_key of the bytes through HBM, where they were counted."""
+    hbm_bytes: dict[str, list[int]] = Field(default_factory=dict)
+    """Bytes counted in each run, by point key."""
 
 
 @dataclass(frozen=True)
@@ -386,7 +390,7 @@ def noise_of(folder: Path | None, machine: Machine, *, live: bool = False) -> No
     assumed = assumed_noise(machine, live=live)
     if live:
         return assumed if assumed.typical <= record.typical else Noise(record.typical, source)
-    return Noise(record.typical, source, record.by_key)
+    return Noise(record.typical, source, record.by_key, record.hbm_by_key)
 
 
 def _noise_path(folder: Path, machine: Machine) -> Path:

@@ -34,10 +34,18 @@ class Noise:
     typical: float
     source: str
     by_key: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    hbm_by_key: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def of(self, entry: Entry) -> float:
-        key = entry.point.key if entry.point else entry.name
-        return self.by_key.get(key, self.typical)
+        return self.by_key.get(_key(entry), self.typical)
+
+    def of_bytes(self, entry: Entry) -> float:
+        """Of bytes counted through HBM; 0 where that was not measured."""
+        return self.hbm_by_key.get(_key(entry), 0.0)
+
+
+def _key(entry: Entry) -> str:
+    return entry.point.key if entry.point else entry.name
 
 
 def assumed_noise(machine: Machine, *, live: bool = False) -> Noise:

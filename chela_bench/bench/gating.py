@@ -42,7 +42,6 @@ class Rules:
     limit: Limit
     noise: Noise
     same_card: bool = True
-    hbm_noise: float = 0.0
 
 
 def gate(baseline: Measured, candidate: Measured, rules: Rules, config: Config) -> list[Check]:
@@ -223,15 +222,15 @@ def _figures(
         yield from _exact(
             name, "hbm.model_bytes", then.point.hbm.model_bytes, now.point.hbm.model_bytes
         )
-        yield from _bytes(name, then.point, now.point, rules)
+        yield from _bytes(name, then.point, now.point, rules.noise.of_bytes(then))
 
 
-def _bytes(name: str, then: Point, now: Point, rules: Rules) -> Iterator[Check]:
+def _bytes(name: str, then: Point, now: Point, noise: float) -> Iterator[Check]:
     """HBM bytes by counters: not more than 2 %, and noise, above the baseline's."""
     before, after = counted_bytes(then), counted_bytes(now)
     if before is None or before < HBM_FEWEST_BYTES:
         return
-    allowed = max(HBM_LIMIT, rules.hbm_noise)
+    allowed = max(HBM_LIMIT, noise)
     reason = None
     outcome: Outcome = "passed"
     if after is None:
@@ -247,9 +246,12 @@ def _bytes(name: str, then: Point, now: Point, rules: Rules) -> Iterator[Check]:
 
 
 def counted_bytes(point: Point) -> int | None:
-    """HBM bytes by counters; None if they were not counted (GPM is too coarse to gate)."""
+    """HBM bytes by counters; None if they were not counted (GPM is too coarse to gate), or in
+    several passes, which find in L2 what the one before has left there."""
     hbm = point.hbm
     if hbm.source != "ncu" or hbm.read_bytes is None or hbm.write_bytes is None:
+        return None
+    if any(kernel.passes is not None and kernel.passes > 1 for kernel in point.kernels):
         return None
     return hbm.read_bytes + hbm.write_bytes
 

@@ -109,6 +109,20 @@ def add_bytes(
         finished(point)
 
 
+def bytes_now(way: Way, cases: Sequence[Case], environment: Environment) -> dict[str, int]:
+    """What each case's call reads and writes, by the case's key; without what was not counted."""
+    numbered = list(enumerate(cases))
+    with gpu_lock(environment):
+        counts = count(way, numbered, _known(way, ncu.BYTES), "ncu", None)
+    found = {}
+    for number, case in numbered:
+        kernels = counts.kernels.get(number, [])
+        moved = _sum(k.read_bytes for k in kernels), _sum(k.write_bytes for k in kernels)
+        if kernels and None not in moved:
+            found[case.key] = sum(filter(None, moved)) + counts.late_bytes.get(number, 0)
+    return found
+
+
 def count(
     way: Way,
     numbered: Sequence[tuple[int, Case]],

@@ -29,16 +29,25 @@ from chela_bench.reports.text import plain
     show_default=True,
     help="Processes that measure the same, one after another.",
 )
+@click.option(
+    "--hbm",
+    type=click.Choice(["model", "ncu"]),
+    default="model",
+    help="ncu: how far counted bytes through device memory differ, too.",
+)
 @device_option
 @config_option
 @baselines_option
 @json_option
 def noise(**given: Any) -> None:
     """Measure the same code several times over, each in a process of its own (A/A), and keep how
-    far the times differ: `compare` and `gate` allow so much on this device.
+    far the times differ, and the bytes if they are counted: `compare` and `gate` allow so much on
+    this device.
 
     \b
-    Example:  chela-bench noise --preset attention --impl triton_chunked
+    Examples:
+      chela-bench noise --preset attention --impl triton_chunked
+      chela-bench noise --op linear_attention --hbm ncu --runs 3
     """
     config = load_config(find_config(given["config"]))
     settings = plan.resolve(config, flags_of(given), [choose_device(given["device"])])
@@ -46,12 +55,17 @@ def noise(**given: Any) -> None:
         machine, record, failed = measure_noise(settings, given["runs"], heard=say_progress)
     path = write_noise(given["baselines"], machine, record)
     if given["as_json"]:
-        rows = [{"key": key, "noise": size} for key, size in record.by_key.items()]
+        rows = [
+            {"key": key, "noise": size, "hbm_noise": record.hbm_by_key.get(key)}
+            for key, size in record.by_key.items()
+        ]
         document = {"file": str(path), "machine": record.machine, "typical": record.typical}
         click.echo(json.dumps({**document, "points": rows}, indent=2))
         return
     for key, size in sorted(record.by_key.items(), key=lambda item: -item[1]):
         say(f"{size * 100:5.2f} %  {plain(key)}", hang=9)
+    for key, size in sorted(record.hbm_by_key.items(), key=lambda item: -item[1]):
+        say(f"{size * 100:5.2f} % of bytes  {plain(key)}", hang=9)
     for point in failed:
         say(f"no time  {plain(f'{point.key}: {point.outcome}: {point.reason}')}", hang=9)
     say(f"95 of 100 pairs of runs stay within {record.typical * 100:.2f} % on {machine}: {path}")
