@@ -7,6 +7,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from chela_bench.bench import again, sources
+from chela_bench.errors import UsageError
 from chela_bench.records import Hbm, Kernel, Static, Telemetry
 from tests.factories import make_failure, make_run
 from tests.records import CLOCKS, atlas_json, atlas_row, pytest_json, samples, timed, write_run
@@ -498,3 +500,14 @@ def test_unclear_here_without_the_card_says_so(tmp_path):
     now = write_run(tmp_path / "now", [timed(ns=1.05e6, seed=1)])
     done = in_this_process("gate", now, "--baseline", then, cwd=tmp_path)
     assert done.returncode == 5 and "were not measured again" in " ".join(done.stdout.split())
+
+
+def test_a_run_of_tune_is_measured_by_tune(tmp_path):
+    """It times its configurations in turn, which a gate that measures by itself does not."""
+    run = make_run(run_id="tuned", settings={"command": "tune"})
+    tuned = sources.read(write_run(tmp_path / "tuned", [timed()], run))
+    with pytest.raises(UsageError, match=r"a run of tune, .*chela-bench tune again and give its"):
+        again.settings_of(tuned, "cuda")
+    saved(tmp_path, tmp_path / "tuned")
+    done, loud = gated(tmp_path, tmp_path / "tuned", "--baseline", "baselines")
+    assert done.returncode == 0 and not loud and json.loads(done.stdout)["points"]

@@ -48,6 +48,12 @@ def settings_of(baseline: Measured, device: str) -> tuple[Settings, set[str]]:
             f"{baseline.label} does not say how it was measured; give what was measured now, as in "
             "chela-bench gate NOW.json --baseline ..."
         )
+    command = given.get("command", "sweep")
+    if command != "sweep":
+        raise UsageError(
+            f"{baseline.label} is a run of {command}, which times in turns: run chela-bench "
+            f"{command} again and give its run folder: chela-bench gate runs/RUN --baseline ..."
+        )
     ops = {op.name: op for op in all_ops()}
     user = given.get("user_impls") or {}
     impls = {
