@@ -44,7 +44,7 @@ _unplanted = linear_attention
 
 def linear_attention(*args, **kwargs):
     o, state = _unplanted(*args, **kwargs)
-    return o.clone(), state
+    return o + 0, state  # a kernel: the driver's copies are not counted
 """,
 }
 
