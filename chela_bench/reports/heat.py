@@ -173,7 +173,7 @@ def _frame(axes: Axes, column: int, row: int) -> None:
 
 
 def _draw_contours(axes: Axes, heat: HeatMap, panel: Panel) -> None:
-    """Its name stands beside the first line of a level."""
+    """Its name stands above the lower end of a level's first line, which is inside the panel."""
     styles: list[Any] = ["-", (0, (5, 2)), (0, (2, 2)), (0, (1, 1.5))]
     for number, (name, level) in enumerate(heat.contours.items()):
         for i, (line_x, line_y) in enumerate(_contour(heat, panel, level)):
@@ -181,7 +181,7 @@ def _draw_contours(axes: Axes, heat: HeatMap, panel: Panel) -> None:
             axes.plot(line_x, line_y, color=INK, linewidth=1.8, linestyle=style)
             if i == 0:
                 axes.annotate(
-                    name, (line_x[1], line_y[1]), (-2, 1), textcoords="offset points",
+                    name, (max(line_x), min(line_y)), (-2, 1), textcoords="offset points",
                     ha="right", va="bottom", fontsize=7, color=INK,
                     bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.5},
                 )  # fmt: skip
