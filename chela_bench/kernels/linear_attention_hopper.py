@@ -293,6 +293,11 @@ def _linear_attention_wgmma_kernel(
             rows = gl.where(i + 1 < chunks, left - c * BLOCK_T, 0)
             _copy(a_smem, a_ptr + a_t, a_offs, rows, left_v, WHOLE_V)
             async_copy.commit_group()
+            if GROUPS == 1:
+                stride_k = _opaque(stride_kt.to(gl.int32))
+                k_offs = _offsets(stride_k, BLOCK_T, BLOCK_K, _copied(BLOCK_K, GROUPS))
+                stride_q = _opaque(stride_qt.to(gl.int32))
+                q_offs = _offsets(stride_q, BLOCK_T, BLOCK_K, _copied(BLOCK_K, GROUPS))
         ahead = i + STAGES - 1
         c = chunks - 1 - ahead if IS_REVERSED else ahead
         t = c.to(gl.int64) * BLOCK_T
