@@ -49,6 +49,7 @@ def gated_attention(
     squares = v.new_empty(B, T, H * parts, dtype=torch.float32)
     if a is not None:
         a = a.contiguous().unflatten(2, (H, V))
+        a = a if a.data_ptr() % 16 == 0 else a.clone()  # it is copied 16 bytes at a time
     gate = Gate(a, squares, activation)
     m, _, _ = forward(q, k, v, None, call, output_final_state=False, keep_states=False, gate=gate)
     return m.flatten(2), squares

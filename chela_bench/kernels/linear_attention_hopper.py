@@ -140,16 +140,20 @@ def _keep(
 
 
 @gluon.jit
-def _tile(ptr, offs, rows, columns, IS_WHOLE: gl.constexpr):
-    return gl.load(ptr + offs, mask=_mask(offs, rows, columns, IS_WHOLE), other=0.0)
+def _over_sigmoid(a):
+    """1 / sigmoid(a) = 1 + exp(-a). Not pure: else it is put off until products are waited for."""
+    return gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1; add.f32 $0, $0, 0f3F800000;", "=f,f",
+        [a.to(gl.float32) * -1.4426950408889634], dtype=gl.float32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
-def _gate(a, ACTIVATION: gl.constexpr):
-    """act(a), as rows._activated."""
-    a = a.to(gl.float32)
-    sigmoid = 1.0 / (1.0 + gl.exp(-a))
-    return a * sigmoid if ACTIVATION == "silu" else sigmoid
+def _inverse(x):
+    """1 / x, to a spacing of float32, of x from 1 to infinity."""
+    return gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit
@@ -208,6 +212,7 @@ def _linear_attention_wgmma_kernel(
     o_ptr += (b * stride_ob + h * stride_oh + start * stride_ot) * UNIT + first_v
     if a_ptr is not None:
         a_ptr += (b * stride_ob + h * stride_oh + start * stride_ot) * UNIT + first_v
+        a_offs = _offsets(stride_ot, BLOCK_T, BLOCK_V, _copied(BLOCK_V, GROUPS))
     q_offs = _offsets(stride_qt, BLOCK_T, BLOCK_K, _copied(BLOCK_K, GROUPS))
     k_offs = _offsets(stride_kt, BLOCK_T, BLOCK_K, _copied(BLOCK_K, GROUPS))
     v_offs = _offsets(stride_vt, BLOCK_T, BLOCK_V, _copied(BLOCK_V, GROUPS))
@@ -223,6 +228,12 @@ def _linear_attention_wgmma_kernel(
         p_smem = gl.allocate_shared_memory(
             gl.bfloat16, [BLOCK_T, BLOCK_T], _shared(BLOCK_T, BLOCK_T)
         )
+    if a_ptr is not None:
+        a_smem = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_T, BLOCK_V], values)
+        c = chunks - 1 if IS_REVERSED else chunks * 0
+        a_t = c.to(gl.int64) * BLOCK_T * stride_ot * UNIT
+        rows = gl.where(chunks > 0, left - c * BLOCK_T, 0)
+        _copy(a_smem, a_ptr + a_t, a_offs, rows, left_v, WHOLE_V)
     for i in gl.static_range(STAGES - 1):
         c = chunks - 1 - i if IS_REVERSED else chunks * 0 + i
         t = c.to(gl.int64) * BLOCK_T
@@ -251,12 +262,10 @@ def _linear_attention_wgmma_kernel(
     no_scores = gl.zeros([BLOCK_T, BLOCK_T], gl.float32, SCORES)
     no_o = gl.zeros([BLOCK_T, BLOCK_V], gl.float32, O)
     next_state = warpgroup_mma_init(state)
+    AHEAD: gl.constexpr = STAGES - 2 if a_ptr is None else min(STAGES - 2, 1)
+    LATER: gl.constexpr = AHEAD if Q_STAGES > 1 else 0  # copies that need not be there yet
     for i in range(0, chunks):
-        now = chunks - 1 - i if IS_REVERSED else i
-        if a_ptr is not None and GROUPS > 1:  # ahead of the copies that it would wait behind
-            tile_ptr = a_ptr + now * BLOCK_T * (stride_ot * UNIT)
-            a = _tile(tile_ptr, o_offs, left - now * BLOCK_T, left_v, WHOLE_V)
-        async_copy.wait_group(STAGES - 2 if Q_STAGES > 1 else 0)
+        async_copy.wait_group(LATER)
         stage = i % STAGES
         q, k, v = qs.index(stage if Q_STAGES > 1 else 0), ks.index(stage), vs.index(stage)
         state = warpgroup_mma_wait(0, deps=[next_state])
@@ -272,8 +281,23 @@ def _linear_attention_wgmma_kernel(
                 _keep(kept, s_smem, K, V, left_v, GROUPS, WHOLE_K and WHOLE_V)
         scores = warpgroup_mma(q, k.permute((1, 0)), no_scores, use_acc=False, is_async=True)
         o = warpgroup_mma(q, s_smem, no_o, use_acc=False, is_async=True)
+        if a_ptr is not None:
+            a = a_smem.load(O)
 
         _barrier()
+        if a_ptr is not None:  # of the next chunk, and so before those of a later one
+            c = chunks - 2 - i if IS_REVERSED else chunks * 0 + i + 1
+            a_t = c.to(gl.int64) * BLOCK_T * stride_ot * UNIT
+            stride_a = _opaque(stride_ot.to(gl.int32))
+            a_offs = _offsets(stride_a, BLOCK_T, BLOCK_V, _copied(BLOCK_V, GROUPS))
+            rows = gl.where(i + 1 < chunks, left - c * BLOCK_T, 0)
+            _copy(a_smem, a_ptr + a_t, a_offs, rows, left_v, WHOLE_V)
+            async_copy.commit_group()
+            if GROUPS == 1:
+                stride_k = _opaque(stride_kt.to(gl.int32))
+                k_offs = _offsets(stride_k, BLOCK_T, BLOCK_K, _copied(BLOCK_K, GROUPS))
+                stride_q = _opaque(stride_qt.to(gl.int32))
+                q_offs = _offsets(stride_q, BLOCK_T, BLOCK_K, _copied(BLOCK_K, GROUPS))
         ahead = i + STAGES - 1
         c = chunks - 1 - ahead if IS_REVERSED else ahead
         t = c.to(gl.int64) * BLOCK_T
@@ -296,10 +320,9 @@ def _linear_attention_wgmma_kernel(
             o = warpgroup_mma(p_smem, v, o, is_async=True)
         next_state = warpgroup_mma(k.permute((1, 0)), v, state, is_async=True)
         if a_ptr is not None:
-            if GROUPS == 1:  # whose registers do not hold it for longer
-                tile_ptr = a_ptr + now * BLOCK_T * (stride_ot * UNIT)
-                a = _tile(tile_ptr, o_offs, left - now * BLOCK_T, left_v, WHOLE_V)
-            gate = _gate(a, ACTIVATION)
+            gate = _inverse(_over_sigmoid(a))
+            if ACTIVATION == "silu":
+                gate *= a.to(gl.float32)
         o = warpgroup_mma_wait(1, deps=[o])
         if Q_STAGES == 1:
             _barrier()
@@ -307,19 +330,23 @@ def _linear_attention_wgmma_kernel(
             async_copy.commit_group()
         c = chunks - 1 - i if IS_REVERSED else i
         rows = left - c * BLOCK_T
+        o *= scale
         if SQUARE:
             own: gl.constexpr = BLOCK_V // GROUPS  # of a group: none waits for the other's sum
-            parts = gl.reshape(o * scale, [BLOCK_T, GROUPS, own])
+            parts = gl.reshape(o, [BLOCK_T, GROUPS, own])
             squares = gl.sum(parts * parts, axis=2)
             SQUARES: gl.constexpr = squares.type.layout
             r = gl.arange(0, BLOCK_T, gl.SliceLayout(1, SQUARES))[:, None]
             group = gl.arange(0, GROUPS, gl.SliceLayout(0, SQUARES))[None, :]
             first = (((b * T + start + c * BLOCK_T) * H + h) * NV + pid_v) * GROUPS
             gl.store(squares_ptr + first + (r * (H * NV * GROUPS) + group), squares, mask=r < rows)
-        m = gl.convert_layout(_rounded(o, scale), o_offs.type.layout)
         if a_ptr is not None:
-            m = (m.to(gl.float32) * gate).to(gl.bfloat16)
-        _store(o_ptr + c * BLOCK_T * (stride_ot * UNIT), m, o_offs, rows, left_v, WHOLE_V)
+            o *= gate
+        o = o.to(gl.bfloat16)
+        if a_ptr is not None:
+            stride_o = _opaque(stride_ot.to(gl.int32))
+            o_offs = _offsets(stride_o, BLOCK_T, BLOCK_V, _stored(BLOCK_V, GROUPS))
+        _store(o_ptr + c * BLOCK_T * (stride_ot * UNIT), o, o_offs, rows, left_v, WHOLE_V)
     async_copy.wait_group(0)
     state = warpgroup_mma_wait(0, deps=[next_state])
     if STORE_FINAL_STATE:
