@@ -236,13 +236,21 @@ def hbm_bytes(
     return (elements + again) * itemsize + states
 
 
-def walk_of(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, trained: bool) -> Walk:
+def walk_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    trained: bool,
+    config: tuple[tuple[str, int], ...] | None = None,
+) -> Walk:
     """How `linear_attention` would go about these, which need not be written yet. Raises
     ArgumentError."""
     facts = [(x.shape, x.dtype, x.device) for x in (q, k, v)]
     strides = q.stride(), k.stride(), v.stride()
     call: Walk = _resolved(
-        *facts, strides, False, False, None, None, causal, False, "auto", None, trained
+        *facts, strides, False, False, None, None, causal, False, "auto", config, trained
     )
     return call
 
