@@ -68,8 +68,9 @@ class Hbm(_Record):
     """Bytes read and written together, by NVML's GPM over a loop of calls, so with a warm L2; as
     coarse as a percent of the peak. Null: not measured."""
     model_bytes: Count | None = None
-    """Bytes read and written by the implementation's own formula. Null: it has none for this
-    direction, or the point did not get that far."""
+    """Bytes read and written by the implementation's own formula, from a cold L2; where the formula
+    is by kernel, without what the card's L2 holds from one to the next (`model_l2`). Null: it has
+    none for this direction, or the point did not get that far."""
     source: Literal["ncu", "gpm", "model"] | None = None
     """What `measured_bytes` comes from, or model where nothing was measured. Null: no figure."""
 

@@ -99,6 +99,7 @@ def test_models_name_what_is_launched(h100, one):
     named = {kernel for kernel, _, _ in said["launches"]} - {PRODUCT, OTHER}
     kept = one.impl in ("triton_merged", "chela_merged") or one.config.get("spectrum") == "kept"
     assert named <= set(said["launched"])
+    assert said["products"] == [size for kernel, size in said["reads"] if kernel == PRODUCT]
     assert set(said["launched"]) - named <= (LEFT_OUT | BEFORE if kept else LEFT_OUT)
 
 
