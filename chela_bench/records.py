@@ -68,8 +68,9 @@ class Hbm(_Record):
     """Bytes read and written together, by NVML's GPM over a loop of calls, so with a warm L2; as
     coarse as a percent of the peak. Null: not measured."""
     model_bytes: Count | None = None
-    """Bytes read and written by the implementation's own formula. Null: it has none for this
-    direction, or the point did not get that far."""
+    """Bytes read and written by the implementation's own formula, from a cold L2; where the formula
+    is by kernel, without what the card's L2 holds from one to the next (`model_l2`). Null: it has
+    none for this direction, or the point did not get that far."""
     source: Literal["ncu", "gpm", "model"] | None = None
     """What `measured_bytes` comes from, or model where nothing was measured. Null: no figure."""
 
@@ -115,7 +116,14 @@ class Kernel(_Record):
     read_bytes: Count | None = None
     """From device memory."""
     write_bytes: Count | None = None
-    """To device memory."""
+    """To device memory, while it ran: up to half of L2 leaves that only while the next ones run, or
+    after the call (`late_write_bytes`)."""
+    model_bytes: Count | None = None
+    """Read from device memory and written to it, by the implementation's own formula, for a cold
+    L2. It is the kernel's floor too: what it must move, given its own inputs and outputs. Null: it
+    has no formula by kernel, that leaves this one out, or an older record."""
+    model_l2: dict[str, Count] = Field(default_factory=dict)
+    """Beyond model_bytes, what the formula takes L2 to hold for it: tensor -> bytes."""
     l2_bytes: Count | None = None
     """Through the L2 cache, read and written."""
     l2_hit_pct: float | None = None
@@ -144,6 +152,22 @@ class Kernel(_Record):
     """Blocks over those that fit on the card at once."""
     passes: Count | None = None
     """Replays that the profiler's bytes took. Above 1 they are of a warm L2, in part."""
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def measured_bytes(self) -> int | None:
+        """Read plus written."""
+        if self.read_bytes is None or self.write_bytes is None:
+            return None
+        return self.read_bytes + self.write_bytes
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def measured_over_model(self) -> float | None:
+        """measured_bytes over model_bytes."""
+        if self.measured_bytes is None or not self.model_bytes:
+            return None
+        return self.measured_bytes / self.model_bytes
 
 
 class Static(_Record):

@@ -318,7 +318,8 @@ def test_hbm_bytes_count_what_kernels_read_and_write():
     direct = {"method": "direct"}
     assert hbm_bytes(shape, direct) == 2 * (4 * element + tap) + 32 * (tap + 64 * D)
     factors = {"method": "factors", "N2": 16}
-    assert hbm_bytes(shape, factors) == hbm_bytes(shape, {}) + 18 * element
+    taps = 2 * tap + 8 * tap  # of the kernel: norms read them; between factors, written and read
+    assert hbm_bytes(shape, factors) == hbm_bytes(shape, {}) + 18 * element + taps
     for T in (100, 1000, 100_000):
         shape = {"B": 4, "T": T, "D": 64}
         assert hbm_bytes(shape, {}) > sum(short_long_conv_bytes(shape, 2, "fwd"))

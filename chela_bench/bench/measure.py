@@ -73,7 +73,8 @@ def measure(bench: Bench, case: Case, user_impls: dict[str, Impl]) -> tuple[Poin
         outcome, reason = finished.outcome, finished.reason
         columns = {name: value for name, value in columns.items() if name not in _TIMES}
         samples = []
-    hbm = _with_gpm(modelled_bytes(case, op, impl), columns.pop("gpm_bytes", None))
+    modelled = modelled_bytes(case, op, impl, bench.l2_bytes)
+    hbm = _with_gpm(modelled, columns.pop("gpm_bytes", None))
     point = point_of(
         case,
         bench.session,

@@ -12,22 +12,34 @@ from chela_bench.bench.load import load
 from chela_bench.bench.ops import Impl, Op
 from chela_bench.bench.registry import all_ops, get_op
 from chela_bench.errors import ArgumentError, UsageError
+from chela_bench.kernels.traffic import Moved, moved
 from chela_bench.records import ConfigValue, Hbm
 
 
-def modelled_bytes(case: Case, op: Op, impl: Impl) -> Hbm:
-    """What the case moves; no figure where its implementation has no formula for this direction."""
+def modelled_bytes(case: Case, op: Op, impl: Impl, l2_bytes: int | None = None) -> Hbm:
+    """What the case moves from a cold L2 of this size; no figure where its implementation has no
+    formula for this direction."""
     itemsize = ITEMSIZE[case.dtype]
     if case.direction == "decode" and impl.step_hbm_bytes is not None:
         return Hbm(model_bytes=impl.step_hbm_bytes(case.shape, itemsize), source="model")
-    if impl.hbm_bytes is None or case.direction != "fwd":
+    launches = modelled_launches(case, impl, l2_bytes)
+    if launches is not None:
+        return Hbm(model_bytes=sum(size for _, size, _ in launches), source="model")
+    if impl.hbm_bytes is None or isinstance(impl.hbm_bytes, str) or case.direction != "fwd":
         return Hbm()
-    if isinstance(impl.hbm_bytes, str):  # a kernel file's own model knows its configuration
-        config = {k: v for k, v in case.config.items() if k not in op.options}
-        modelled = load(impl.hbm_bytes)(case.shape, config, itemsize=itemsize)
-    else:
-        modelled = impl.hbm_bytes(case.shape, itemsize)
-    return Hbm(model_bytes=modelled, source="model")
+    return Hbm(model_bytes=impl.hbm_bytes(case.shape, itemsize), source="model")
+
+
+def modelled_launches(case: Case, impl: Impl, l2_bytes: int | None) -> list[Moved] | None:
+    """The same by launch, in order; None where the formula is not by launches, or takes no such
+    configuration."""
+    if not isinstance(impl.hbm_bytes, str) or case.direction != "fwd":
+        return None
+    try:
+        steps = load(impl.hbm_bytes)(case.shape, case.config, itemsize=ITEMSIZE[case.dtype])
+    except ArgumentError:
+        return None
+    return moved(steps, l2_bytes)
 
 
 def all_modelled(config: Config) -> dict[str, tuple[Case, int]]:
@@ -46,7 +58,7 @@ def modelled_now(case: Case) -> int | None:
     try:
         op = get_op(case.op)
         return modelled_bytes(case, op, op.impl(case.impl)).model_bytes
-    except (ArgumentError, UsageError):
+    except UsageError:
         return None
 
 

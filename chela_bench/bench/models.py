@@ -239,11 +239,6 @@ def quadratic_hbm_bytes(shape: Shape, itemsize: int) -> int:
     return traffic + sum(linear_attention_bytes(shape, itemsize, "fwd"))
 
 
-def recurrent_hbm_bytes(shape: Shape, itemsize: int) -> int:
-    """Every tensor once; q and k, read again by each slice of 32 columns of V, come from L2."""
-    return sum(linear_attention_bytes(shape, itemsize, "fwd"))
-
-
 def fla_chunk_hbm_bytes(shape: Shape, itemsize: int) -> int:
     """Counted from fla 0.6.0's kernels: the state goes to memory once per 64 tokens."""
     rows = shape["B"] * shape["T"] * shape["H"]

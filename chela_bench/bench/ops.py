@@ -38,7 +38,9 @@ class Impl:
     install: str | None = None  # the command that brings it
     compiled: bool = False  # torch.compile: recompiles when deterministic mode is toggled
     triton: bool = False  # by Triton kernels alone: an atlas can tell what it launches
-    hbm_bytes: Callable[[models.Shape, int], int] | str | None = None  # forward; str: "module:fn"
+    # Forward: a formula of the shape and an element's bytes; or "module:function" of
+    # kernels/traffic.py's steps, called as function(shape, options and config, itemsize=).
+    hbm_bytes: Callable[[models.Shape, int], int] | str | None = None
     # Direction decode: "module:function", called as function(prompt [B, P, D], max_length, *inputs
     # but x, **config); returns step and a cache that copy.deepcopy copies; step(x [B, D], cache)
     # -> y [B, D].
@@ -106,6 +108,7 @@ class Op:
         )
 
 
+_KERNELS = "chela_bench.kernels"
 _REFERENCE = "chela_bench.reference"
 _ADAPTERS = "chela_bench.bench.adapters"
 _ORACLES = "chela_bench.bench.oracles"
@@ -194,7 +197,7 @@ OPS: tuple[Op, ...] = (
                     "num_stages",
                 ),
                 fp32_operands="tf32",
-                hbm_bytes="chela_bench.kernels.linear_attention:hbm_bytes",
+                hbm_bytes=f"{_KERNELS}.linear_attention:hbm_steps",
             ),
             Impl(
                 "triton_recurrent",
@@ -203,7 +206,7 @@ OPS: tuple[Op, ...] = (
                 triton=True,
                 directions=("fwd",),
                 devices=("cuda",),
-                hbm_bytes=models.recurrent_hbm_bytes,
+                hbm_bytes=f"{_KERNELS}.linear_attention:recurrent_hbm_steps",
             ),
             _fla("fla_chunk", "chunk_linear_attn", models.fla_chunk_hbm_bytes, "tf32"),
             _fla(
@@ -281,7 +284,7 @@ OPS: tuple[Op, ...] = (
                 triton=True,
                 devices=("cuda",),
                 axes=("method", "N2"),
-                hbm_bytes="chela_bench.kernels.short_long_conv:hbm_bytes",
+                hbm_bytes=f"{_KERNELS}.short_long_conv_traffic:short_long_conv_steps",
             ),
         ),
     ),
@@ -310,6 +313,7 @@ OPS: tuple[Op, ...] = (
                 triton=True,
                 devices=("cuda",),
                 axes=("spectrum", "method", "N2"),
+                hbm_bytes=f"{_KERNELS}.short_long_conv_traffic:long_conv_steps",
             ),
         ),
     ),
@@ -344,6 +348,7 @@ OPS: tuple[Op, ...] = (
                 triton=True,
                 directions=("fwd",),
                 devices=("cuda",),
+                hbm_bytes=f"{_KERNELS}.short_long_conv_traffic:unmerged_steps",
             ),
             Impl(
                 "triton_merged",
@@ -352,6 +357,7 @@ OPS: tuple[Op, ...] = (
                 triton=True,
                 directions=("fwd",),
                 devices=("cuda",),
+                hbm_bytes=f"{_KERNELS}.short_long_conv_traffic:merged_steps",
             ),
         ),
     ),
@@ -384,6 +390,7 @@ OPS: tuple[Op, ...] = (
                 directions=(*AUTOGRAD, "decode"),
                 devices=("cuda",),
                 fp32_operands="tf32",
+                hbm_bytes=f"{_KERNELS}.chela_traffic:layer_steps",
                 decoder=f"{_ADAPTERS}:chela_decoder",
                 step_hbm_bytes=models.chela_step_hbm_bytes,
             ),
@@ -395,6 +402,7 @@ OPS: tuple[Op, ...] = (
                 directions=("fwd",),  # a step always merges
                 devices=("cuda",),
                 fp32_operands="tf32",
+                hbm_bytes=f"{_KERNELS}.chela_traffic:merged_layer_steps",
             ),
             Impl(
                 "composed",

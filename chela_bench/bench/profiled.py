@@ -9,6 +9,8 @@ would be the first case's. The results are not judged: the bench has done that, 
 shape and dtype.
 
     {"pid": 17}    {"begins": 0}    {"ended": 0, "problem": null}    {"spoilt": "..."}
+
+Where there is one, `model` stands beside `problem`.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from chela_bench.bench.cases import Case, Session
 from chela_bench.bench.job import Job
 from chela_bench.bench.leftovers import left_behind, release_memory, state
 from chela_bench.bench.load import load
+from chela_bench.bench.modelled import modelled_launches
 from chela_bench.bench.registry import get_op
 from chela_bench.bench.worker import Worker, outcome_of
 from chela_bench.profiles.ncu import RANGE
@@ -65,13 +68,14 @@ def run_all(
         ranged(f"{RANGE}-begin", worker.bench.evictor)
     for number, case in cases:
         tell(begins=number)
-        before, problem = state(cuda=cuda), None
+        before, problem, known = state(cuda=cuda), None, {}
         try:
             run(worker, number, case, ranged)
+            known = model(worker, case)
         except (Exception, SystemExit) as error:  # a case that fails here keeps its time
             problem = ": ".join(outcome_of(error))
         release_memory(cuda=cuda)
-        tell(ended=number, problem=problem)
+        tell(ended=number, problem=problem, **known)
         spoilt = left_behind(before, cuda=cuda)
         if spoilt is not None:
             tell(spoilt=spoilt)
@@ -92,6 +96,13 @@ def run(worker: Worker, number: int, case: Case, ranged: Ranged) -> None:
         evict()
         ranged(f"{RANGE}-{number}", steps.run)
         ranged(f"{RANGE}-late-{number}", evict)
+
+
+def model(worker: Worker, case: Case) -> dict[str, Any]:
+    """What the implementation's formula says of each launch: kernel, bytes, and bytes in L2."""
+    impl = worker.user_impls.get(case.impl) or get_op(case.op).impl(case.impl)
+    launches = modelled_launches(case, impl, worker.bench.l2_bytes)
+    return {} if launches is None else {"model": launches}
 
 
 def _nothing() -> None: ...

@@ -16,6 +16,7 @@ from typing import Any
 
 from chela_bench.bench import store
 from chela_bench.bench.cases import Case, Session
+from chela_bench.bench.matching import with_model
 from chela_bench.bench.models import STEPS
 from chela_bench.bench.runner import gpu_lock, main_of, worker_environment
 from chela_bench.errors import EnvironmentProblem, RecordError
@@ -163,16 +164,18 @@ def _settle(
 
     One that ended well and is not in the capture, since that is torn or missing, is run again.
     """
-    found = capture.by_point() if isinstance(capture, ncu_csv.Capture) else {}
+    found = capture.launched() if isinstance(capture, ncu_csv.Capture) else {}
     late = capture.late_bytes() if isinstance(capture, ncu_csv.Capture) else {}
     whole = isinstance(capture, ncu_csv.Capture) and not capture.torn
-    ended = {step["ended"]: step["problem"] for step in steps if "ended" in step}
+    ended = {step["ended"]: step for step in steps if "ended" in step}
     settled = set()
-    for number, problem in ended.items():
+    for number, step in ended.items():
+        problem = step["problem"]
         if problem is not None:
             counts.reasons[number] = f"ncu: under it, {problem}"
         elif found.get(number):
-            counts.kernels[number] = found[number]
+            launches = with_model(found[number], step.get("model", ()))
+            counts.kernels[number] = ncu_csv.merged(launches)
             counts.late_bytes[number] = late.get(number, 0)
         elif whole:
             counts.reasons[number] = "ncu: it counted no kernel of this call"

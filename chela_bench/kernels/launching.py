@@ -17,6 +17,7 @@ from torch import Tensor
 
 _TRITON = ".".join(triton.__version__.split(".")[:2])
 
+MODELLED = {2: torch.bfloat16, 4: torch.float32}  # dtypes that byte models count, by their bytes
 Form = Callable[[int, tuple[object, ...]], None]
 
 
@@ -210,6 +211,13 @@ def capability(device: torch.device) -> str | None:
         return None
     properties: Any = torch.cuda.get_device_properties(device)
     return f"{properties.major}.{properties.minor}"
+
+
+def modelled_device() -> torch.device:
+    """Whose kernels byte models count: a GPU's, those of one that is stood in for, or a CPU's."""
+    if _standing_in is not None:
+        return torch.device("meta")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def cdiv(size: int, block: int) -> int:

@@ -28,7 +28,14 @@ from torch import Tensor
 
 from chela_bench.errors import ArgumentError
 from chela_bench.kernels.dispatch import autocast, is_plain
-from chela_bench.kernels.launching import cdiv, has_wgmma, on_device_of, processors
+from chela_bench.kernels.launching import (
+    MODELLED,
+    cdiv,
+    has_wgmma,
+    modelled_device,
+    on_device_of,
+    processors,
+)
 from chela_bench.kernels.linear_attention_config import (
     MAX_K,
     MAX_V,
@@ -54,13 +61,16 @@ from chela_bench.kernels.linear_attention_ops import (
     is_trained,
     rows_contiguous,
 )
-from chela_bench.kernels.linear_attention_recurrent import recurrent_walk, step
+from chela_bench.kernels.linear_attention_recurrent import _recurrent, recurrent_walk, step
 from chela_bench.kernels.linear_attention_walk import (
     Strides,
     Walk,
+    _scan,
+    _sum,
     _walk,
     walk_plan,
 )
+from chela_bench.kernels.traffic import Step, name_of, total
 from chela_bench.kernels.tuned import tuned
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -211,7 +221,14 @@ def linear_attention_recurrent(
 def hbm_bytes(
     shape: Mapping[str, int], config: Mapping[str, int | str], *, itemsize: int = 2
 ) -> int:
-    """Bytes that a forward at shape {B, T, H, K, V} moves between HBM and L2, modelled.
+    """Bytes that a forward's launches move, none of which finds in L2 what another left there."""
+    return total(hbm_steps(shape, config, itemsize=itemsize))
+
+
+def hbm_steps(
+    shape: Mapping[str, int], config: Mapping[str, int | str], *, itemsize: int = 2
+) -> list[Step]:
+    """What each launch of a forward at shape {B, T, H, K, V} reads and writes, modelled.
 
     One segment: every tensor once. A program reads q and k once per V-slice, but the slices of one
     head run side by side, so all but the first read hit L2. More segments: k and v once more, but
@@ -219,21 +236,40 @@ def hbm_bytes(
     initial or final state would add 4 * N * H * K * V each.
     """
     B, T, H, K, V = (shape[dim] for dim in "BTHKV")
-    tokens = B * T * H
-    elements = (
-        tokens * K  # read q
-        + tokens * K  # read k
-        + tokens * V  # read v
-        + tokens * V  # write o
-    )
     schedule = str(config.get("schedule", "auto"))
     chosen = tuple((name, int(x)) for name, x in config.items() if name != "schedule")
-    dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    segments, pieces, _ = _plan(schedule, chosen, B, H, T, K, V, dtype, device, False)
-    again = tokens * (K + V) * (segments - 1) // segments  # k and v, for the states
-    states = 4 * B * H * segments * pieces * K * V * 4 if segments > 1 else 0
-    return (elements + again) * itemsize + states
+    dtype, device = MODELLED[itemsize], modelled_device()
+    segments, pieces, options = _plan(schedule, chosen, B, H, T, K, V, dtype, device, False)
+    keys, values = ((T * H * width, H * width, width, 1) for width in (K, V))
+    variant, _, _ = walk_plan(
+        torch.Size((B, T, H, K)), V, keys, keys, values, values, dtype, device, 1.0, B, segments,
+        pieces, options, False, True, False, None, segments > 1, False, False, False,
+    )  # fmt: skip
+    row = B * T * H * itemsize
+    inputs = {"q": row * K, "k": row * K, "v": row * V}
+    output = {"o": row * V}
+    walk = name_of(variant.launcher)
+    if segments == 1:
+        return [Step(walk, inputs, output)]
+    states = {"states": 4 * B * H * segments * pieces * K * V}
+    again = row * (K + V) * (segments - 1) // segments  # k and v, for the states
+    summed = {"k": again * K // (K + V), "v": again - again * K // (K + V)}
+    return [
+        Step(name_of(_sum), summed, states),
+        Step(name_of(_scan), states, states),
+        Step(walk, {**inputs, **states}, output),
+    ]
+
+
+def recurrent_hbm_steps(
+    shape: Mapping[str, int], config: Mapping[str, int | str], *, itemsize: int = 2
+) -> list[Step]:
+    """The same of `linear_attention_recurrent`: every tensor once; q and k, read again by each
+    slice of columns of V, come from L2."""
+    B, T, H, K, V = (shape[dim] for dim in "BTHKV")
+    row = B * T * H * itemsize
+    inputs = {"q": row * K, "k": row * K, "v": row * V}
+    return [Step(name_of(_recurrent), inputs, {"o": row * V})]
 
 
 def walk_of(

@@ -39,8 +39,7 @@ from torch import Tensor
 
 from chela_bench.errors import ArgumentError
 from chela_bench.kernels.dispatch import autocast
-from chela_bench.kernels.long_conv_direct import BLOCK
-from chela_bench.kernels.long_conv_monarch import N1, ordered
+from chela_bench.kernels.long_conv_monarch import ordered
 from chela_bench.kernels.long_conv_plan import Method, Plan, plan_for
 from chela_bench.kernels.merged_taps import AT_ONCE
 from chela_bench.kernels.reparameterization import added
@@ -74,6 +73,8 @@ from chela_bench.kernels.short_long_conv_ops import (
     spectrum_of,
     spectrum_shape,
 )
+from chela_bench.kernels.short_long_conv_traffic import short_long_conv_steps
+from chela_bench.kernels.traffic import total
 from chela_bench.kernels.tuned import tuned
 
 Config = Mapping[str, int | str]
@@ -302,37 +303,9 @@ def kernel_spectrum(
     return Spectrum(values, scale, T, dtype, plan.method, plan.N2)
 
 
-def hbm_bytes(
-    shape: Mapping[str, int], config: Mapping[str, int | str] | None = None, *, itemsize: int = 2
-) -> int:
-    """Bytes that a forward at shape {B, T, D} moves, modelled: order="serial" of token-major x, all
-    that each kernel reads and writes.
-
-    Left out: the short kernels, and taps of the long one that are read twice.
-    """
-    B, T, D = (shape[dim] for dim in "BTD")
-    chosen = {name: x for name, x in (config or {}).items() if name in ("method", "N2")}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
-    measured = chosen or tuned("long_conv", device, dtype, tokens=T)
-    plan = plan_for(T, measured or None, by_hand=itemsize == 2)
-    element = B * D * T * itemsize
-    taps = D * T * itemsize  # read
-    passes = element * (
-        2  # short: read x, write u
-        + 2  # long: read u, write z
-    )
-    if plan.method == "direct":
-        copies = 2 * D * (T + 2 * BLOCK) * 16  # taps for every alignment, written and read
-        return passes + taps + copies
-    passes += element * 2  # transpose: read z, write it token-major
-    complex_size = 2 * min(itemsize, 4)
-    padded = D * plan.blocks * N1 * plan.N2
-    spectra = padded * complex_size * 2  # the kernel's: written, read
-    if plan.method == "factors":
-        spectra += element  # norms: read x
-        spectra += B * padded * complex_size * 4  # between factors: written, read
-    return passes + taps + spectra
+def hbm_bytes(shape: Mapping[str, int], config: Config | None = None, *, itemsize: int = 2) -> int:
+    """Bytes that a forward's launches move, none of which finds in L2 what another left there."""
+    return total(short_long_conv_steps(shape, config, itemsize=itemsize))
 
 
 def _merged(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -52,7 +53,7 @@ _SHARES = {
     "waves": "launch__waves_per_multiprocessor",
 }
 _SUMMED = (
-    "time_ns", "read_bytes", "write_bytes", "l2_bytes", "local_load_instructions",
+    "time_ns", "read_bytes", "write_bytes", "model_bytes", "l2_bytes", "local_load_instructions",
     "local_store_instructions", "tensor_instructions", "bank_conflicts",
 )  # fmt: skip
 _MEANS = ("l2_hit_pct", "occupancy_pct")
@@ -77,13 +78,17 @@ class Capture:
     def by_point(self) -> dict[int | None, list[Kernel]]:
         """Kernels of each point. Not of the one that a torn capture ends in, which may lack some;
         launches outside of any point stand under None."""
+        return {point: merged(kernels) for point, kernels in self.launched().items()}
+
+    def launched(self) -> dict[int | None, list[Kernel]]:
+        """The same, launch by launch."""
         found: dict[int | None, list[Kernel]] = {}
         for launch in self.launches:
             if not launch.late:
                 found.setdefault(launch.point, []).append(launch.kernel)
         if self.torn and self.launches:
             found.pop(self.launches[-1].point, None)
-        return {point: merged(kernels) for point, kernels in found.items()}
+        return found
 
     def late_bytes(self) -> dict[int, int]:
         """Bytes that each point's call had written, and that left L2 only after it."""
@@ -162,6 +167,10 @@ def _as_one(kernels: Sequence[Kernel]) -> Kernel:
         weights = [kernel.time_ns or 1 for kernel in kernels]
         parts = [] if None in values else [v * w for v, w in zip(values, weights, strict=True)]
         one[name] = sum(parts) / sum(weights) if parts else None
+    held: Counter[str] = Counter()
+    for kernel in kernels:
+        held.update(kernel.model_l2)
+    one["model_l2"] = dict(held)
     passes = [kernel.passes for kernel in kernels if kernel.passes is not None]
     return kernels[0].model_copy(update={**one, "passes": max(passes, default=None)})
 

@@ -21,8 +21,12 @@ BYTES_NOTE = (
     "bytes that L2 held until after the call. SRAM: of a block, the most of any kernel."
 )
 KERNELS_NOTE = (
-    "Each kernel alone under ncu, L2 cold before the first one. of copy: its bytes over its time, "
-    "as a share of the copy bandwidth. SRAM: static + dynamic, of a block. occupancy: achieved / "
+    "Each kernel alone under ncu, L2 cold before the first one. model: by the implementation's own "
+    "formula what the kernel must move, given its own inputs and outputs, and so its floor too; in "
+    "L2: MiB more, of tensors that the formula takes L2 to hold. Up to half of L2 is written only "
+    "while the next kernels run, or after the call (late), so one kernel's bytes may be another's "
+    "in the column written. of copy: its bytes over its time, as a share of the copy bandwidth. "
+    "SRAM: static + dynamic, of a block. occupancy: achieved / "
     "allowed, limited by what stands beside it."
 )
 CAPTURE_NOTE = (
@@ -130,6 +134,10 @@ def _kernels(
         "us": lambda k: "" if k.time_ns is None else three_digits(k.time_ns / 1e3),
         "read MiB": lambda k: _mib(k.read_bytes),
         "written MiB": lambda k: _mib(k.write_bytes),
+        "both MiB": lambda k: _mib(k.measured_bytes),
+        "model MiB": lambda k: _mib(k.model_bytes),
+        "x model": lambda k: _number(k.measured_over_model),
+        "model: in L2": _in_l2,
         "of copy": lambda k: _of_copy(k, ceilings),
         "L2 MiB": lambda k: _mib(k.l2_bytes),
         "L2 hits": lambda k: _percent(k.l2_hit_pct),
@@ -207,6 +215,10 @@ def _static_dynamic(kernel: Kernel) -> str:
     return " + ".join(known)
 
 
+def _in_l2(kernel: Kernel) -> str:
+    return ", ".join(f"{plain(tensor)} {_mib(size)}" for tensor, size in kernel.model_l2.items())
+
+
 def _occupancy(kernel: Kernel) -> str:
     achieved, allowed = kernel.occupancy_pct, kernel.occupancy_limit_pct
     known = [_percent(share) for share in (achieved, allowed) if share is not None]
@@ -214,7 +226,7 @@ def _occupancy(kernel: Kernel) -> str:
 
 
 def _of_copy(kernel: Kernel, ceilings: Ceilings) -> str:
-    moved = _both(kernel.read_bytes, kernel.write_bytes)
+    moved = kernel.measured_bytes
     if moved is None or not kernel.time_ns or not ceilings.copy_gb_per_s:
         return ""
     return _percent(100 * moved / kernel.time_ns / ceilings.copy_gb_per_s)

@@ -15,6 +15,7 @@ _INTEGER: Final = "Int64"
 _FLOAT: Final = "float64"
 _TEXT: Final = "string"
 _FLAG: Final = "boolean"
+_FRACTIONS = ("waves", "measured_over_model")  # of kernels, besides percentages
 
 # column -> (dtype, value); null stays null.
 _Column = tuple[str, Callable[[Run, Point], object]]
@@ -112,15 +113,21 @@ def points_frame(run: Run, points: list[Point]) -> pd.DataFrame:
 def kernels_frame(points: list[Point]) -> pd.DataFrame:
     """One row a kernel of each profiled point, units in the names; `key` is the point's."""
     rows = [
-        {"key": point.key, **kernel.model_dump(), "limiters": "; ".join(kernel.limiters)}
+        {
+            "key": point.key,
+            **kernel.model_dump(),
+            "limiters": "; ".join(kernel.limiters),
+            "model_l2": "; ".join(f"{name} {size}" for name, size in kernel.model_l2.items()),
+        }
         for point in sorted(points, key=reading_order)
         for kernel in point.kernels
     ]
-    frame = pd.DataFrame(rows, columns=["key", *Kernel.model_fields])
+    fields = [*Kernel.model_fields, *Kernel.model_computed_fields]
+    frame = pd.DataFrame(rows, columns=["key", *fields])
     kinds = {
-        name: _FLOAT if name.endswith("_pct") or name == "waves" else _INTEGER
-        for name in Kernel.model_fields
-        if name not in ("name", "grid", "limiters")
+        name: _FLOAT if name.endswith("_pct") or name in _FRACTIONS else _INTEGER
+        for name in fields
+        if name not in ("name", "grid", "limiters", "model_l2")
     }
     return frame.astype(kinds)
 
