@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
@@ -52,7 +53,9 @@ def compared(
     folders: Sequence[Path], baselines: Path, *, across_machines: bool
 ) -> list[tuple[Comparison, bytes | None]]:
     """Each further run with the first one, and the figure of their ratios."""
-    first, *others = (sources.read(folder) for folder in folders)
+    first, *others = (
+        replace(sources.read(folder), label=folder.resolve().name) for folder in folders
+    )
     found: list[tuple[Comparison, bytes | None]] = []
     for other in others:
         comparison = comparing.compare(

@@ -150,7 +150,7 @@ def _table(rows: Sequence[Change]) -> str:
 
 
 def sheet(comparison: Comparison) -> Sheet:
-    """Every benchmark that both sides have, in reading order."""
+    """Every benchmark that both sides have, in reading order; then what only one has."""
     rows = [
         (
             plain(row.name),
@@ -164,6 +164,8 @@ def sheet(comparison: Comparison) -> Sheet:
         )
         for row in reading_order(comparison.points)
     ]
+    for names, side in ((comparison.missing, "before"), (comparison.added, "after")):
+        rows += [(plain(name), f"only {side}", *[""] * 6) for name in names]
     header = (
         "benchmark", "verdict", "reason", "before ms", "after ms", "ratio", "lowest", "highest"
     )  # fmt: skip

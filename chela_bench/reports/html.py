@@ -42,6 +42,7 @@ _FIGURES = {
     "hbm": "HBM bytes per call",
     "roofline": "roofline",
 }
+_READ_BY_SCRIPT = re.compile(r"\d[\d.]*(e[-+]\d+)?[kM]?( [%m])?")  # as report.js has it
 _MOST_SAMPLES = 512  # of a point; of more, as many evenly spread
 NO_SAMPLES = "Samples are not on record here: their distributions cannot be shown."
 
@@ -297,10 +298,8 @@ def _compared(comparison: Comparison, svg: bytes | None, number: int) -> _Compar
     said = [
         f"{changes.counts(comparison)}. Ratios are {after} over {before}{relative}, with 95 % "
         "intervals; unclear: between a change and noise, for the reason given.",
-        *(f"Only {side}: {plain(name)}." for side, names in
-          ((before, comparison.missing), (after, comparison.added)) for name in names),
         *(f"{plain(note)}." for note in comparison.notes),
-    ]  # fmt: skip
+    ]
     return _Compared(
         id=f"comparison-{number}",
         title=f"{before} compared with {after}",
@@ -369,6 +368,14 @@ def amount(text: str) -> float | None:
     return float(found[1].replace(" ", "")) * scale
 
 
+def _sort_key(text: str) -> str:
+    """The attribute that a sheet's cell sorts by, unless the script reads it from the text."""
+    value = amount(text)
+    if value is None or _READ_BY_SCRIPT.fullmatch(text):
+        return ""
+    return Markup(' data-value="{:.9g}"').format(value)
+
+
 def _resource(name: str) -> str:
     return (files("chela_bench.reports") / "templates" / name).read_text(encoding="utf-8")
 
@@ -383,5 +390,5 @@ def _template() -> Template:
         lstrip_blocks=True,
     )
     environment.filters["tokens"] = length
-    environment.filters["amount"] = amount
+    environment.filters["sort_key"] = _sort_key
     return environment.get_template("report.html.j2")

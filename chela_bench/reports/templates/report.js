@@ -14,7 +14,9 @@ const sortable = (table) => {
   const body = table.tBodies[0];
   const key = (row, column) => {
     const cell = row.cells[column];
-    return cell.dataset.value === undefined ? cell.textContent : Number(cell.dataset.value);
+    const text = cell.dataset.value ?? cell.textContent;
+    const [, number, scale] = /^(\d[\d.]*(?:e[-+]\d+)?)([kM]?)(?: [%m])?$/.exec(text) ?? [];
+    return number === undefined ? text : number * ({ k: 1024, M: 1024 ** 2 }[scale] ?? 1);
   };
   heads.forEach((head, column) => {
     const button = make("button", { type: "button", textContent: head.textContent });
