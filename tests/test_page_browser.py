@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, Route, sync_playwright
 
 from chela_bench.records import AtlasRow, Point
 from chela_bench.reports.html import Atlas, Reported, pages
 from chela_bench.verdicts import Change, Comparison, Side
 from tests.factories import HOSTILE, h100_sweep, make_failure, make_point, make_run
 from tests.running import ROOT
+
+if not os.environ.get("CI"):  # there nothing is left out
+    pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: see `make`")
+from playwright.sync_api import Browser, Page, Route, sync_playwright
 
 H100_PAGE = ROOT / "docs" / "results" / "h100" / "report" / "index.html"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -68,6 +71,16 @@ class Opened:
         """Fails if anything was said, thrown, alerted or fetched."""
         self.context.close()
         assert self.wrong == []
+
+
+def test_without_a_browser_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CI", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="`make browser` gets one"):
+        executable()
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="`make browser` gets one"):
+        executable()
 
 
 def written(folder: Path, *reported: Reported, **more: Any) -> Path:

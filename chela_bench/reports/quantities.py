@@ -14,9 +14,10 @@ from chela_bench.reports.text import length, plain, three_digits
 MEMORY_NOTE = "Peak MiB of a call beyond its inputs, by length."
 HBM_NOTE = "MiB through device memory in one call, by length; m: by the implementation's formula."
 ERROR_NOTE = (
-    "Largest relative error of each output and gradient, against the oracle, and the budget: what "
-    "rounding in this dtype allows. of budget: the largest of them over it."
+    "Relative error against the oracle: the largest of all outputs and gradients, in which, and of "
+    "each where they are few. budget: what rounding in this dtype allows; of budget: error over it."
 )
+_MOST_TENSORS = 8  # with a column each
 
 
 def memory_sheet(group: Group) -> Sheet:
@@ -49,19 +50,30 @@ def counted_sheets(run: Run, group: Group) -> dict[str, Sheet]:
 
 
 def error_sheet(group: Group) -> Sheet:
-    """A row a correct point; what was wrong has its error in its reason."""
-    compared = [
-        row for row in rows(group) if row.point.outcome == "ok" and row.point.error_rel is not None
-    ]
+    """A row a correct point; what was wrong has its error in its reason. A layer has too many
+    gradients for a column each."""
+    compared = [p for p in rows(group) if p.point.outcome == "ok" and p.point.error_rel is not None]
     tensors = list(dict.fromkeys(name for row in compared for name in row.point.errors))
-    header = ("T", "implementation", "of budget", "error", "budget", *map(plain, tensors))
+    shown = tensors if len(tensors) <= _MOST_TENSORS else []
+    header = (
+        "T", "implementation", "largest in", "of budget", "error", "budget", *map(plain, shown)
+    )  # fmt: skip
     lines = []
     for row in compared:
         point, error, budget = row.point, row.point.error_rel, row.point.error_budget
+        worst = max(point.errors, key=point.errors.__getitem__, default="")
         share = "" if error is None or not budget else f"{three_digits(100 * error / budget)} %"
-        each = (point.errors.get(name) for name in tensors)
-        lines.append((length(row.tokens), row.label, share, *map(_small, (error, budget, *each))))
-    return Sheet("Error", ERROR_NOTE, 2, header, tuple(lines)).without_empty()
+        each = (point.errors.get(name) for name in shown)
+        lines.append(
+            (
+                length(row.tokens),
+                row.label,
+                plain(worst),
+                share,
+                *map(_small, (error, budget, *each)),
+            )
+        )
+    return Sheet("Error", ERROR_NOTE, 3, header, tuple(lines)).without_empty()
 
 
 def _small(value: float | None) -> str:
