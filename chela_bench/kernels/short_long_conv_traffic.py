@@ -19,7 +19,6 @@ from chela_bench.kernels.launching import (
 )
 from chela_bench.kernels.long_conv_direct import BLOCK, _direct, _shifted_taps
 from chela_bench.kernels.long_conv_factors import (
-    BY_HAND,
     _blocks_back,
     _blocks_there,
     _convolve_rows,
@@ -27,12 +26,10 @@ from chela_bench.kernels.long_conv_factors import (
     _spectrum_rows,
 )
 from chela_bench.kernels.long_conv_monarch import (
-    BLOCKS_BY_HAND,
     N1,
     PROGRAMS,
     _long_conv,
     _spectrum,
-    by_hand,
 )
 from chela_bench.kernels.long_conv_plan import Plan, plan_for
 from chela_bench.kernels.short_conv import _forward
@@ -154,7 +151,7 @@ class _Way:
         if self.plan.method != "factors":
             return [Step(self._name(_spectrum, "_kernel_spectrum_wgmma_kernel"), taps, spectrum)]
         y = {"taps' factors": self.padded * (4 if self.by_hand and self.itemsize == 2 else 8)}
-        rows = self._name(_spectrum_rows, "_spectrum_rows_wgmma_kernel", BY_HAND)
+        rows = self._name(_spectrum_rows, "_spectrum_rows_wgmma_kernel")
         return [
             Step(name_of(_norms), taps, {}),
             Step(name_of(_blocks_there), taps, y),
@@ -165,7 +162,7 @@ class _Way:
         """One kernel for all blocks; rows of one channel read its spectrum one after the other."""
         name = self._name(_long_conv, "_long_conv_wgmma_kernel")
         if self.plan.method == "blocks":
-            name = self._name(_long_conv, "_long_conv_wgmma_blocks_kernel", BLOCKS_BY_HAND)
+            name = self._name(_long_conv, "_long_conv_wgmma_blocks_kernel")
         spectrum, rows = self.padded * self.complex, self.B * self.D
         each = cdiv(rows, PROGRAMS[self.plan.N2] * processors(self.device))
         round_of_programs = cdiv(rows, each) * (spectrum // self.D + 2 * self.element // rows)
@@ -175,7 +172,7 @@ class _Way:
     def _factors(self, x: str, z: str) -> list[Step]:
         element, y = {x: self.element}, {"factors": self.B * self.padded * self.complex}
         spectrum = {"spectrum": self.padded * self.complex}
-        rows = self._name(_convolve_rows, "_convolve_rows_wgmma_kernel", BY_HAND)
+        rows = self._name(_convolve_rows, "_convolve_rows_wgmma_kernel")
         return [
             Step(name_of(_norms), element, {}),
             Step(name_of(_blocks_there), element, y),
@@ -183,5 +180,6 @@ class _Way:
             Step(name_of(_blocks_back), y, {z: self.element}),
         ]
 
-    def _name(self, launcher: Launcher, *by_hand_: str) -> str:
-        return name_of(by_hand(*by_hand_) if self.by_hand else launcher)
+    def _name(self, launcher: Launcher, for_hopper: str) -> str:
+        """Gluon's kernels are named, not imported: that takes a GPU, or Triton not interpreting."""
+        return for_hopper if self.by_hand else name_of(launcher)
