@@ -18,9 +18,18 @@ from compiling import compiled, facts
 
 from chela_bench.kernels.launching import Launcher
 from chela_bench.kernels.long_conv_factors import BY_HAND
-from chela_bench.kernels.long_conv_monarch import BLOCKS, BLOCKS_BY_HAND, WARPS, by_hand, constants
+from chela_bench.kernels.long_conv_monarch import (
+    BLOCKS,
+    BLOCKS_BY_HAND,
+    SPECTRA_BY_HAND,
+    SPECTRUM,
+    SPECTRUM_OF_ROWS,
+    WARPS,
+    by_hand,
+    constants,
+)
 
-ROWS = ("x_ptr", "z_ptr", "dz_ptr", "dx_ptr", "gate_ptr")
+ROWS = ("x_ptr", "z_ptr", "dz_ptr", "dx_ptr", "gate_ptr", "taps_ptr")
 FLOAT32 = ("scale_ptr", "weight_ptr", "dk_ptr", "k_ptr")
 
 
@@ -51,9 +60,12 @@ def every() -> Iterator[tuple[str, Launcher, int, torch.dtype, dict[str, Any]]]:
     flags = {"HAS_GATE": True, "NEEDS_DX": True, "IS_ONE": False}
     yield "gradients, gate", gradients, 64, bf16, flags
     for dtype in (bf16, torch.float32):  # float32: in pairs, for float16 rows
-        spectrum = by_hand("_kernel_spectrum_wgmma_kernel")
+        spectrum = by_hand(SPECTRUM, SPECTRA_BY_HAND)
         for blocks in (1, BLOCKS):
             yield "spectrum", spectrum, 64, dtype, {"BLOCKS": blocks}
+    of_rows = by_hand(SPECTRUM_OF_ROWS, SPECTRA_BY_HAND)
+    for blocks in range(1, BLOCKS + 1):
+        yield f"spectrum of {blocks}", of_rows, 64, bf16, {"BLOCKS": blocks}
     for blocks in range(2, BLOCKS + 1):
         flags = {"BLOCKS": blocks, "SHRINK": 0.25, "ADJOINT": False, "HAS_GATE": False}
         together = by_hand("_long_conv_wgmma_blocks_kernel", BLOCKS_BY_HAND)

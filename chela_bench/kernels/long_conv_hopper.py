@@ -238,11 +238,10 @@ def _larger(a, b):
 
 
 @gluon.jit
-def _share_largest(x, most, N2: gl.constexpr):
-    """The bits of each warp's largest |x|, for all to read after a barrier; `most` [4, 32]. As
-    numbers they are in the order of the magnitudes, 16 bits two at a time; NaN is the largest."""
+def _own_largest(x, N2: gl.constexpr):
+    """The bits of each thread's largest |x|. As numbers they are in the order of the magnitudes, 16
+    bits two at a time; NaN is the largest."""
     N: gl.constexpr = 64 * N2
-    asm: gl.constexpr = _LARGEST_32 if x.dtype == gl.float32 else _LARGEST
     if x.dtype == gl.float32:
         bits = x.to(gl.int32, bitcast=True) & 0x7FFFFFFF
         own = gl.max(gl.max(bits.reshape([N // 1024, 128, 8]), axis=2), axis=0)
@@ -253,8 +252,20 @@ def _share_largest(x, most, N2: gl.constexpr):
         pairs = gl.reduce(pairs.reshape([N // 2, 2]), 1, _first) & 0x7FFF7FFF
         own = gl.reduce(pairs.reshape([N // 1024, 128, 4]), 2, _larger)
         own = gl.reduce(own, 0, _larger)
+    return own
+
+
+@gluon.jit
+def _share_own(own, most, dtype: gl.constexpr):
+    """Each warp's largest of these, for all to read after a barrier; `most` [4, 32]."""
+    asm: gl.constexpr = _LARGEST_32 if dtype == gl.float32 else _LARGEST
     own = gl.inline_asm_elementwise(asm, "=r,r", [own], dtype=gl.int32, is_pure=True, pack=1)
     most.store(own.reshape([4, 32]))
+
+
+@gluon.jit
+def _share_largest(x, most, N2: gl.constexpr):
+    _share_own(_own_largest(x, N2), most, x.dtype)
 
 
 @gluon.jit
@@ -533,132 +544,3 @@ def _long_conv_wgmma_gradients_kernel(
         _put(gated, z_inverse, room_z, N2)
         x_scale, z_scale = next_x_scale, next_z_scale
         b, d = next_b, next_d
-
-
-@gluon.jit
-def _rest(x):
-    """What rounding leaves of x, in float16; and x rounded."""
-    rounded = x.to(gl.float16)
-    return (x - rounded.to(gl.float32)).to(gl.float16), rounded
-
-
-@gluon.jit
-def _there_split(x, tables, rests, room, rest_room, N2: gl.constexpr):
-    """_there of a float32 row, in pairs of float16 numbers."""
-    f1_re, f1_im, f2_re, f2_im, tw_re, tw_im = tables
-    r1_re, r1_im, r2_re, r2_im, rw_re, rw_im = rests
-    zero = gl.zeros([64, N2], gl.float32, _product(N2, 1))
-    rest, x = _rest(x)
-    room.store(x.reshape([64, N2]))
-    rest_room.store(rest.reshape([64, N2]))
-    fence_async_shared()
-    x, rest = room, rest_room
-    re = warpgroup_mma(f1_re, x, zero, use_acc=False, is_async=True)
-    im = warpgroup_mma(f1_im, x, zero, use_acc=False, is_async=True)
-    re = warpgroup_mma(r1_re, x, re, is_async=True)
-    im = warpgroup_mma(r1_im, x, im, is_async=True)
-    re = warpgroup_mma(f1_re, rest, re, is_async=True)
-    im = warpgroup_mma(f1_im, rest, im, is_async=True)
-    re, im = warpgroup_mma_wait(0, deps=[re, im])
-    t_re = _numbers(tw_re, N2).to(gl.float32) + _numbers(rw_re, N2)
-    t_im = _numbers(tw_im, N2).to(gl.float32) + _numbers(rw_im, N2)
-    re, im = _complex(re, im, t_re, t_im, False)
-    a_rest, a = _rest(re)
-    b_rest, b = _rest(im)
-    a, b = gl.convert_layout(a, _operand(N2)), gl.convert_layout(b, _operand(N2))
-    a_rest = gl.convert_layout(a_rest, _operand(N2))
-    b_rest = gl.convert_layout(b_rest, _operand(N2))
-    re = warpgroup_mma(a, f2_re, zero, use_acc=False, is_async=True)
-    im = warpgroup_mma(a, f2_im, zero, use_acc=False, is_async=True)
-    re = warpgroup_mma(a, r2_re, re, is_async=True)
-    im = warpgroup_mma(a, r2_im, im, is_async=True)
-    re = warpgroup_mma(a_rest, f2_re, re, is_async=True)
-    im = warpgroup_mma(a_rest, f2_im, im, is_async=True)
-    im = warpgroup_mma(b, f2_re, im, is_async=True)
-    im = warpgroup_mma(b, r2_re, im, is_async=True)
-    im = warpgroup_mma(b_rest, f2_re, im, is_async=True)
-    b, b_rest = -b, -b_rest
-    re = warpgroup_mma(b, f2_im, re, is_async=True)
-    re = warpgroup_mma(b, r2_im, re, is_async=True)
-    re = warpgroup_mma(b_rest, f2_im, re, is_async=True)
-    return warpgroup_mma_wait(0, deps=[re, im])
-
-
-@gluon.jit
-def _spectrum_of(
-    k, tables, rests, room, rest_room, N2: gl.constexpr, SPLIT: gl.constexpr,
-    ROOT_N: gl.constexpr,
-):  # fmt: skip
-    if SPLIT:
-        re, im = _there_split(k, tables, rests, room, rest_room, N2)
-    else:
-        re, im = _there(k.to(gl.float16), tables, room, N2, False)
-    return re * ROOT_N, im * ROOT_N
-
-
-@gluon.jit
-def _norm(squares):
-    """The power of two under the root of their sum, and one over that, or 1 if all are zero."""
-    norm, under = _power_of_two(gl.sqrt(gl.sum(squares, axis=0)))
-    return norm, gl.where(norm == 0, 1.0, under)
-
-
-@gluon.jit(do_not_specialize=RUNTIME)
-def _kernel_spectrum_wgmma_kernel(
-    k_ptr, table_ptr, spectrum_ptr, scale_ptr,  # pointers
-    stride_kd: gl.int64, taps: gl.int64, total: gl.int64, each: gl.int64,
-    # runtime scalars; stride_kd and taps in units of UNIT
-    N1: gl.constexpr, N2: gl.constexpr, UNIT: gl.constexpr, SPLIT: gl.constexpr,
-    ORDERED: gl.constexpr, BLOCKS: gl.constexpr, ROOT_N: gl.constexpr,
-):  # fmt: skip
-    """long_conv_monarch._kernel_spectrum_kernel, in pairs of float16 numbers if SPLIT: what single
-    ones lose is less than bfloat16 rows do, but not than float16 rows. Of more blocks than one the
-    spectra S_b - i S_{b-1} that long_conv_hopper_blocks.py derives."""
-    gl.static_assert(ORDERED and N1 == 64)
-    N: gl.constexpr = N1 * N2
-    PRODUCT: gl.constexpr = _product(N2, 1)
-    tables = _tables(table_ptr, N2)
-    rests = tables
-    if SPLIT:
-        rests = _tables(table_ptr + 2 * (64 * 64 + N2 * N2 + 64 * N2), N2)
-    room, rest_room = _room(N2), _room(N2)
-    offs = gl.arange(0, N, _FLAT)
-    first = gl.program_id(0).to(gl.int64) * each
-    for i in range(0, (gl.minimum(first + each, total) - first).to(gl.int32)):
-        d = first + i
-        row_ptr = k_ptr + d * stride_kd * UNIT
-        out = spectrum_ptr + d * (BLOCKS * 2 * N) + offs
-        if BLOCKS == 1:
-            k = _load(row_ptr, taps.to(gl.int32), N2, UNIT).to(gl.float32)
-            scale, inverse = _power_of_two(gl.max(gl.abs(k), axis=0))
-            k *= inverse
-            norm, under = _norm(k * k)
-            gl.store(scale_ptr + d, scale * norm)
-            re, im = _spectrum_of(k * under, tables, rests, room, rest_room, N2, SPLIT, ROOT_N)
-            gl.store(out, _registers(re.to(gl.float16), N2))
-            gl.store(out + N, _registers(im.to(gl.float16), N2))
-        else:
-            largest = gl.zeros([N], gl.float32, _FLAT)
-            for block in range(0, BLOCKS):
-                left = (taps - block * (N // UNIT)).to(gl.int32)
-                k = _load(row_ptr + block * N, left, N2, UNIT).to(gl.float32)
-                largest = gl.maximum(largest, gl.abs(k))
-            scale, inverse = _power_of_two(gl.max(largest, axis=0))
-            squares = gl.zeros([N], gl.float32, _FLAT)
-            for block in range(0, BLOCKS):
-                left = (taps - block * (N // UNIT)).to(gl.int32)
-                k = _load(row_ptr + block * N, left, N2, UNIT).to(gl.float32) * inverse
-                squares += k * k
-            norm, under = _norm(squares)
-            gl.store(scale_ptr + d, scale * norm)
-            before_re = gl.zeros([64, N2], gl.float32, PRODUCT)
-            before_im = gl.zeros([64, N2], gl.float32, PRODUCT)
-            for block in range(0, BLOCKS):
-                left = (taps - block * (N // UNIT)).to(gl.int32)
-                k = _load(row_ptr + block * N, left, N2, UNIT).to(gl.float32) * (inverse * under)
-                _barrier()
-                re, im = _spectrum_of(k, tables, rests, room, rest_room, N2, SPLIT, ROOT_N)
-                gl.store(out, _registers((re + before_im).to(gl.float16), N2))
-                gl.store(out + N, _registers((im - before_re).to(gl.float16), N2))
-                before_re, before_im = re, im
-                out += 2 * N

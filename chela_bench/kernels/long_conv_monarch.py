@@ -51,6 +51,9 @@ RUNTIME = [  # never specialised: a new B, D, T or layout of rows compiles nothi
     *(f"stride_{x}{axis}" for x in "xgzd" for axis in "bd"),
 ]  # fmt: skip
 BLOCKS_BY_HAND = "long_conv_hopper_blocks"
+SPECTRA_BY_HAND = "long_conv_hopper_spectrum"
+SPECTRUM_OF_ROWS = "_spectrum_of_rows_wgmma_kernel"  # of bfloat16, by taps of 16 bits
+SPECTRUM = "_kernel_spectrum_wgmma_kernel"
 BLOCKS = 4  # at most
 # An SM, by N2: more than it holds would load tables in vain.
 PROGRAMS = {16: 5, 32: 3, 64: 2}
@@ -422,12 +425,15 @@ def kernel_spectrum(
     spectra = kernel.new_empty(D, blocks, 2, N1, N2, dtype=spectrum_dtype(dtype))
     scale = kernel.new_empty(D, dtype=torch.float32)
     by_order = ordered(dtype, kernel.device)
-    launcher = by_hand("_kernel_spectrum_wgmma_kernel") if by_order else _spectrum
+    precision = dtype if by_order and dtype == torch.bfloat16 else torch.float32
+    launcher = _spectrum
+    if by_order:
+        rows = precision == torch.bfloat16 and kernel.dtype in (torch.bfloat16, torch.float16)
+        launcher = by_hand(SPECTRUM_OF_ROWS if rows else SPECTRUM, SPECTRA_BY_HAND)
     table = tables(N2, kernel.device, ordered=by_order)
     stride, taps = kernel.stride(0), min(kernel.shape[1], T)
     unit = 8 if stride % 8 == taps % 8 == 0 else 1
     programs, each = rows_each(D, kernel.device, PROGRAMS[N2])
-    precision = dtype if by_order and dtype == torch.bfloat16 else torch.float32
     one = {"BLOCKS": blocks} if by_order else {}
     flags = constants(launcher, N2, precision, by_order, unit, **one)
     launcher(
