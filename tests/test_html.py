@@ -37,7 +37,7 @@ BREAKS_OUT = "\"><img src=x onerror=alert(1)><!-- ' --></script></style></title>
 VOID = {"meta", "link", "img", "br", "hr", "input", "wbr"}
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg"/>'
 
-KINDS = ("time", "floor", "hbm", "memory", "roofline")
+KINDS = ("time", "floor", "memory", "hbm", "roofline")
 
 
 @dataclass
@@ -285,6 +285,8 @@ def test_provenance() -> None:
         "Versions": "torch 2.11.0, triton 3.6.0, python 3.11.9, driver 580.95, CUDA 13.0",
         "Copy bandwidth": "3020 GB/s",
         "Matmul rate": "bf16 716 TFLOP/s",
+        "Clocks": "SM 1980 MHz while timing",
+        "Throttling": "none at any of 39 points",
         "Power limit": "700 W",
         "Timing": "event timer, cold L2",
         "Inputs": "randn; k, v with mean 1, seed 0",

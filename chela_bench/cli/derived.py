@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -11,8 +12,8 @@ from chela_bench.bench.store import load_samples
 from chela_bench.cli.output import write_files
 from chela_bench.errors import RecordError
 from chela_bench.records import Point, Run
-from chela_bench.reports.figures import figures, render
-from chela_bench.reports.html import page
+from chela_bench.reports.figures import figures, heat_maps, render
+from chela_bench.reports.html import Atlas, Reported, pages
 from chela_bench.reports.markdown import summary
 from chela_bench.reports.tables import kernels_frame, points_frame
 
@@ -39,21 +40,40 @@ def write_tables(folder: Path, run: Run, points: list[Point]) -> None:
     write_files({folder / name: data for name, data in files.items()})
 
 
-def write_report(out: Path, run: Run, points: list[Point]) -> list[Path]:
+def write_report(
+    out: Path,
+    run: Run,
+    points: list[Point],
+    samples: Mapping[str, Sequence[int]] | None = None,
+    atlas: Atlas | None = None,
+) -> list[Path]:
     """index.html, summary.md, the CSVs and every figure as PNG and SVG; returns the paths."""
+    _, files = report_files(run, points, samples, atlas)
+    write_files({out / name: data for name, data in files.items()})
+    return [out / name for name in files]
+
+
+def report_files(
+    run: Run,
+    points: list[Point],
+    samples: Mapping[str, Sequence[int]] | None = None,
+    atlas: Atlas | None = None,
+) -> tuple[Reported, dict[str, bytes]]:
+    """What a page is made of, and the folder's files by name. The page shows distributions of the
+    samples, by a point's key, and the atlas."""
     drawn = {
         name: {kind: render(figure, kind) for kind in FORMATS}
-        for name, figure in figures(run, points).items()
+        for name, figure in {**figures(run, points), **heat_maps(run, points)}.items()
     }
     svgs = {name: kinds["svg"] for name, kinds in drawn.items()}
+    reported = Reported(run, points, svgs, samples, atlas)
     files = {
-        PAGE: page(run, points, svgs).encode(),
+        PAGE: pages([reported]).encode(),
         "summary.md": summary(run, points).encode(),
         **_csv(run, points),
         **{f"{name}.{kind}": data for name, kinds in drawn.items() for kind, data in kinds.items()},
     }
-    write_files({out / name: data for name, data in files.items()})
-    return [out / name for name in files]
+    return reported, files
 
 
 def _csv(run: Run, points: list[Point]) -> dict[str, bytes]:

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import click
 
-from chela_bench.bench.store import load_run
-from chela_bench.cli.output import print_run
+from chela_bench.bench.store import load_run, load_samples
+from chela_bench.cli.options import baselines_option
+from chela_bench.cli.output import print_run, write_files
 from chela_bench.errors import UsageError
+
+SEVERAL = Path("report")
 
 
 @click.command()
@@ -17,20 +20,55 @@ from chela_bench.errors import UsageError
     "-o",
     "--out",
     type=click.Path(path_type=Path),
-    help="Folder for the report [default: RUN/report]; with several runs, one folder each in it.",
+    help="Folder for the report [default: RUN/report]; with several runs, one folder each in it, "
+    "and one page of them all [default of that page: report/index.html].",
+)
+@click.option("--compare", is_flag=True, help="Each further run with the first one, on that page.")
+@click.option(
+    "--across-machines",
+    is_flag=True,
+    help="With --compare: multiples of each machine's own floor.",
+)
+@baselines_option
+@click.option(
+    "--atlas",
+    "atlas_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="What `atlas --out` wrote, for the page [default: RUN/atlas.json, if there].",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document a run on stdout.")
-def report(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
+def report(
+    runs: tuple[Path, ...],
+    out: Path | None,
+    compare: bool,
+    across_machines: bool,
+    baselines: Path,
+    atlas_file: Path | None,
+    as_json: bool,
+) -> None:
     """One HTML page, tables (Markdown, CSV) and figures (PNG, SVG) from run folders.
 
     \b
-    Example:  chela-bench report runs/20260101T120000Z-abc123 -o report
+    Examples:
+      chela-bench report runs/20260101T120000Z-abc123 -o report
+      chela-bench report runs/BEFORE runs/AFTER --compare -o report
     """
-    from chela_bench.cli.derived import PAGE, write_report, write_tables
+    from chela_bench.cli.derived import PAGE, report_files, write_tables
+    from chela_bench.cli.pages import atlas_of, compared
+    from chela_bench.reports.html import pages
 
     names = [folder.resolve().name for folder in runs]
     if out is not None and len(set(names)) < len(names):
         raise UsageError(f"two run folders of one name would share a folder in {out}: report each")
+    if len(runs) == 1 and (compare or across_machines):
+        raise UsageError("--compare takes two runs or more, as in: report BEFORE AFTER --compare")
+    if across_machines and not compare:
+        raise UsageError("--across-machines goes with --compare")
+    if len(runs) > 1 and atlas_file is not None:
+        raise UsageError("--atlas goes with one run; of several each has its own atlas.json")
+    comparisons = compared(runs, baselines, across_machines=across_machines) if compare else []
+    found = []
     for folder, name in zip(runs, names, strict=True):
         run, points = load_run(folder)
         if out is None:
@@ -38,7 +76,14 @@ def report(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
             target = folder / "report"
         else:
             target = out if len(runs) == 1 else out / name
-        paths = write_report(target, run, points)
+        samples, atlas = load_samples(folder), atlas_of(folder, atlas_file)
+        reported, files = report_files(run, points, samples, atlas)
+        write_files({target / file: data for file, data in files.items()})
+        found.append(reported)
         print_run(run, points, as_json=as_json)
         if not as_json:
-            click.echo(f"report: {target / PAGE} ({len(paths)} files)")
+            click.echo(f"report: {target / PAGE} ({len(files)} files)")
+    if len(found) > 1:
+        path = (out or SEVERAL) / PAGE
+        write_files({path: pages(found, comparisons).encode()})
+        click.echo(f"report of all: {path}", err=as_json)

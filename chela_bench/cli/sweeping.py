@@ -81,7 +81,8 @@ def _conclude(
 
     write_tables(result.folder, result.run, result.points)
     report = result.folder / "report"
-    paths = write_report(report, result.run, result.points)
+    samples = store.load_samples(result.folder)
+    paths = write_report(report, result.run, result.points, samples)
     if note is not None:
         click.echo(note, err=True)
     print_run(result.run, result.points, as_json=as_json, beside=beside)

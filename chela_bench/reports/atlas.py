@@ -17,10 +17,15 @@ from rich.text import Text
 
 from chela_bench.records import AtlasRow, ConfigValue, Refused
 from chela_bench.reports.columns import line, table, tables
+from chela_bench.reports.sheets import Sheet
 from chela_bench.reports.text import plain
 
 Config = tuple[tuple[str, ConfigValue], ...]
 _SHORT = {"num_warps": "warps", "num_stages": "stages"}
+CELLS_NOTE = (
+    "KB of shared memory, registers a thread, x blocks an SM, +bytes that spill; "
+    "-: not launched there"
+)
 _REASONS = 12  # shown at most; the rest are counted
 
 
@@ -69,14 +74,33 @@ class _Atlas:
             yield line(f"{plain(op)}: {plain(kernel)}{language}", "bold")
             yield from _kernel_tables(rows, self.archs, options.max_width)
         yield Text()
-        yield line(
-            "KB of shared memory, registers a thread, x blocks an SM, +bytes that spill; "
-            "-: not launched there",
-            "dim",
-        )
+        yield line(CELLS_NOTE, "dim")
         yield from _problems(self.rows)
         yield from _refusals(self.refused)
         yield line(tally(self.rows), "bold")
+
+
+def atlas_sheets(rows: Sequence[AtlasRow], archs: Sequence[str]) -> list[Sheet]:
+    """The terminal's tables: one a kernel, its configurations down, architectures across."""
+    found = []
+    for (op, kernel), some in _by_kernel(rows).items():
+        configs, by_place = _places(some)
+        shown = [arch for arch in archs if any(row.arch == arch for row in some)]
+        lines = tuple(
+            (
+                plain(config_label(config)),
+                *(_cell(by_place.get((config, a), [])).plain for a in shown),
+            )
+            for config in configs
+        )
+        title = plain(f"{op}: {kernel}")
+        found.append(Sheet(title, "", 1, ("configuration", *map(plain, shown)), lines))
+    return found
+
+
+def problem_lines(rows: Sequence[AtlasRow], refused: Sequence[Refused]) -> list[str]:
+    """What does not run or is not launched, and why: each reason once."""
+    return [each.plain for each in (*_problems(rows), *_refusals(refused))]
 
 
 def _by_kernel(rows: Iterable[AtlasRow]) -> dict[tuple[str, str], list[AtlasRow]]:
@@ -89,10 +113,7 @@ def _by_kernel(rows: Iterable[AtlasRow]) -> dict[tuple[str, str], list[AtlasRow]
 def _kernel_tables(
     rows: Sequence[AtlasRow], archs: Sequence[str], width: int
 ) -> Iterator[RenderableType]:
-    by_place: dict[tuple[Config, str], list[AtlasRow]] = {}
-    for row in rows:
-        by_place.setdefault((config_of(row), row.arch), []).append(row)
-    configs = sorted({config_of(row) for row in rows}, key=_order)
+    configs, by_place = _places(rows)
     names = list(dict.fromkeys(name for config in configs for name, _ in config))
     leading = [
         (_SHORT.get(name, name), [Text(str(dict(c).get(name, "-"))) for c in configs])
@@ -101,6 +122,16 @@ def _kernel_tables(
     shown = [arch for arch in archs if any(row.arch == arch for row in rows)]
     columns = [(arch, [_cell(by_place.get((c, arch), [])) for c in configs]) for arch in shown]
     yield from tables(leading, columns, width, repeated=len(leading))
+
+
+def _places(
+    rows: Sequence[AtlasRow],
+) -> tuple[list[Config], dict[tuple[Config, str], list[AtlasRow]]]:
+    """Configurations in their order, and what stands at each and an architecture."""
+    by_place: dict[tuple[Config, str], list[AtlasRow]] = {}
+    for row in rows:
+        by_place.setdefault((config_of(row), row.arch), []).append(row)
+    return sorted({config_of(row) for row in rows}, key=_order), by_place
 
 
 def _order(config: Config) -> tuple[tuple[str, bool, float, str], ...]:

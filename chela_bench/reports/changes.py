@@ -13,8 +13,9 @@ from rich.text import Text
 
 from chela_bench.reports.columns import line
 from chela_bench.reports.markdown import escaped, table
+from chela_bench.reports.sheets import Sheet
 from chela_bench.reports.style import INK, QUIET, settings
-from chela_bench.reports.text import duration, plain
+from chela_bench.reports.text import duration, plain, three_digits
 from chela_bench.verdicts import Change, Comparison, Side, Verdict
 
 ORDER: tuple[Verdict, ...] = ("slower", "unclear", "faster", "same")
@@ -146,6 +147,29 @@ def _table(rows: Sequence[Change]) -> str:
         for row in rows
     ]
     return table(header, cells, left=3)
+
+
+def sheet(comparison: Comparison) -> Sheet:
+    """Every benchmark that both sides have, in reading order; then what only one has."""
+    rows = [
+        (
+            plain(row.name),
+            row.verdict,
+            plain(row.reason or ""),
+            *(
+                "" if time is None else three_digits(time / 1e6)
+                for time in (row.before_ns, row.after_ns)
+            ),
+            *("" if each is None else f"{each:.3f}" for each in (row.ratio, row.low, row.high)),
+        )
+        for row in reading_order(comparison.points)
+    ]
+    for names, side in ((comparison.missing, "before"), (comparison.added, "after")):
+        rows += [(plain(name), f"only {side}", *[""] * 6) for name in names]
+    header = (
+        "benchmark", "verdict", "reason", "before ms", "after ms", "ratio", "lowest", "highest"
+    )  # fmt: skip
+    return Sheet("Ratios", "", 3, header, tuple(rows)).without_empty()
 
 
 def figure(comparison: Comparison) -> Figure | None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from itertools import pairwise
+from itertools import combinations, pairwise
 from math import log
 from typing import NamedTuple
 
-from chela_bench.reports.fit import Slope, fitted_slope
+from chela_bench.reports.fit import Break, Slope, fitted_break, fitted_slope
 from chela_bench.reports.groups import Group, Series
 from chela_bench.reports.text import length, lengths, three_digits
 
@@ -49,11 +49,27 @@ def crossings(group: Group, beside: Group) -> list[Crossing]:
     return sorted(found, key=lambda crossing: crossing.tokens)
 
 
+def crossings_within(group: Group) -> list[Crossing]:
+    """Of every two series of the group, by length."""
+    found = [c for one, other in combinations(group.series, 2) for c in _crossings(one, other)]
+    return sorted(found, key=lambda crossing: crossing.tokens)
+
+
 def slope(series: Series) -> Slope | None:
     """Of the series' times; None where kernel and wall times would be fitted together."""
+    return fitted_slope(*_times(series))
+
+
+def bend(series: Series) -> Break | None:
+    """Where the exponent of the series' times changes; None as `slope`."""
+    return fitted_break(*_times(series))
+
+
+def _times(series: Series) -> tuple[list[int], list[float]]:
+    """Lengths and seconds; none where they are of two clocks."""
     if len({point.time_ns is None for point in series.ok}) != 1:
-        return None
-    return fitted_slope([p.shape["T"] for p in series.ok], [p.seconds or 0.0 for p in series.ok])
+        return [], []
+    return [p.shape["T"] for p in series.ok], [p.seconds or 0.0 for p in series.ok]
 
 
 def slope_label(fit: Slope) -> str:

@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 
 from chela_bench.records import Point, Run
 from chela_bench.reports.drawing import Picture, draw
+from chela_bench.reports.groups import named_groups
+from chela_bench.reports.heat import draw_heat_map
 from chela_bench.reports.pictures import (
     Sweep,
     floor_picture,
@@ -26,6 +28,7 @@ from chela_bench.reports.pictures import (
 )
 from chela_bench.reports.roofline_drawing import draw_roofline
 from chela_bench.reports.style import settings
+from chela_bench.reports.tune import block_maps
 
 Format = Literal["svg", "png", "pdf"]
 
@@ -62,6 +65,15 @@ def figures(run: Run, points: Sequence[Point]) -> dict[str, Figure]:
         if roofline is not None:
             found[f"{slug}-roofline"] = draw_roofline(roofline)
     return found
+
+
+def heat_maps(run: Run, points: Sequence[Point]) -> dict[str, Figure]:
+    """Time over two settings where a sweep varied two, by a name that is safe for a file."""
+    return {
+        name: draw_heat_map(heat)
+        for slug, group in named_groups(points).items()
+        for name, (_, heat) in block_maps(run, slug, group).items()
+    }
 
 
 def render(figure: Figure, format: Format) -> bytes:

@@ -79,6 +79,11 @@ def sheets(run: Run, group: Group) -> list[Sheet]:
     return [sheet.without_empty() for sheet in every if sheet.rows]
 
 
+def roofline_sheet(run: Run, group: Group) -> Sheet:
+    """Of measured bytes where there are any, else of modelled ones."""
+    return _roofline(rows(group), run.ceilings).without_empty()
+
+
 def _bytes(found: Iterable[Row]) -> Sheet:
     """Of each call: measured beside modelled, each over the floor."""
     header = (

@@ -121,6 +121,33 @@ def machine(run: Run, points: Iterable[Point]) -> list[str]:
     return [part for part in parts if part]
 
 
+def clocks(run: Run, points: Iterable[Point]) -> str | None:
+    """`SM 1665 to 1980 of 1980 MHz while timing, memory 2619 of 2619 MHz`."""
+    read = [point.telemetry for point in points]
+    limits = run.environment
+    known = [
+        ("SM", [t.sm_clock_min_mhz or t.sm_clock_mhz for t in read],
+         [t.sm_clock_mhz for t in read], limits.max_sm_clock_mhz),
+        ("memory", [t.mem_clock_mhz for t in read], [t.mem_clock_mhz for t in read],
+         limits.max_mem_clock_mhz),
+    ]  # fmt: skip
+    parts = []
+    for name, least, most, limit in known:
+        if any(least) and any(most):
+            low, high = min(filter(None, least)), max(filter(None, most))
+            of = f" of {limit}" if limit else ""
+            parts.append(f"{name} {low if low == high else f'{low} to {high}'}{of} MHz")
+    return f"{', '.join(parts)} while timing" if parts else None
+
+
+def throttling(points: Iterable[Point]) -> str | None:
+    """`power_cap at 12 of 269 points`; None where no card tells."""
+    told = [point.throttle for point in points if point.throttle is not None]
+    found = Counter(reason for reasons in told for reason in set(reasons))
+    each = ", ".join(f"{reason} at {count}" for reason, count in sorted(found.items()))
+    return f"{each or 'none at any'} of {len(told)} points" if told else None
+
+
 def facts(run: Run, points: Sequence[Point]) -> dict[str, str]:
     """Where the figures come from: machine, versions, ceilings, method, inputs, times, source."""
     environment, ceilings = run.environment, run.ceilings
@@ -134,6 +161,8 @@ def facts(run: Run, points: Sequence[Point]) -> dict[str, str]:
         "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "Copy bandwidth": ceilings.copy_gb_per_s and f"{ceilings.copy_gb_per_s:.0f} GB/s",
         "Matmul rate": ", ".join(rates),
+        "Clocks": clocks(run, points),
+        "Throttling": throttling(points),
         "Power limit": environment.power_limit_mw and f"{environment.power_limit_mw / 1000:.0f} W",
         "Timing": method(points),
         "Inputs": f"{run.inputs}, seed {run.seed}",

@@ -17,7 +17,9 @@ from chela_bench.records import TIE, ConfigValue, Point, Run, Static, shape_labe
 from chela_bench.reports.atlas import config_label
 from chela_bench.reports.atlas_maps import other_axes, varied
 from chela_bench.reports.columns import Column, line, tables
+from chela_bench.reports.groups import Group
 from chela_bench.reports.heat import HeatMap, Panel, Place
+from chela_bench.reports.sheets import Sheet
 from chela_bench.reports.text import duration, length, machine, plain, tally, three_digits
 
 _KB = 1024
@@ -27,6 +29,10 @@ CONTOURS = {  # most that a block can have
     "227 KB (sm_90, 100)": 227.0 * _KB,
 }
 _SHORT = {"num_warps": "warps", "num_stages": "stages"}
+BLOCKS_NOTE = (
+    "Configurations of one call, fastest first. x best: over the fastest one's time. KB of shared "
+    "memory, registers, spilled bytes and blocks an SM are of the kernel that the settings change."
+)
 
 
 @dataclass(frozen=True)
@@ -314,6 +320,50 @@ def tune_maps(run: Run, points: Sequence[Point]) -> dict[str, HeatMap]:
             logarithmic=True, contours=CONTOURS, notes=notes,
         )  # fmt: skip
     return found
+
+
+def block_maps(run: Run, slug: str, group: Group) -> dict[str, tuple[str, HeatMap]]:
+    """By a figure's name, the implementation and its map."""
+    found: dict[str, tuple[str, HeatMap]] = {}
+    for number, impl in enumerate(sorted({point.impl for point in group.points}), start=1):
+        maps = tune_maps(run, [point for point in group.points if point.impl == impl])
+        found |= {f"{slug}-blocks-{number}": (plain(impl), heat) for heat in maps.values()}
+    return found
+
+
+def block_sheet(group: Group) -> Sheet:
+    """Every configuration where several were tried, fastest first within a call."""
+    several = [call for call in calls(group.points) if len(call.points) > 1]
+    settings = list(dict.fromkeys(name for call in several for name in call.varying))
+    header = (
+        "T", "implementation", *(plain(_SHORT.get(name, name)) for name in settings),
+        "time ms", "x best", "KB", "registers", "spills", "blocks an SM", "outcome",
+    )  # fmt: skip
+    lines = []
+    for call in several:
+        failed = [point for point in call.points if point.outcome != "ok"]
+        for point in [*call.timed, *failed]:
+            best, static = call.timed[0].seconds if call.timed else None, point.static
+            lines.append(
+                (
+                    length(point.shape["T"]),
+                    plain(point.impl),
+                    *(plain(str(point.config.get(name, ""))) for name in settings),
+                    "" if point.seconds is None else three_digits(point.seconds * 1e3),
+                    "" if point.seconds is None or not best else f"{point.seconds / best:.3f}",
+                    *(
+                        "" if point.seconds is None or value is None else f"{value:.0f}"
+                        for value in (
+                            None if static.smem_bytes is None else static.smem_bytes / _KB,
+                            static.regs,
+                            FIGURES["spills"](static),
+                            static.ctas_per_sm,
+                        )
+                    ),
+                    point.outcome,
+                )
+            )
+    return Sheet("Block sizes", BLOCKS_NOTE, 2, header, tuple(lines)).without_empty()
 
 
 def _panel(call: Call, axes: tuple[str, str]) -> Panel:
