@@ -13,7 +13,7 @@ ARGS ?=
 ALONE := $(addprefix tests/test_,$(addsuffix .py,atlas baseline cli completion crew faults forks gate_static live ncu \
 	plugins profiling pytest_plugin runner surroundings sweep timing tune tuning worker))
 
-.PHONY: .venv sweep test check docs test-gpu clean
+.PHONY: .venv sweep test browser check docs test-gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this.
@@ -25,6 +25,9 @@ sweep: $(ENVIRONMENT)  ## The main job: measure everything that can run here. AR
 test: $(ENVIRONMENT)  ## The tests that need no GPU.
 	PYTHONPATH=. $(PYTHON) -m pytest -m "not gpu" -n 2 $(ALONE:%=--ignore %) $(ARGS)
 	PYTHONPATH=. $(PYTHON) -m pytest -m "not gpu" $(ALONE) $(ARGS)
+
+browser:  ## A Chromium for the tests of the report page, by apt-get if there is none.
+	.ci/browser
 
 check: $(ENVIRONMENT)  ## Format, lint and strict types.
 	$(PYTHON) -m ruff format --check .
