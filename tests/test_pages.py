@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,9 @@ from chela_bench.records import AtlasRow, Point, Run, Static
 from chela_bench.reports.findings import findings
 from chela_bench.reports.fit import Break, fitted_break
 from chela_bench.reports.groups import drawn_beside, groups
-from chela_bench.reports.html import _sort_key, amount, page, written_samples
+from chela_bench.reports.html import _sort_key, amount, page
 from chela_bench.reports.quantities import error_sheet, hbm_sheet, memory_sheet
+from chela_bench.reports.samples import written_samples
 from chela_bench.reports.scaling import scaling
 from tests.factories import (
     LENGTHS,
@@ -29,6 +32,7 @@ from tests.factories import (
     make_run,
     profiled_sweep,
 )
+from tests.running import ROOT, environment
 from tests.test_html import SVG, Element, rows_of, tree
 
 
@@ -391,3 +395,12 @@ def test_figures_of_a_run_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for a heat map that no section asks for is not shown."""
     run: Run = make_run()
     assert "<img" not in page(run, POINTS, {"another-blocks-1": SVG})
+
+
+def test_an_ordinary_page_draws_nothing_itself() -> None:
+    code = (
+        "import sys; from tests.factories import h100_sweep, make_run;"
+        "from chela_bench.reports.html import page; page(make_run(), h100_sweep(), {});"
+        "sys.exit(bool({'pandas', 'matplotlib', 'numpy'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), check=True)

@@ -4,7 +4,7 @@ Figures are the SVG files' bytes as data URIs: an image cannot run scripts, and 
 cannot meet the page's. Their text is text (`svg.fonttype` "none"): 84 points and ten figures
 make 480 KB, where drawn letters would make the figures three times as large. A small script sorts
 and filters tables and draws samples; the page's own policy lets nothing else run and nothing be
-fetched.
+fetched. What draws, or needs pandas, is imported by the pages that show something of it.
 """
 
 from __future__ import annotations
@@ -22,17 +22,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from chela_bench.records import AtlasRow, Point, Refused, Run
-from chela_bench.reports import changes
-from chela_bench.reports.atlas import CELLS_NOTE, atlas_sheets, problem_lines
-from chela_bench.reports.atlas import tally as atlas_tally
 from chela_bench.reports.findings import best_of, findings
 from chela_bench.reports.groups import Group, drawn_beside, drawn_with, named_groups
 from chela_bench.reports.quantities import counted_sheets, error_sheet, hbm_sheet, memory_sheet
 from chela_bench.reports.rows import COLUMNS, Column, Null, Row, columns, notes, nulls, rows
+from chela_bench.reports.samples import written_samples
 from chela_bench.reports.scaling import scaling
 from chela_bench.reports.sheets import Sheet
 from chela_bench.reports.text import facts, length, machine, plain, tally, three_digits
-from chela_bench.reports.tune import block_maps, block_sheet
 from chela_bench.verdicts import Comparison
 
 _FIGURES = {
@@ -43,7 +40,6 @@ _FIGURES = {
     "roofline": "roofline",
 }
 _READ_BY_SCRIPT = re.compile(r"\d[\d.]*(e[-+]\d+)?[kM]?( [%m])?")  # as report.js has it
-_MOST_SAMPLES = 512  # of a point; of more, as many evenly spread
 NO_SAMPLES = "Samples are not on record here: their distributions cannot be shown."
 
 
@@ -248,34 +244,26 @@ def _blocks(
         "HBM", ["hbm"], hbm_sheet(group), counted.get("HBM traffic"), counted.get("Kernels")
     )
     yield block("Roofline", ["roofline"], counted.get("Roofline"))
-    maps = tuple(
-        _Picture(f"block sizes of {impl}", _uri(svgs[name]), _map_alt(impl, group))
-        for name, (impl, _) in block_maps(reported.run, slug, group).items()
-        if name in svgs
-    )
-    sizes = block_sheet(group)
-    yield _Block(f"{id_}-block-sizes", "Block sizes", maps, (sizes,) if sizes.rows else ())
+    if any(series.config for series in group.series):
+        yield _block_sizes(reported, slug, group, id_)
     yield block("Error", [], error_sheet(group))
 
 
-def written_samples(samples: Sequence[int]) -> str:
-    """The least, then each one's excess over it in the order taken, in base 36: what the page's
-    script reads. Of more than 512, 512 evenly spread."""
-    step = max(1.0, len(samples) / _MOST_SAMPLES)
-    kept = [samples[int(i * step)] for i in range(min(len(samples), _MOST_SAMPLES))]
-    least = min(kept, default=0)
-    return " ".join(_base_36(value) for value in (least, *(each - least for each in kept)))
+def _block_sizes(reported: Reported, slug: str, group: Group, id_: str) -> _Block:
+    from chela_bench.reports.tune import block_maps, block_sheet
 
-
-def _base_36(value: int) -> str:
-    digits = ""
-    while value or not digits:
-        value, digit = divmod(value, 36)
-        digits = "0123456789abcdefghijklmnopqrstuvwxyz"[digit] + digits
-    return digits
+    maps = tuple(
+        _Picture(f"block sizes of {impl}", _uri(reported.svgs[name]), _map_alt(impl, group))
+        for name, (impl, _) in block_maps(reported.run, slug, group).items()
+        if name in reported.svgs
+    )
+    sizes = block_sheet(group)
+    return _Block(f"{id_}-block-sizes", "Block sizes", maps, (sizes,) if sizes.rows else ())
 
 
 def _atlas(atlas: Atlas, prefix: str) -> _Block:
+    from chela_bench.reports.atlas import atlas_sheets
+
     maps = tuple(
         _Picture(plain(name), _uri(svg), f"Heat map: {plain(name)}. The tables below have values.")
         for name, svg in atlas.maps.items()
@@ -284,12 +272,17 @@ def _atlas(atlas: Atlas, prefix: str) -> _Block:
 
 
 def _atlas_notes(atlas: Atlas) -> tuple[str, ...]:
+    from chela_bench.reports.atlas import CELLS_NOTE, problem_lines
+    from chela_bench.reports.atlas import tally as atlas_tally
+
     versions = ", ".join(sorted({plain(row.triton) for row in atlas.rows}))
     said = f"{atlas_tally(atlas.rows)}, by Triton {versions or 'of no version'}; nothing ran."
     return said, f"A cell: {CELLS_NOTE}.", *problem_lines(atlas.rows, atlas.refused)
 
 
 def _compared(comparison: Comparison, svg: bytes | None, number: int) -> _Compared:
+    from chela_bench.reports import changes
+
     before, after = plain(comparison.before.label), plain(comparison.after.label)
     relative = ", of multiples of each machine's floor" if comparison.across_machines else ""
     drawn = None

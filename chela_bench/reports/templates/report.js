@@ -8,7 +8,7 @@ const make = (tag, properties, ...inside) => {
   return element;
 };
 
-// A second click sorts the other way; empty cells stay last.
+// A second click sorts the other way; cells without a number stay last among numbers.
 const sortable = (table) => {
   const heads = [...table.tHead.rows[0].cells];
   const body = table.tBodies[0];
@@ -25,7 +25,6 @@ const sortable = (table) => {
       const sign = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
       const rows = [...body.rows].sort((left, right) => {
         const a = key(left, column), b = key(right, column);
-        if (a === "" || b === "") return (a === "") - (b === "");
         if (typeof a !== typeof b) return typeof a === "number" ? -1 : 1;
         return sign * (a > b ? 1 : a < b ? -1 : 0);
       });
