@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
 import pandas as pd
 
 from chela_bench.bench.store import load_samples
 from chela_bench.cli.output import write_files
-from chela_bench.errors import RecordError
+from chela_bench.errors import RecordError, UsageError
 from chela_bench.records import Point, Run
-from chela_bench.reports.figures import figures, render
+from chela_bench.reports.figures import Format, figures, render
 from chela_bench.reports.html import page
 from chela_bench.reports.markdown import summary
+from chela_bench.reports.style import SCREEN, Look
 from chela_bench.reports.tables import kernels_frame, points_frame
 
-PAGE = "index.html"
-FORMATS: tuple[Literal["png", "svg"], ...] = ("png", "svg")
+PAGE, SUMMARY = "index.html", "summary.md"
+FORMATS: tuple[Format, ...] = ("png", "svg")
 
 
 def write_tables(folder: Path, run: Run, points: list[Point]) -> None:
@@ -39,21 +41,38 @@ def write_tables(folder: Path, run: Run, points: list[Point]) -> None:
     write_files({folder / name: data for name, data in files.items()})
 
 
-def write_report(out: Path, run: Run, points: list[Point]) -> list[Path]:
-    """index.html, summary.md, the CSVs and every figure as PNG and SVG; returns the paths."""
-    drawn = {
-        name: {kind: render(figure, kind) for kind in FORMATS}
-        for name, figure in figures(run, points).items()
-    }
-    svgs = {name: kinds["svg"] for name, kinds in drawn.items()}
+def write_report(
+    out: Path,
+    run: Run,
+    points: list[Point],
+    *,
+    formats: Sequence[Format] = FORMATS,
+    look: Look = SCREEN,
+) -> list[Path]:
+    """index.html, summary.md, the CSVs and every figure, a file a figure and format; returns the
+    paths. The page's own figures are set for a screen whatever the files are."""
+    drawn = figures(run, points)
+    svgs = {name: render(figure, "svg") for name, figure in drawn.items()}
     files = {
         PAGE: page(run, points, svgs).encode(),
-        "summary.md": summary(run, points).encode(),
+        SUMMARY: summary(run, points).encode(),
         **_csv(run, points),
-        **{f"{name}.{kind}": data for name, kinds in drawn.items() for kind, data in kinds.items()},
     }
+    for name, figure in (drawn if look is SCREEN else figures(run, points, look)).items():
+        for kind in formats:
+            same = kind == "svg" and look is SCREEN
+            files[f"{name}.{kind}"] = svgs[name] if same else render(figure, kind, look)
     write_files({out / name: data for name, data in files.items()})
     return [out / name for name in files]
+
+
+def formats_of(names: Sequence[str]) -> tuple[Format, ...]:
+    """The kinds of files that `--format` names."""
+    known: dict[str, Format] = {kind: kind for kind in get_args(Format)}
+    for name in names:
+        if name not in known:
+            raise UsageError(f"no format {name!r} for a figure; there are: {', '.join(known)}")
+    return tuple(known[name] for name in dict.fromkeys(names))
 
 
 def _csv(run: Run, points: list[Point]) -> dict[str, bytes]:
