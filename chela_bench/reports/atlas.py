@@ -16,7 +16,7 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.text import Text
 
 from chela_bench.records import AtlasRow, ConfigValue, Refused
-from chela_bench.reports.columns import line, table, tables
+from chela_bench.reports.columns import indented, line, table, tables
 from chela_bench.reports.text import plain
 
 Config = tuple[tuple[str, ConfigValue], ...]
@@ -129,7 +129,7 @@ def _cell(rows: Sequence[AtlasRow]) -> Text:
     return Text(f"{text} +{spills}", "yellow") if spills else Text(text)
 
 
-def _problems(rows: Sequence[AtlasRow]) -> Iterator[Text]:
+def _problems(rows: Sequence[AtlasRow]) -> Iterator[RenderableType]:
     """What does not run, and why: each reason once."""
     wrong = [row for row in rows if not row.fits]
     reasons: dict[tuple[str, str], list[str]] = {}
@@ -139,12 +139,12 @@ def _problems(rows: Sequence[AtlasRow]) -> Iterator[Text]:
     for (outcome, reason), places in itertools.islice(reasons.items(), _REASONS):
         more = f", and {len(places) - 1} more" if len(places) > 1 else ""
         yield line(plain(f"{outcome}: {places[0]}{more}"))
-        yield line(plain(reason), "dim", indent=2)
+        yield indented(plain(reason), "dim")
     if len(reasons) > _REASONS:
         yield line(f"and {len(reasons) - _REASONS} more reasons: see --json", "dim")
 
 
-def _refusals(refused: Sequence[Refused]) -> Iterator[Text]:
+def _refusals(refused: Sequence[Refused]) -> Iterator[RenderableType]:
     reasons: dict[str, list[str]] = {}
     for each in refused:
         where = f"{each.op}/{each.impl} {config_label(each.asked.items())} on {each.arch}"
@@ -152,7 +152,7 @@ def _refusals(refused: Sequence[Refused]) -> Iterator[Text]:
     for reason, places in itertools.islice(reasons.items(), _REASONS):
         more = f", and {len(places) - 1} more calls" if len(places) > 1 else ""
         yield line(plain(f"not launched: {places[0]}{more}"))
-        yield line(plain(reason), "dim", indent=2)
+        yield indented(plain(reason), "dim")
 
 
 def tally(rows: Sequence[AtlasRow]) -> str:
