@@ -8,11 +8,13 @@ from itertools import combinations
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex, to_rgb
+from PIL import Image
 
 from chela_bench.bench.ops import OPS
 from chela_bench.bench.store import load_run
 from chela_bench.reports.figures import figures, render
 from chela_bench.reports.groups import OTHER_FUNCTIONS
+from chela_bench.reports.heat import HeatMap, Panel, draw_heat_map
 from chela_bench.reports.style import COLOURS, KNOWN, LOOKS, styles
 from tests.factories import SWEEPS, contenders, h100_sweep, make_point, make_run
 from tests.records import timed, write_run
@@ -242,3 +244,27 @@ def test_a_second_implementation_of_one_style_keeps_its_colour_and_changes_its_m
     assert first.colour == second.colour and first.marker != second.marker
     points = [make_point(T, impl=impl, time_ns=T) for impl in twins for T in (1024, 2048)]
     assert len(figures(make_run(), points)) >= 1
+
+
+# --- other figures --------------------------------------------------------------------------------
+
+
+def test_limits_that_begin_with_one_line_are_named_together(monkeypatch):
+    panel = Panel("p", {(x, 1): 1.0 for x in (1, 2)}, levels={(1, 1): 10.0, (2, 1): 30.0})
+    limits = {"12 KB (small)": 12.0, "20 KB (large)": 20.0, "40 KB (none)": 40.0}
+    heat = HeatMap("t", "s", "x", "y", (panel,), str, contours=limits)
+    labels = [label.get_text() for label in drawn_labels(draw_heat_map(heat), monkeypatch)]
+    assert [text for text in labels if "KB" in text][:1] == ["12 KB, 20 KB"]
+    [note] = [text for text in labels if "shared memory passes" in text]
+    assert "12 KB (small), 20 KB (large)" in " ".join(note.split()) and "none" not in note
+
+
+def test_long_names_of_a_comparison_are_not_cut_off(tmp_path):
+    """Nor a title of long paths."""
+    out, sides = tmp_path / "out", [tmp_path / f"{side * 60}" for side in "ab"]
+    for side, ns in zip(sides, (20.0, 10.0), strict=True):
+        write_run(side, [timed(T, ns=T * ns, impl="x" * 40) for T in (1024, 4096)])
+    done = in_this_process("compare", *sides, "-o", out)
+    assert done.returncode == 0, done.stderr
+    pixels = np.asarray(Image.open(out / "comparison.png").convert("L"))
+    assert (pixels[:, :2] == 255).all() and (pixels[:, -2:] == 255).all()

@@ -120,7 +120,8 @@ def page(
         rows = sum(rows_of(name, look) for name in (*names, *notes))
         plot_in = max(plot_in, 0.2 * rows + 0.2)
     height_in = plot_in + strip_in + (_HEAD_IN if look.titled else 0.0)
-    figure = Figure((look.width_in, height_in), dpi=100, layout="constrained")
+    dpi = 100 if look.titled else look.dpi  # letters are wider or less at another
+    figure = Figure((look.width_in, height_in), dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, plot_in
 

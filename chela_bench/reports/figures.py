@@ -12,6 +12,7 @@ from typing import Literal
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from chela_bench.records import Point, Run
 from chela_bench.reports.drawing import Picture, draw
@@ -81,5 +82,16 @@ def render(figure: Figure, format: Format, look: Look = SCREEN) -> bytes:
     if not look.titled:
         metadata["Title"] = str(figure.get_label())
     with matplotlib.rc_context(settings(look)):
+        if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
+            _settle(figure, look.dpi)
         figure.savefig(content, format=format, dpi=look.dpi, metadata=metadata)
     return content.getvalue()
+
+
+def _settle(figure: Figure, dpi: int) -> None:
+    """Lays out for good: each drawing would move it a little, and another dpi more."""
+    drawn_at = figure.get_dpi()
+    figure.set_dpi(dpi)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    figure.set_dpi(drawn_at)
