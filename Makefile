@@ -13,7 +13,7 @@ ARGS ?=
 ALONE := $(addprefix tests/test_,$(addsuffix .py,atlas baseline cli completion crew faults forks gate_static live ncu \
 	plugins profiling pytest_plugin runner surroundings sweep timing tune tuning worker))
 
-.PHONY: .venv sweep test browser check docs test-gpu clean
+.PHONY: .venv sweep test browser check docs figures test-gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this.
@@ -36,6 +36,9 @@ check: $(ENVIRONMENT)  ## Format, lint and strict types.
 
 docs: $(ENVIRONMENT)  ## The pages that the code itself knows: records, bench.toml, command line.
 	PYTHONPATH=. $(PYTHON) docs/generate.py
+
+figures: $(ENVIRONMENT)  ## Every figure and table of docs/results again, from the records beside it.
+	PYTHONPATH=. $(PYTHON) docs/figures.py
 
 test-gpu: $(ENVIRONMENT)  ## The tests that need a GPU. ARGS="-n 8": kernels compile side by side.
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/test_gpu.py

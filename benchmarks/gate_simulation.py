@@ -25,6 +25,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from chela_bench.bench import verdict
 from chela_bench.bench.comparing import look
@@ -32,6 +33,7 @@ from chela_bench.bench.live import LOOKS, TURN_S
 from chela_bench.bench.sources import Entry
 from chela_bench.bench.verdict import Limit
 from chela_bench.records import Point, Telemetry
+from chela_bench.reports.figures import render
 
 ROOT = Path(__file__).resolve().parent.parent / "docs" / "results"
 SERIES = ("h100", "h100-attention/cold")
@@ -185,20 +187,18 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def draw(rows: list[dict[str, Any]], out: Path) -> None:
+def figure(rows: list[dict[str, Any]]) -> Figure:
     """Shares of failed (solid) and unclear (dashed) against the planted change."""
-    from matplotlib.figure import Figure
-
-    from chela_bench.reports.figures import render
     from chela_bench.reports.style import settings
 
     colours = dict(
         zip(SCENARIOS, ("#009E73", "#0072B2", "#D55E00", "#CC79A7", "#000000"), strict=True)
     )
     with matplotlib.rc_context(settings()):
-        figure = Figure(figsize=(9.0, 3.6), layout="constrained")
-        for axes, mode in zip(figure.subplots(1, 2, sharey=True), ("live", "stored"), strict=True):
-            for scenario in SCENARIOS:
+        drawn = Figure(figsize=(9.0, 3.6), layout="constrained")
+        for axes, mode in zip(drawn.subplots(1, 2, sharey=True), ("live", "stored"), strict=True):
+            for place, scenario in enumerate(SCENARIOS):
+                width = 3.8 - 0.7 * place  # so that a line under another is seen
                 mine = [r for r in rows if (r["mode"], r["scenario"]) == (mode, scenario)]
                 if not mine:
                     continue
@@ -206,14 +206,14 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
                     shares = [100 * r[word] / r["trials"] for r in mine]
                     label = scenario if word == "failed" else None
                     axes.plot([100 * r["change"] for r in mine], shares, style, marker="o",
-                              color=colours[scenario], markersize=4, label=label)  # fmt: skip
+                              color=colours[scenario], linewidth=width, markersize=2 + width,
+                              label=label)  # fmt: skip
             axes.axvline(100 * LIMIT.relative, color="#5a5a5a", linewidth=0.8)
             axes.set_title(mode, loc="left")
             axes.set_xlabel("planted change, %; line: the limit")
-        figure.axes[0].set_ylabel("% of trials: failed solid, unclear dashed")
-        figure.axes[0].legend()
-        for kind in ("png", "svg"):
-            (out / f"gate-simulation.{kind}").write_bytes(render(figure, kind))
+        drawn.axes[0].set_ylabel("% of trials: failed solid, unclear dashed")
+        drawn.axes[0].legend()
+    return drawn
 
 
 def main() -> None:
@@ -236,7 +236,9 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "trials.json").write_text(json.dumps(rows, indent=1) + "\n")
     (given.out / "table.md").write_text(table(rows))
-    draw(rows, given.out)
+    drawn = figure(rows)
+    for kind in ("png", "svg"):
+        (given.out / f"gate-simulation.{kind}").write_bytes(render(drawn, kind))
     print(table(rows))
 
 

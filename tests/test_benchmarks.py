@@ -27,8 +27,8 @@ def configs():
     return script("linear_attention_configs")
 
 
-def script(name):
-    path = ROOT / "benchmarks" / f"{name}.py"
+def script(name, folder="benchmarks"):
+    path = ROOT / folder / f"{name}.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -50,7 +50,7 @@ def _output_lost() -> Iterator[None]:
 
 class _LazyGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
+        return [*COMMANDS]  # `list` is one of this package's modules
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
@@ -89,6 +89,11 @@ def cli() -> None:
     Exit codes: 0 ok, 1 a regression, or a point crashed or timed out, 2 usage, 3 a wrong
     result, 4 no baseline for this machine, 5 unclear, 6 the machine lacks something, 129, 130
     or 143 interrupted.
+
+    \b
+    Examples:
+      chela-bench sweep --lens 1k,4k
+      chela-bench list
     """
 
 

@@ -23,8 +23,8 @@ def baseline() -> None:
 
     \b
     Examples:
-      chela-bench baseline save runs/RUN --name 2026-01
-      chela-bench baseline promote 2026-01
+      chela-bench baseline save runs/RUN --name 2026-03
+      chela-bench baseline promote 2026-02
     """
 
 
@@ -37,6 +37,11 @@ def save(source: Path, name: str | None, config: Path | None, baselines: Path) -
     """Keep a run folder, pytest-benchmark's JSON or `atlas --json` as a baseline.
 
     With compiled kernels, the HBM bytes that our formulas give at bench.toml's shapes are kept too.
+
+    \b
+    Examples:
+      chela-bench baseline save runs/RUN --name 2026-03
+      chela-bench baseline save atlas.json
     """
     models = {}
     if sources.read(source).kind == "static":
@@ -52,7 +57,11 @@ def save(source: Path, name: str | None, config: Path | None, baselines: Path) -
 @baselines_option
 @json_option
 def list_(baselines: Path, as_json: bool) -> None:
-    """Baselines by machine; `*` marks the promoted one."""
+    """Baselines by machine; `*` marks the promoted one.
+
+    \b
+    Example:  chela-bench baseline list
+    """
     found = baselines_of.listed(baselines)
     if as_json:
         rows = [
@@ -83,6 +92,10 @@ def list_(baselines: Path, as_json: bool) -> None:
 @click.option("--machine", help="Its machine's folder, if several have one of this name.")
 @baselines_option
 def promote(name: str, machine: str | None, baselines: Path) -> None:
-    """Make NAME the baseline that `gate` takes on its machine."""
+    """Make NAME the baseline that `gate` takes on its machine.
+
+    \b
+    Example:  chela-bench baseline promote 2026-02
+    """
     key = baselines_of.promote(baselines, name, machine)
     say(f"{name} is the baseline of {key}")

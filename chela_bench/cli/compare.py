@@ -59,7 +59,7 @@ def compare(ctx: click.Context, /, **given: Any) -> None:
     \b
     Examples:
       chela-bench compare runs/BEFORE runs/AFTER
-      chela-bench compare --live triton_chunked fla_chunk --op linear_attention --lens 4k
+      chela-bench compare --live chunked my_kernel.py:attention --op linear_attention --lens 4k
       chela-bench compare --live main . --op long_conv --shape b8-t4k-d1024
     """
     if given["as_json"] and given["as_markdown"]:

@@ -73,6 +73,14 @@ def archs(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[C
     return _listed(ARCHS, incomplete)
 
 
+def formats(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from typing import get_args
+
+    from chela_bench.reports.figures import Format
+
+    return _listed(get_args(Format), incomplete)
+
+
 def _listed(names: Iterable[str], incomplete: str) -> list[CompletionItem]:
     """The last of a comma-separated list, with what stands before it; none twice."""
     before, comma, last = incomplete.rpartition(",")

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
 import pandas as pd
 
 from chela_bench.bench.store import load_samples
 from chela_bench.cli.output import write_files
-from chela_bench.errors import RecordError
+from chela_bench.errors import RecordError, UsageError
 from chela_bench.records import Point, Run
-from chela_bench.reports.figures import figures, heat_maps, render
+from chela_bench.reports.figures import Format, figures, heat_maps, render
 from chela_bench.reports.html import Atlas, Reported, pages
 from chela_bench.reports.markdown import summary
+from chela_bench.reports.style import SCREEN, Look
 from chela_bench.reports.tables import kernels_frame, points_frame
 
-PAGE = "index.html"
-FORMATS: tuple[Literal["png", "svg"], ...] = ("png", "svg")
+PAGE, SUMMARY = "index.html", "summary.md"
+FORMATS: tuple[Format, ...] = ("png", "svg")
 
 
 def write_tables(folder: Path, run: Run, points: list[Point]) -> None:
@@ -58,22 +59,37 @@ def report_files(
     points: list[Point],
     samples: Mapping[str, Sequence[int]] | None = None,
     atlas: Atlas | None = None,
+    *,
+    formats: Sequence[Format] = FORMATS,
+    look: Look = SCREEN,
 ) -> tuple[Reported, dict[str, bytes]]:
-    """What a page is made of, and the folder's files by name. The page shows distributions of the
-    samples, by a point's key, and the atlas."""
-    drawn = {
-        name: {kind: render(figure, kind) for kind in FORMATS}
-        for name, figure in {**figures(run, points), **heat_maps(run, points)}.items()
-    }
-    svgs = {name: kinds["svg"] for name, kinds in drawn.items()}
+    """What a page is made of, and the folder's files by name: a file a figure and format. The page
+    shows distributions of the samples, by a point's key, and the atlas; its own figures are set for
+    a screen whatever the files are."""
+    maps = heat_maps(run, points)  # alike in every look
+    drawn = {**figures(run, points), **maps}
+    svgs = {name: render(figure, "svg") for name, figure in drawn.items()}
     reported = Reported(run, points, svgs, samples, atlas)
     files = {
         PAGE: pages([reported]).encode(),
-        "summary.md": summary(run, points).encode(),
+        SUMMARY: summary(run, points).encode(),
         **_csv(run, points),
-        **{f"{name}.{kind}": data for name, kinds in drawn.items() for kind, data in kinds.items()},
     }
+    kept = drawn if look is SCREEN else {**figures(run, points, look), **maps}
+    for name, figure in kept.items():
+        for kind in formats:
+            same = kind == "svg" and look is SCREEN
+            files[f"{name}.{kind}"] = svgs[name] if same else render(figure, kind, look)
     return reported, files
+
+
+def formats_of(names: Sequence[str]) -> tuple[Format, ...]:
+    """The kinds of files that `--format` names."""
+    known: dict[str, Format] = {kind: kind for kind in get_args(Format)}
+    for name in names:
+        if name not in known:
+            raise UsageError(f"no format {name!r} for a figure; there are: {', '.join(known)}")
+    return tuple(known[name] for name in dict.fromkeys(names))
 
 
 def _csv(run: Run, points: list[Point]) -> dict[str, bytes]:

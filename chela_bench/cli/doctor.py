@@ -30,7 +30,7 @@ def doctor(ctx: click.Context, device: str, config: Path | None, out: Path, as_j
     Exits with 6 if `chela-bench sweep` cannot run on the device.
 
     \b
-    Example:  chela-bench doctor --device cuda
+    Example:  chela-bench doctor
     """
     path, problem = _config(config)
     peers, plugins = _peers(), _plugins()

@@ -73,7 +73,7 @@ def profile(ctx: click.Context, /, op: str | None, capture: Path | None, **given
     \b
     Examples:
       chela-bench profile linear_attention --impl triton_chunked,fla_chunk --lens 4k,16k
-      chela-bench profile --from capture.ncu-rep
+      chela-bench profile --from capture.csv
     """
     if capture is not None:
         if op is not None or given["impl"]:

@@ -7,6 +7,8 @@ from pathlib import Path
 import click
 
 from chela_bench.bench.store import load_run, load_samples
+from chela_bench.cli import complete
+from chela_bench.cli.choices import Names
 from chela_bench.cli.options import baselines_option
 from chela_bench.cli.output import print_run, write_files
 from chela_bench.errors import UsageError
@@ -37,7 +39,26 @@ SEVERAL = Path("report")
     metavar="FILE",
     help="What `atlas --out` wrote, for the page [default: RUN/atlas.json, if there].",
 )
+@click.option(
+    "--format",
+    "formats",
+    type=Names(),
+    default="png,svg",
+    show_default=True,
+    help="Files of each figure: png, svg, pdf.",
+    shell_complete=complete.formats,
+)
+@click.option(
+    "--style",
+    type=click.Choice(("screen", "paper")),
+    default="screen",
+    show_default=True,
+    help="Of figures; paper: one column wide, no title, fonts embedded.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document a run on stdout.")
+@click.option(
+    "--markdown", "as_markdown", is_flag=True, help="summary.md on stdout, for a pull request."
+)
 def report(
     runs: tuple[Path, ...],
     out: Path | None,
@@ -45,19 +66,28 @@ def report(
     across_machines: bool,
     baselines: Path,
     atlas_file: Path | None,
+    formats: list[str],
+    style: str,
     as_json: bool,
+    as_markdown: bool,
 ) -> None:
-    """One HTML page, tables (Markdown, CSV) and figures (PNG, SVG) from run folders.
+    """One HTML page, tables (Markdown, CSV) and figures from run folders.
 
     \b
     Examples:
-      chela-bench report runs/20260101T120000Z-abc123 -o report
+      chela-bench report runs/RUN -o report
       chela-bench report runs/BEFORE runs/AFTER --compare -o report
+      chela-bench report runs/RUN -o figures --format pdf,svg,png --style paper
+      chela-bench report runs/RUN --markdown
     """
-    from chela_bench.cli.derived import PAGE, report_files, write_tables
+    from chela_bench.cli.derived import PAGE, SUMMARY, formats_of, report_files, write_tables
     from chela_bench.cli.pages import atlas_of, compared
     from chela_bench.reports.html import pages
+    from chela_bench.reports.style import LOOKS
 
+    if as_json and as_markdown:
+        raise UsageError("--json and --markdown both write to stdout: give one of them")
+    kinds, look = formats_of(formats), LOOKS[style]
     names = [folder.resolve().name for folder in runs]
     if out is not None and len(set(names)) < len(names):
         raise UsageError(f"two run folders of one name would share a folder in {out}: report each")
@@ -77,13 +107,15 @@ def report(
         else:
             target = out if len(runs) == 1 else out / name
         samples, atlas = load_samples(folder), atlas_of(folder, atlas_file)
-        reported, files = report_files(run, points, samples, atlas)
+        reported, files = report_files(run, points, samples, atlas, formats=kinds, look=look)
         write_files({target / file: data for file, data in files.items()})
         found.append(reported)
-        print_run(run, points, as_json=as_json)
-        if not as_json:
-            click.echo(f"report: {target / PAGE} ({len(files)} files)")
+        if as_markdown:
+            click.echo(files[SUMMARY].decode(), nl=False)
+        else:
+            print_run(run, points, as_json=as_json)
+        click.echo(f"report: {target / PAGE} ({len(files)} files)", err=as_json or as_markdown)
     if len(found) > 1:
         path = (out or SEVERAL) / PAGE
         write_files({path: pages(found, comparisons).encode()})
-        click.echo(f"report of all: {path}", err=as_json)
+        click.echo(f"report of all: {path}", err=as_json or as_markdown)

@@ -18,7 +18,7 @@ def show(folder: Path, as_json: bool) -> None:
     """The tables of a run folder on stdout. Writes nothing; `report` writes files.
 
     \b
-    Example:  chela-bench show runs/20260101T120000Z-abc123
+    Example:  chela-bench show runs/RUN
     """
     run, points = load_run(folder)
     print_run(run, points, as_json=as_json)

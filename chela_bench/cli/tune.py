@@ -83,7 +83,7 @@ def tune(ctx: click.Context, /, **given: Any) -> None:
       chela-bench tune linear_attention --lens 4k,16k --axis BLOCK_V=32,64,128 \\
           --axis num_warps=4,8 --axis segments=1,2,4,8 --budget 5m
       chela-bench tune long_conv --lens 4k --axis method=monarch,factors --axis N2=16,32,64
-      chela-bench tune --resume runs/RUN --write-table
+      chela-bench tune --resume runs/TUNED --write-table
     """
     folder: Path | None = given["resume"]
     retry = frozenset(given["retry"])

@@ -16,7 +16,7 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.text import Text
 
 from chela_bench.records import AtlasRow, ConfigValue, Refused
-from chela_bench.reports.columns import line, table, tables
+from chela_bench.reports.columns import indented, line, table, tables
 from chela_bench.reports.sheets import Sheet
 from chela_bench.reports.text import plain
 
@@ -75,8 +75,8 @@ class _Atlas:
             yield from _kernel_tables(rows, self.archs, options.max_width)
         yield Text()
         yield line(CELLS_NOTE, "dim")
-        yield from _problems(self.rows)
-        yield from _refusals(self.refused)
+        for text, is_reason in (*_problems(self.rows), *_refusals(self.refused)):
+            yield indented(text, "dim") if is_reason else line(text)
         yield line(tally(self.rows), "bold")
 
 
@@ -100,7 +100,7 @@ def atlas_sheets(rows: Sequence[AtlasRow], archs: Sequence[str]) -> list[Sheet]:
 
 def problem_lines(rows: Sequence[AtlasRow], refused: Sequence[Refused]) -> list[str]:
     """What does not run or is not launched, and why: each reason once."""
-    return [each.plain for each in (*_problems(rows), *_refusals(refused))]
+    return [text for text, _ in (*_problems(rows), *_refusals(refused))]
 
 
 def _by_kernel(rows: Iterable[AtlasRow]) -> dict[tuple[str, str], list[AtlasRow]]:
@@ -160,8 +160,8 @@ def _cell(rows: Sequence[AtlasRow]) -> Text:
     return Text(f"{text} +{spills}", "yellow") if spills else Text(text)
 
 
-def _problems(rows: Sequence[AtlasRow]) -> Iterator[Text]:
-    """What does not run, and why: each reason once."""
+def _problems(rows: Sequence[AtlasRow]) -> Iterator[tuple[str, bool]]:
+    """What does not run, and why: each reason once, and whether it is the reason."""
     wrong = [row for row in rows if not row.fits]
     reasons: dict[tuple[str, str], list[str]] = {}
     for row in wrong:
@@ -169,21 +169,21 @@ def _problems(rows: Sequence[AtlasRow]) -> Iterator[Text]:
         reasons.setdefault((row.outcome, row.reason or ""), []).append(where)
     for (outcome, reason), places in itertools.islice(reasons.items(), _REASONS):
         more = f", and {len(places) - 1} more" if len(places) > 1 else ""
-        yield line(plain(f"{outcome}: {places[0]}{more}"))
-        yield line(plain(reason), "dim", indent=2)
+        yield plain(f"{outcome}: {places[0]}{more}"), False
+        yield plain(reason), True
     if len(reasons) > _REASONS:
-        yield line(f"and {len(reasons) - _REASONS} more reasons: see --json", "dim")
+        yield f"and {len(reasons) - _REASONS} more reasons: see --json", False
 
 
-def _refusals(refused: Sequence[Refused]) -> Iterator[Text]:
+def _refusals(refused: Sequence[Refused]) -> Iterator[tuple[str, bool]]:
     reasons: dict[str, list[str]] = {}
     for each in refused:
         where = f"{each.op}/{each.impl} {config_label(each.asked.items())} on {each.arch}"
         reasons.setdefault(each.reason, []).append(where)
     for reason, places in itertools.islice(reasons.items(), _REASONS):
         more = f", and {len(places) - 1} more calls" if len(places) > 1 else ""
-        yield line(plain(f"not launched: {places[0]}{more}"))
-        yield line(plain(reason), "dim", indent=2)
+        yield plain(f"not launched: {places[0]}{more}"), False
+        yield plain(reason), True
 
 
 def tally(rows: Sequence[AtlasRow]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -193,16 +194,14 @@ def figure(comparison: Comparison) -> Figure | None:
         band = comparison.noise
         axes.axvspan(1 / (1 + band), 1 + band, color="#f0f0f0", zorder=0)
         axes.axvline(1.0, color=INK, linewidth=0.8, zorder=1)
-        axes.set_yticks(list(places), [plain(row.name)[-80:] for row in rows], fontsize=7.5)
+        axes.set_yticks(list(places), [_end(plain(row.name), 80) for row in rows], fontsize=7.5)
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
         what = "multiple of the floor, " if comparison.across_machines else "time, "
         axes.set_xlabel(f"{what}after / before; 95 % interval; grey: noise")
         more = f", the largest {len(rows)} of {len(rows) + left_out}" if left_out > 0 else ""
-        axes.set_title(
-            f"{_short(comparison.before)} to {_short(comparison.after)}{more}",
-            fontsize=9.5, loc="left",
-        )  # fmt: skip
+        title = f"{_short(comparison.before)} to {_short(comparison.after)}{more}"
+        drawn.suptitle(textwrap.fill(title, 110), x=0.01, ha="left", fontsize=9.5)
         shown = [word for word in ORDER if any(row.verdict == word for row in rows)]
         handles = [
             Line2D([], [], color=_COLOURS[word], marker=_MARKERS[word], label=word)
@@ -213,7 +212,11 @@ def figure(comparison: Comparison) -> Figure | None:
 
 
 def _short(side: Side) -> str:
-    return plain(side.label)[-50:]
+    return _end(plain(side.label), 50)
+
+
+def _end(text: str, most: int) -> str:
+    return text if len(text) <= most else "…" + text[1 - most :]
 
 
 def _side(side: Side) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Container, Iterator, Sequence
 
 from rich import box
 from rich.console import RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -15,8 +16,13 @@ _GAP = 2  # characters between columns
 _LONGEST_NAME = 18  # a longer one is folded
 
 
-def line(text: str, style: str = "", indent: int = 0) -> Text:
-    return Text(" " * indent + text, style, overflow="fold")
+def line(text: str, style: str = "") -> Text:
+    return Text(text, style, overflow="fold")
+
+
+def indented(text: str, style: str = "") -> RenderableType:
+    """By two, the lines that it is wrapped into too."""
+    return Padding.indent(line(text, style), 2)
 
 
 def tables(

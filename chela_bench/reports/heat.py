@@ -173,18 +173,23 @@ def _frame(axes: Axes, column: int, row: int) -> None:
 
 
 def _draw_contours(axes: Axes, heat: HeatMap, panel: Panel) -> None:
-    """Its name stands above the lower end of a level's first line, which is inside the panel."""
+    """Its name stands above the lower end of a level's first line, which is inside the panel; of
+    levels that begin with the same line, the names up to their parentheses."""
     styles: list[Any] = ["-", (0, (5, 2)), (0, (2, 2)), (0, (1, 1.5))]
+    named: dict[tuple[float, float], list[str]] = {}
     for number, (name, level) in enumerate(heat.contours.items()):
         for i, (line_x, line_y) in enumerate(_contour(heat, panel, level)):
             style = styles[number % len(styles)]
             axes.plot(line_x, line_y, color=INK, linewidth=1.8, linestyle=style)
             if i == 0:
-                axes.annotate(
-                    name, (max(line_x), min(line_y)), (-2, 1), textcoords="offset points",
-                    ha="right", va="bottom", fontsize=7, color=INK,
-                    bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.5},
-                )  # fmt: skip
+                named.setdefault((max(line_x), min(line_y)), []).append(name)
+    for place, names in named.items():
+        short = [name.partition(" (")[0] for name in names] if len(names) > 1 else names
+        axes.annotate(
+            ", ".join(short), place, (-2, 1), textcoords="offset points", ha="right", va="bottom",
+            fontsize=7, color=INK,
+            bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.5},
+        )  # fmt: skip
 
 
 def _contour(heat: HeatMap, panel: Panel, level: float) -> list[tuple[list[float], list[float]]]:

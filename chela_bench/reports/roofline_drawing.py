@@ -7,17 +7,14 @@ from dataclasses import dataclass
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from chela_bench.records import Point
-from chela_bench.reports.drawing import Line, legend, line_looks, rows_of, titles
+from chela_bench.reports.drawing import Line, finish, line_looks, page
 from chela_bench.reports.roofline import Roof, intensities
-from chela_bench.reports.style import INK, Style, settings
+from chela_bench.reports.style import INK, SCREEN, Look, Style, settings
 from chela_bench.reports.text import three_digits
-
-_WIDTH_IN, _PLOT_IN, _HEAD_IN = 9.0, 3.9, 1.35
 
 
 @dataclass(frozen=True)
@@ -55,46 +52,40 @@ def track(name: str, style: Style, points: Sequence[Point]) -> Track | None:
     return Track(name, style, tuple(measured), tuple(modelled))
 
 
-def draw_roofline(picture: RoofPicture) -> Figure:
+def draw_roofline(picture: RoofPicture, look: Look = SCREEN) -> Figure:
     """The card's roof, and below it each series from its shortest to its longest sequence."""
     tracks = sorted(picture.tracks, key=lambda each: -_highest(each))
     lines = [_as_line(each) for each in tracks]
-    named = [line.name for line in lines] + list(picture.notes)
-    plot_in = max(_PLOT_IN, 0.2 * sum(rows_of(name) for name in named) + 0.2)
-    with matplotlib.rc_context(settings()):
-        figure = Figure((_WIDTH_IN, plot_in + _HEAD_IN), dpi=100, layout="constrained")
-        FigureCanvasAgg(figure)
+    with matplotlib.rc_context(settings(look)):
+        figure, _ = page([line.name for line in lines], picture.notes, look)
         axes = figure.add_subplot()
-        title = titles(figure, axes, picture.title, picture.subtitle)
         for each, line in zip(tracks, lines, strict=True):
-            _draw_track(axes, each, line)
-        _draw_roof(axes, picture.roof, tracks)
-        legend(axes, lines, picture.notes)
+            _draw_track(axes, each, line, look)
+        _draw_roof(axes, picture.roof, tracks, look)
         axes.set_xlabel("FLOPs per byte of device memory")
         axes.set_ylabel("TFLOP/s")
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")
-        title.set_x(axes.get_position().x0)
+        finish(axes, picture.title, picture.subtitle, lines, picture.notes, look)
     return figure
 
 
-def _draw_track(axes: Axes, track: Track, line: Line) -> None:
-    looks = line_looks(line)
+def _draw_track(axes: Axes, track: Track, line: Line, look: Look) -> None:
+    looks = {**line_looks(line, look), "linewidth": 1.2 * look.thickness}
     for values, hollow in ((track.modelled, bool(track.measured)), (track.measured, False)):
         if values:
             more = {"markerfacecolor": "white", "markeredgecolor": looks["color"],
-                    "markeredgewidth": 1.2, "linestyle": ":"} if hollow else {}  # fmt: skip
-            axes.plot(*zip(*values, strict=True), zorder=3, **{**looks, "linewidth": 1.2, **more})
+                    "markeredgewidth": 1.2 * look.thickness,
+                    "linestyle": ":"} if hollow else {}  # fmt: skip
+            axes.plot(*zip(*values, strict=True), zorder=3, **{**looks, **more})
 
 
-def _draw_roof(axes: Axes, roof: Roof, tracks: Sequence[Track]) -> None:
+def _draw_roof(axes: Axes, roof: Roof, tracks: Sequence[Track], look: Look) -> None:
     points = [value for each in tracks for value in (*each.measured, *each.modelled)]
     left = min(min(x for x, _ in points), roof.ridge) / 2
     right = max(max(x for x, _ in points), roof.ridge) * 3
     low = min(y for _, y in points) / 3
     corners = [left, roof.ridge, right]
     tops = [roof.tflop_per_s(x) for x in corners]
-    axes.plot(corners, tops, color=INK, linewidth=1.4, zorder=2)
+    axes.plot(corners, tops, color=INK, linewidth=1.4 * look.thickness, zorder=2)
     axes.fill_between(corners, tops, [tops[-1] * 100] * 3, color="#f0f0f0", linewidth=0, zorder=0.5)
     axes.set_xscale("log")
     axes.set_yscale("log")

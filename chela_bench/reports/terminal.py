@@ -9,7 +9,7 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.text import Text
 
 from chela_bench.records import Point, Run
-from chela_bench.reports.columns import column_width, line, room, table, tables
+from chela_bench.reports.columns import column_width, indented, line, room, table, tables
 from chela_bench.reports.crossings import comparison
 from chela_bench.reports.groups import (
     OTHER_FUNCTIONS,
@@ -21,6 +21,7 @@ from chela_bench.reports.groups import (
 )
 from chela_bench.reports.rows import COLUMNS, STEPS, engineering
 from chela_bench.reports.sheets import Sheet, sheets
+from chela_bench.reports.sparklines import Scale, distance, distances
 from chela_bench.reports.text import duration, length, lengths, machine, tally, three_digits
 
 
@@ -29,8 +30,9 @@ def sweep_table(
 ) -> RenderableType:
     """One table for each op, direction, dtype and shape; what failed and why; a line of counts.
 
-    A cell is the median time and its multiple of the floor; `*` marks the fastest correct
-    implementation of its row. Columns that do not fit the width continue in a further block. What
+    A cell is the median time and its multiple of the floor, coloured by that; `*` marks the fastest
+    correct implementation of its row. Below each column a sparkline over the lengths, except where
+    the encoding has no blocks. Columns that do not fit the width continue in a further block. What
     was skipped at every length has no column, unless nothing else has one. `beside` names the
     sheets that follow where something was counted.
     """
@@ -49,14 +51,21 @@ class _Sweep:
         for group in found:
             yield Text()
             yield _heading(group)
-            yield from _blocks(group, options.max_width)
-            yield from _legend(group)
+            scale = None if options.ascii_only else Scale.of(group)
+            yield from _blocks(group, options.max_width, scale)
+            yield from _legend(group, scale)
+            if _coloured(console) and any(p.x_floor is not None for p in group.points):
+                yield distances()
             yield from _sheets(self.run, group, options.max_width, self.beside)
             yield from map(line, _rates(group))
             yield from map(line, comparison(group, drawn_beside(group, found)))
             yield from _failures(group)
         yield Text()
         yield line(tally(self.run, self.points), "bold")
+
+
+def _coloured(console: Console) -> bool:
+    return console.color_system is not None and not console.no_color
 
 
 def _heading(group: Group) -> Text:
@@ -67,24 +76,24 @@ def _heading(group: Group) -> Text:
     return heading
 
 
-def _blocks(group: Group, width: int) -> Iterator[RenderableType]:
+def _blocks(group: Group, width: int, scale: Scale | None) -> Iterator[RenderableType]:
     """The group's columns, cut where the width ends; every block repeats the lengths."""
+    below = [] if scale is None else [Text("")]
     tokens_column = [Text(length(tokens)) for tokens in group.lengths]
-    leading = [("T", tokens_column)]
+    leading = [("T", [*tokens_column, *([] if scale is None else [Text("trend", "dim")])])]
     floors = [group.floor_ns(tokens) for tokens in group.lengths]
     if any(floors):
-        leading.append(("floor", [Text(duration(f) if f else "-") for f in floors]))
+        leading.append(("floor", [*(Text(duration(f) if f else "-") for f in floors), *below]))
     if group.is_layer:
         learnt = [group.parameters(tokens) for tokens in group.lengths]
         flops = [group.flops(tokens) for tokens in group.lengths]
-        leading.append(("params", [Text("-" if n is None else engineering(n)) for n in learnt]))
-        leading.append(
-            ("GFLOP", [Text("-" if n is None else three_digits(n / 1e9)) for n in flops])
-        )
+        sizes = [Text("-" if n is None else engineering(n)) for n in learnt]
+        counts = [Text("-" if n is None else three_digits(n / 1e9)) for n in flops]
+        leading += [("params", [*sizes, *below]), ("GFLOP", [*counts, *below])]
     tried = [s for s in group.series if any(p.outcome != "skipped" for p in s.points)]
-    waiting = [(series.label, _cells(group, series)) for series in tried or group.series]
+    waiting = [(series.label, _cells(group, series, scale)) for series in tried or group.series]
     if group.is_layer and waiting and room(leading, width) < column_width(*waiting[0]):
-        yield table(leading, width)
+        yield table([(name, cells[: len(group.lengths)]) for name, cells in leading], width)
         yield Text()
         leading = leading[:1]
     yield from tables(leading, waiting, width)
@@ -134,20 +143,23 @@ def _rates(group: Group) -> Iterator[str]:
                 yield f"{length(tokens)}: {series.label} {rate} tokens/s{moved}"
 
 
-def _cells(group: Group, series: Series) -> list[Text]:
-    """One a length: time, multiple of the floor and mark, each part as wide as its widest."""
+def _cells(group: Group, series: Series, scale: Scale | None) -> list[Text]:
+    """One a length: time, multiple of the floor and mark, each part as wide as its widest; then the
+    sparkline."""
     parts = [_parts(group, series.at(tokens), tokens) for tokens in group.lengths]
     timed = [part for part in parts if len(part) == 3]
     widths = [max((len(column) for column in each), default=0) for each in zip(*timed, strict=True)]
     cells = []
-    for part in parts:
+    for part, tokens in zip(parts, group.lengths, strict=True):
         if len(part) == 3:
+            point = series.at(tokens)
             time, multiple, mark = (p.rjust(w) for p, w in zip(part, widths, strict=True))
             cell = f"{time} {multiple}{mark}" if widths[1] else f"{time}{mark}"
-            cells.append(Text(cell, "bold" if part[2].strip() else ""))
+            near = distance(point.x_floor if point else None)
+            cells.append(Text(cell, f"bold {near}" if part[2].strip() else near))
         else:
             cells.append(Text(part[0] + " ", "dim" if part[0] in ("-", "skipped") else "red"))
-    return cells
+    return cells if scale is None else [*cells, scale.line(series, group.lengths)]
 
 
 def _parts(group: Group, point: Point | None, tokens: int) -> tuple[str, ...]:
@@ -165,21 +177,23 @@ def _parts(group: Group, point: Point | None, tokens: int) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _legend(group: Group) -> Iterator[Text]:
+def _legend(group: Group, scale: Scale | None) -> Iterator[Text]:
     ok = [point for point in group.points if point.outcome == "ok"]
     notes = ["* fastest correct"] if ok else []
     if any(point.x_floor is not None for point in ok):
         notes.append("x multiple of the floor")
     if any(point.time_ns is None for point in ok):
         notes.append("wall: from launch to synchronised end, too many launches for kernel time")
+    if scale is not None:
+        notes.append(scale.note)
     if notes:
         yield line("; ".join(notes), "dim")
 
 
-def _failures(group: Group) -> Iterator[Text]:
+def _failures(group: Group) -> Iterator[RenderableType]:
     for failure in failures(group):
         where = "; ".join(
             f"{label} at {lengths(tokens, group.lengths)}" for label, tokens in failure.where
         )
         yield line(f"{failure.outcome}: {where}")
-        yield line(failure.reason, "dim", indent=2)
+        yield indented(failure.reason, "dim")

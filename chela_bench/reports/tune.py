@@ -16,7 +16,7 @@ from rich.text import Text
 from chela_bench.records import TIE, ConfigValue, Point, Run, Static, shape_label
 from chela_bench.reports.atlas import config_label
 from chela_bench.reports.atlas_maps import other_axes, varied
-from chela_bench.reports.columns import Column, line, tables
+from chela_bench.reports.columns import Column, indented, line, tables
 from chela_bench.reports.groups import Group
 from chela_bench.reports.heat import HeatMap, Panel, Place
 from chela_bench.reports.sheets import Sheet
@@ -280,7 +280,7 @@ def _remarks(call: Call) -> Iterator[str]:
         yield f"{len(alone)} of {len(call.timed)} timed by themselves, not in turn"
 
 
-def _failures(call: Call) -> Iterator[Text]:
+def _failures(call: Call) -> Iterator[RenderableType]:
     reasons: dict[tuple[str, str], list[Point]] = {}
     for point in call.points:
         if point.outcome != "ok":
@@ -290,7 +290,7 @@ def _failures(call: Call) -> Iterator[Text]:
         label = config_label((n, some[0].config[n]) for n in varying if n in some[0].config)
         more = f", and {len(some) - 1} more" if len(some) > 1 else ""
         yield line(f"{outcome}: {plain(label)}{more}")
-        yield line(plain(reason), "dim", indent=2)
+        yield indented(plain(reason), "dim")
 
 
 def tune_maps(run: Run, points: Sequence[Point]) -> dict[str, HeatMap]:

@@ -1,0 +1,96 @@
+"""What docs/results shows is what today's code makes of the records beside it, to the byte."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+
+from chela_bench.reports.figures import render
+from tests.running import ROOT, environment
+from tests.test_benchmarks import script
+
+RESULTS = ROOT / "docs" / "results"
+FIGURES = script("figures", folder="docs")
+TARGETS = FIGURES.targets()
+
+
+@pytest.mark.parametrize("path", TARGETS, ids=lambda path: str(path.relative_to(RESULTS)))
+def test_a_committed_file_is_what_its_records_give(path):
+    if path.suffix in FIGURES.DRAWN and FIGURES.other_versions():
+        pytest.skip(f"drawn with other versions: {', '.join(FIGURES.other_versions())}")
+    assert FIGURES.same(path.read_bytes(), TARGETS[path]()), "run `make figures`"
+
+
+def test_no_figure_or_report_is_left_out():
+    """But logs in words, and tables of what needs a card to be counted."""
+    kept = {path for path in RESULTS.rglob("*") if path.suffix in (*FIGURES.DRAWN, ".pdf", ".html")}
+    kept |= set(RESULTS.rglob("summary.md")) | set(RESULTS.rglob("table.md"))
+    assert kept <= set(TARGETS)
+    assert len(TARGETS) >= 17
+
+
+def test_the_readme_has_the_simulations_table():
+    rows = (RESULTS / "gate-simulation" / "table.md").read_text().splitlines()
+    text = (RESULTS / "README.md").read_text()
+    assert all(row in text for row in rows if not set(row) <= set("|-: "))
+
+
+def test_pictures_are_compared_by_what_they_show(tmp_path):
+    from io import BytesIO
+
+    from PIL import Image
+
+    def png(colour, level):
+        content = BytesIO()
+        Image.new("RGB", (64, 64), colour).save(content, "png", compress_level=level)
+        return content.getvalue()
+
+    assert png("red", 1) != png("red", 9)
+    assert FIGURES.same(png("red", 1), png("red", 9))
+    assert not FIGURES.same(png("red", 1), png("#fe0000", 1))
+    assert not FIGURES.same(b"", png("red", 1)) and not FIGURES.same(b"<svg/>", b"<svg />")
+
+
+DRAW = """
+import hashlib, sys
+from chela_bench.reports.figures import figures, render
+from chela_bench.reports.style import LOOKS
+from tests.factories import conv_sweep, make_run
+points, look = conv_sweep(), LOOKS["paper"]
+name = "short_long_conv-fwd-bf16-B8-D1024-order_serial-time"
+[figure] = figures(make_run(), points, look, only={name}).values()
+for kind in sys.argv[1].split(","):
+    print(kind, hashlib.sha256(render(figure, kind, look)).hexdigest())
+"""
+
+
+def test_another_process_and_another_order_draw_the_same_bytes():
+    """Whatever hashes strings get, the date and the place are."""
+    drawn = []
+    for seed, kinds, when in (("1", "svg,png,pdf", "0"), ("2", "pdf,png,svg", "1700000000")):
+        told = environment(PYTHONHASHSEED=seed, SOURCE_DATE_EPOCH=when, TZ=f"UTC+{seed}")
+        done = subprocess.run(
+            [sys.executable, "-c", DRAW, kinds], env=told, capture_output=True, text=True,
+            timeout=240, check=True, cwd=ROOT,
+        )  # fmt: skip
+        drawn.append(sorted(done.stdout.splitlines()))
+    assert len(drawn[0]) == 3
+    assert drawn[0] == drawn[1]
+
+
+def test_a_figure_laid_out_once_stays():
+    simulation = FIGURES._simulation()
+    figure, again = (simulation.figure(FIGURES._trials()) for _ in range(2))
+    first = render(figure, "svg")
+    render(again, "png")
+    assert render(again, "svg") == first == render(figure, "svg")
+
+
+def test_what_is_drawn_with_is_pinned():
+    pins = dict(re.findall(r"(?m)^([\w-]+)==(\S+)", (ROOT / "constraints.txt").read_text()))
+    expected = [n for n in ("matplotlib", "numpy", "pillow") if version(n) != pins[n]]
+    assert [line.split()[0] for line in FIGURES.other_versions()] == expected
