@@ -7,13 +7,13 @@ PYTHON := $(VENV)/bin/python
 ENVIRONMENT := $(VENV)/.ready
 endif
 # On a machine with a GPU the peers are measured too.
-EXTRAS := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo dev,peers || echo dev)
+EXTRAS := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo dev,docs,peers || echo dev,docs)
 ARGS ?=
 # Tests that measure time, or start and kill processes, run one at a time.
 ALONE := $(addprefix tests/test_,$(addsuffix .py,atlas baseline cli completion crew faults forks gate_static live ncu \
 	plugins profiling pytest_plugin runner surroundings sweep timing tune tuning worker))
 
-.PHONY: .venv sweep test check docs test-gpu clean
+.PHONY: .venv sweep test check docs site test-gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this.
@@ -31,8 +31,12 @@ check: $(ENVIRONMENT)  ## Format, lint and strict types.
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
 
-docs: $(ENVIRONMENT)  ## The pages that the code itself knows: records, bench.toml, command line.
+docs: $(ENVIRONMENT)  ## What docs/ and README.md take from the code and from records.
 	PYTHONPATH=. $(PYTHON) docs/generate.py
+
+site: $(ENVIRONMENT)  ## The documentation as a site, in site/: dead links and anchors fail.
+	$(PYTHON) -m zensical build --strict --clean
+	$(PYTHON) docs/check_site.py site
 
 test-gpu: $(ENVIRONMENT)  ## The tests that need a GPU. ARGS="-n 8": kernels compile side by side.
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/test_gpu.py
@@ -47,4 +51,4 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:  ## Remove the environment and caches; run folders stay.
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .cache site .pytest_cache .mypy_cache .ruff_cache
