@@ -27,25 +27,25 @@ class Command(NamedTuple):
 
 
 def blocks(path: Path) -> Iterator[Block]:
-    """Every fenced block, and every indented one, which is a shell's; in order."""
-    fence, held = None, []
+    """Every fenced block, in lists too, and every indented one, which is a shell's; in order."""
+    fence, margin, held = None, 0, []
     indented: list[str] = []
     for line in [*path.read_text().splitlines(), ""]:
+        opens = re.match(r"( *)```(\w*)", line)
         if fence is not None:
-            if line.strip() == "```":
+            if opens and not opens[2]:
                 yield Block(fence, "\n".join(held) + "\n")
                 fence, held = None, []
             else:
-                held.append(line)
-            continue
-        if line.startswith("    "):
+                held.append(line[margin:])
+        elif line.startswith("    ") and opens is None:
             indented.append(line[4:])
-            continue
-        if indented:
-            yield Block("sh", "\n".join(indented) + "\n")
-            indented = []
-        if line.startswith("```"):
-            fence = line[3:].strip()
+        else:
+            if indented:
+                yield Block("sh", "\n".join(indented) + "\n")
+                indented = []
+            if opens:
+                fence, margin = opens[2], len(opens[1])
     if fence is not None:
         raise ValueError(f"{path}: a fence is opened and not closed")
 

@@ -175,6 +175,25 @@ def test_every_page_gives_options_that_there_are():
     assert {"sweep", "atlas", "gate", "tune", "profile"} <= names
 
 
+def within_lines(path, first):
+    """Commands in the midst of a sentence that begin with this word."""
+    for span in re.findall(rf"(?<!`)`{first} ([^`]+)`(?!`)", path.read_text()):
+        yield shlex.split(span)
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.stem)
+def test_sentences_name_commands_and_options_that_there_are(path):
+    group = click.Context(cli.cli, info_name="chela-bench")
+    for name, *words in within_lines(path, "chela-bench"):
+        command = cli.cli.get_command(group, name)
+        assert command is not None, f"no command {name}"
+        known = {option for parameter in command.params for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= known
+    targets = set(re.findall(r"^([\w.-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for words in within_lines(path, "make"):
+        assert {word for word in words if "=" not in word} <= targets
+
+
 @pytest.mark.parametrize(
     ("text", "found"),
     [
@@ -189,7 +208,10 @@ def test_commands_of_a_block(text, found):
 
 def test_blocks_of_a_page(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("words\n\n    a b\n    c\n\n```python\n# x.py\n1\n```\n```text\nout\n```\n")
+    page.write_text(
+        "words\n\n    a b\n    c\n\n```python\n# x.py\n1\n```\n"
+        "1. words\n\n   ```text\n   out\n   ```\n"
+    )
     found = list(blocks(page))
     assert found == [
         Block("sh", "a b\nc\n"),
