@@ -46,6 +46,7 @@ test-gpu: $(ENVIRONMENT)  ## The tests that need a GPU. ARGS="-n 8": kernels com
 .venv: $(VENV)/.ready  ## The environment alone.
 
 $(VENV)/.ready: pyproject.toml constraints.txt
+	@echo "Installing into $(VENV): some minutes, 2.4 GB with torch for the CPU"
 	python3 -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
 	touch $@
