@@ -7,13 +7,13 @@ PYTHON := $(VENV)/bin/python
 ENVIRONMENT := $(VENV)/.ready
 endif
 # On a machine with a GPU the peers are measured too.
-EXTRAS := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo dev,peers || echo dev)
+EXTRAS := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo dev,docs,peers || echo dev,docs)
 ARGS ?=
 # Tests that measure time, or start and kill processes, run one at a time.
 ALONE := $(addprefix tests/test_,$(addsuffix .py,atlas baseline cli completion crew faults forks gate_static live ncu \
 	plugins profiling pytest_plugin runner surroundings sweep timing tune tuning worker))
 
-.PHONY: .venv sweep test browser check docs figures test-gpu clean
+.PHONY: .venv sweep test browser check docs figures site test-gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this.
@@ -34,11 +34,15 @@ check: $(ENVIRONMENT)  ## Format, lint and strict types.
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
 
-docs: $(ENVIRONMENT)  ## The pages that the code itself knows: records, bench.toml, command line.
+docs: $(ENVIRONMENT)  ## What docs/ and README.md take from the code and from records.
 	PYTHONPATH=. $(PYTHON) docs/generate.py
 
 figures: $(ENVIRONMENT)  ## Every figure and table of docs/results again, from the records beside it.
 	PYTHONPATH=. $(PYTHON) docs/figures.py
+
+site: $(ENVIRONMENT)  ## The documentation as a site, in site/: dead links and anchors fail.
+	$(PYTHON) -m zensical build --strict --clean
+	$(PYTHON) docs/check_site.py site
 
 test-gpu: $(ENVIRONMENT)  ## The tests that need a GPU. ARGS="-n 8": kernels compile side by side.
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/test_gpu.py
@@ -48,9 +52,10 @@ test-gpu: $(ENVIRONMENT)  ## The tests that need a GPU. ARGS="-n 8": kernels com
 .venv: $(VENV)/.ready  ## The environment alone.
 
 $(VENV)/.ready: pyproject.toml constraints.txt
+	@echo "Installing into $(VENV): some minutes, 2.4 GB with torch for the CPU"
 	python3 -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
 	touch $@
 
 clean:  ## Remove the environment and caches; run folders stay.
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .cache site .pytest_cache .mypy_cache .ruff_cache

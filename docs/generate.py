@@ -1,8 +1,14 @@
-"""Writes the pages that the code itself knows: records.md, bench-toml.md, cli.md. `make docs`."""
+"""Writes what docs/ and README.md take from the code and from records. `make docs`.
+
+records.md, bench-toml.md, cli.md, verdicts.md      from the code
+decisions/README.md                                 from the decisions beside it
+README.md and index.md, the table of results        from the records (results_table.py)
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -10,6 +16,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import click
+import results_table
 from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -44,6 +51,7 @@ def pages() -> dict[str, str]:
         "bench-toml.md": bench_toml_page(),
         "cli.md": cli_page(),
         "verdicts.md": verdicts_page(),
+        "decisions/README.md": decisions_page(),
     }
     return {name: "\n\n".join((SOURCE, *parts)) + "\n" for name, parts in written.items()}
 
@@ -170,6 +178,19 @@ def cli_page() -> Iterator[str]:
                 )
 
 
+def decisions_page() -> Iterator[str]:
+    yield "# Decisions\n\nWhat was decided, when and why; measured where it could be."
+    rows = []
+    for path in sorted((HERE / "decisions").glob("0*.md")):
+        text = path.read_text()
+        title = re.match(r"# \d+\. (.+)", text)
+        day = re.search(r"^\d{4}-\d\d-\d\d$", text, re.MULTILINE)
+        if title is None or day is None:
+            raise ValueError(f"{path}: wanted `# N. Title` and a day on a line of its own")
+        rows.append((path.name[:4], f"[{title[1]}]({path.name})", day[0]))
+    yield _table(("", "decision", "day"), rows)
+
+
 def _help(command: click.Command, context: click.Context) -> str:
     return f"```\n{command.get_help(context)}\n```"
 
@@ -277,3 +298,5 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 if __name__ == "__main__":
     for name, text in pages().items():
         (HERE / name).write_text(text)
+    for path, text in results_table.marked().items():
+        path.write_text(text)

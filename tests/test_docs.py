@@ -7,11 +7,13 @@ import re
 import runpy
 
 import pytest
+import results_table
 
 from chela_bench.bench.config import find_config, load_config
 from tests.running import ROOT
 
 DOCS = ROOT / "docs"
+_OURS = ("triton_chunked",)
 GENERATE = runpy.run_path(str(DOCS / "generate.py"))
 PAGES = GENERATE["pages"]()
 
@@ -19,6 +21,49 @@ PAGES = GENERATE["pages"]()
 @pytest.mark.parametrize("name", PAGES)
 def test_a_generated_page_is_current(name):
     assert (DOCS / name).read_text() == PAGES[name], "run `make docs`"
+
+
+@pytest.mark.parametrize("path", results_table.FILES, ids=lambda path: path.name)
+def test_a_table_of_results_is_the_records(path):
+    assert path.read_text() == results_table.marked()[path], "run `make docs`"
+
+
+def test_a_row_of_results_is_two_medians_of_one_run():
+    """The first one, by hand from the file."""
+    lines = (DOCS / "results/h100-attention/peers/points.jsonl").read_text().splitlines()
+    shape = {"B": 1, "T": 16384, "H": 16, "K": 128, "V": 128}
+    medians = {
+        (point["impl"], point["direction"]): point["time_ns"]["median"]
+        for point in map(json.loads, lines)
+        if point["shape"] == shape
+    }
+    first = next(x for x in (ROOT / "README.md").read_text().splitlines() if "T16384 H16" in x)
+    for direction in ("fwd", "fwdbwd"):
+        ours = medians["triton_chunked", direction]
+        peer = min(medians[name, direction] for name in ("fla_chunk", "fla_fused_chunk"))
+        assert f"{ours / 1e6:.3f}, {peer / 1e6:#.3g} | **{peer / ours:.2f} x**" in first
+
+
+def test_a_table_mixes_no_conventions(monkeypatch):
+    cold = results_table.COMPARED[0]._replace(records="h100-attention/cold", peers=_OURS)
+    monkeypatch.setattr(results_table, "COMPARED", (*results_table.COMPARED, cold))
+    with pytest.raises(ValueError, match=r"runs of one table differ.*cold L2.*warm L2"):
+        results_table.marked()
+
+
+def test_a_time_that_is_not_there_is_not_shown(monkeypatch):
+    decoding = results_table.COMPARED[-1]._replace(records="h100-layer-backends")
+    monkeypatch.setattr(results_table, "COMPARED", (decoding,))
+    with pytest.raises(ValueError, match="skipped, so it has no time to show"):
+        results_table.marked()
+
+
+def test_a_file_without_marks_is_named(monkeypatch, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"# Page\n\n{results_table.FIRST}\n")
+    monkeypatch.setattr(results_table, "FILES", {page: "results"})
+    with pytest.raises(ValueError, match=r"page\.md: wanted the lines"):
+        results_table.marked()
 
 
 def _named(page):
