@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -12,11 +13,14 @@ import pytest
 
 @contextlib.contextmanager
 def without_repeats() -> Iterator[None]:
+    from triton.language import core
     from triton.runtime import interpreter
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", _patches_found_once(interpreter))
         patch.setattr(interpreter, "_get_np_dtype", _dtypes_by_name(interpreter))
+        patch.setattr(core.tensor, "__init__", _tensors_of_shapes_known())
+        patch.setattr(core.block_type, "__init__", _types_of_shapes_known())
         builder = interpreter.interpreter_builder
         if not builder.options.debug:  # then the overflow is computed, and what is found dropped
             options = dataclasses.replace(builder.options, sanitize_overflow=False)
@@ -65,3 +69,42 @@ def _dtypes_by_name(interpreter):
         return known[dtype.name]
 
     return np_dtype
+
+
+def _tensors_of_shapes_known():
+    """Without a tuple of constants made anew for every tensor."""
+    from triton.language import core
+
+    known = {}
+
+    def init(self, handle, type):
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        sizes = tuple(type.shape.values) if type.is_block() else ()
+        if sizes not in known:
+            shape = core.tuple([core.constexpr(size) for size in sizes])
+            known[sizes] = shape, core.constexpr(math.prod(sizes))
+        self.shape, self.numel = known[sizes]
+
+    return init
+
+
+def _types_of_shapes_known():
+    """Without the checks of a shape that has passed them, nor its name."""
+    from triton.language import core
+
+    make = core.block_type.__init__
+    known = {}
+
+    def init(self, element_ty, shape):
+        sizes = [size.value if isinstance(size, core.constexpr) else size for size in shape]
+        if not all(type(size) is int for size in sizes):
+            make(self, element_ty, shape)
+            return
+        key = (element_ty.name, *sizes)
+        if key not in known:
+            make(self, element_ty, shape)
+            known[key] = self.shape, self.numel, self.name
+        self.element_ty = element_ty
+        self.shape, self.numel, self.name = known[key]
+
+    return init
