@@ -34,10 +34,13 @@ def _patches_found_once(interpreter):
     import triton.language as tl
 
     find = interpreter._patch_lang
-    known = {}
+    known, seen = {}, {}
 
     def patch_lang(fn):
-        modules = tuple(x for x in (tl, tl.core) if any(x is y for y in fn.__globals__.values()))
+        if fn not in seen:
+            found = [x for x in (tl, tl.core) if any(x is y for y in fn.__globals__.values())]
+            seen[fn] = tuple(found)
+        modules = seen[fn]
         if not any(tl.core.is_builtin(module.load) for module in modules):
             return None
         if modules not in known:
