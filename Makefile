@@ -9,9 +9,8 @@ endif
 # On a machine with a GPU the peers are measured too.
 EXTRAS := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo dev,docs,peers || echo dev,docs)
 ARGS ?=
-# Tests that measure time, or start and kill processes, run one at a time.
-ALONE := $(addprefix tests/test_,$(addsuffix .py,atlas baseline cli completion crew faults forks gate_static live ncu \
-	plugins profiling pytest_plugin runner surroundings sweep timing tune tuning worker))
+# Tests that measure time, or fork, run one at a time; the others side by side, a thread each.
+ALONE := $(addprefix tests/test_,$(addsuffix .py,cli forks start_up timing))
 
 .PHONY: .venv sweep test browser check docs figures site test-gpu clean
 .DEFAULT_GOAL := help
@@ -22,8 +21,9 @@ help:  ## Show this.
 sweep: $(ENVIRONMENT)  ## The main job: measure everything that can run here. ARGS="--lens 1k..4k" adds flags.
 	PYTHONPATH=. $(PYTHON) -m chela_bench sweep $(ARGS)
 
+test: export OMP_NUM_THREADS := 1
 test: $(ENVIRONMENT)  ## The tests that need no GPU.
-	PYTHONPATH=. $(PYTHON) -m pytest -m "not gpu" -n 2 $(ALONE:%=--ignore %) $(ARGS)
+	PYTHONPATH=. $(PYTHON) -m pytest -m "not gpu" -n 2 --dist worksteal $(ALONE:%=--ignore %) $(ARGS)
 	PYTHONPATH=. $(PYTHON) -m pytest -m "not gpu" $(ALONE) $(ARGS)
 
 browser:  ## A Chromium for the tests of the report page, by apt-get if there is none.

@@ -56,8 +56,11 @@ def facts(kernel: Any) -> str:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage, listing = (
-            subprocess.run([BIN / tool, flag, file.name], capture_output=True, text=True).stdout
-            for tool, flag in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
+            subprocess.run([BIN / tool, *flags, file.name], capture_output=True, text=True).stdout
+            for tool, *flags in (
+                ("cuobjdump", "--dump-resource-usage"),
+                ("nvdisasm", "--print-code", "--no-dataflow"),  # which labels nothing that we count
+            )
         )
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage

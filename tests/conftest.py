@@ -7,29 +7,18 @@ import os
 import pytest
 import torch
 
+from tests.interpreter import without_repeats
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)
-def helpers_are_called_as_they_are():
-    """The interpreter replaces triton.language's functions by its own at every launch, and looks
-    for what to replace again at every call of a helper: a quarter of the time that kernels take."""
+def a_quick_interpreter():
     if torch.cuda.is_available():
         yield
         return
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    def replace_unless_replaced(fn):
-        modules = [x for x in (tl, tl.core) if any(x is value for value in fn.__globals__.values())]
-        if any(tl.core.is_builtin(module.load) for module in modules):
-            return replace(fn)
-        return None
-
-    replace = interpreter._patch_lang
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_patch_lang", replace_unless_replaced)
+    with without_repeats():
         yield
 
 

@@ -66,9 +66,11 @@ tiny = { B = 1, D = 16, K = 8, V = 32 }
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """As a user's shell: the interpreter that tests switch on is not passed down."""
+    """As a user's shell: the interpreter that tests switch on is not passed down, nor that they run
+    side by side."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    ours = ("TRITON_INTERPRET", "PYTEST_XDIST")
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     return {**inherited, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", **changes}
 
 

@@ -733,55 +733,88 @@ def test_a_model_of_another_class_is_refused(tmp_path):
         ChelaForSequenceClassification.from_pretrained(tmp_path)
 
 
-def in_another_process(code, folder):
-    imports = (
-        "import os, resource, signal, sys; import chela_bench.kernels.chela_files as files; "
-        "from tests.test_chela_models import *\n"
-    )
-    return subprocess.run(
-        [sys.executable, "-c", f"{imports}{code}", folder],
-        env=environment(), capture_output=True, text=True, check=False,
-    )  # fmt: skip
+SAVES = {  # what a save goes through, and the model that is there before
+    "killed with the config aside": ("kill(1); save(order='parallel')", "serial"),
+    "killed with both files aside": ("kill(2); save(order='parallel')", "serial"),
+    "killed with both in their places": ("kill(3); save(order='parallel')", "parallel"),
+    "a disk that fills up": ("fill_up(); save()", "serial"),
+}
+SAVING = """
+import json, os, resource, signal, sys
+import chela_bench.kernels.chela_files as files
+from chela_bench.profiles.forks import each_in_a_fork
+from tests.test_chela_models import *
 
+def kill(left):
+    flush = files._flush
+    def killing(path):
+        nonlocal left
+        flush(path)
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+    files._flush = killing
 
-KILLED = """
-flush, left = files._flush, [{left}]
-def killing(path):
-    flush(path)
-    left[0] -= 1
-    if left[0] == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-files._flush = killing
-m = model(seed=1, **{changes})
-m.save_pretrained(sys.argv[1])
+def fill_up():
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
+
+def saving(code, folder):
+    def save(**changes):
+        model(seed=1, **changes).save_pretrained(folder)
+    return lambda: exec(code, globals() | {"save": save})
+
+jobs = [saving(*job) for job in json.load(sys.stdin)]
+endings = dict(each_in_a_fork(jobs, parallel=1, limit_s=200))
+print(json.dumps([str(endings[i]) for i in range(len(jobs))]))
 """
 
 
-@pytest.mark.parametrize(("left", "seed"), [(1, 0), (2, 0), (3, 1)])
-def test_a_killed_save_leaves_the_old_model(left, seed, tmp_path):
-    """Killed with the config aside, with both files aside, and with both in their places."""
-    model(order="parallel" if seed else "serial").save_pretrained(tmp_path)
-    code = KILLED.format(left=left, changes={"order": "parallel"})
-    assert in_another_process(code, tmp_path).returncode == -9
-    aside = [path.name[:8] for path in tmp_path.iterdir() if path.is_dir()]
-    assert aside == [".saving-"] or left == 3  # on the same disk
-    again = ChelaForCausalLM.from_pretrained(tmp_path)
+@pytest.fixture(scope="module")
+def saves(tmp_path_factory):
+    """Folders, what was there before, and how saving there ended, each in a fork of one process."""
+    folders = {}
+    for name, (_, order) in SAVES.items():
+        folders[name] = folder = tmp_path_factory.mktemp("save")
+        model(order=order).save_pretrained(folder)
+    before = {name: contents(folder) for name, folder in folders.items()}
+    jobs = [(code, str(folders[name])) for name, (code, _) in SAVES.items()]
+    done = subprocess.run(
+        [sys.executable, "-c", SAVING], input=json.dumps(jobs), env=environment(), text=True,
+        capture_output=True, check=True,
+    )  # fmt: skip
+    endings = dict(zip(SAVES, json.loads(done.stdout), strict=True))
+    return {name: (folders[name], before[name], endings[name]) for name in SAVES}
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("name", "seed"),
+    [
+        ("killed with the config aside", 0),
+        ("killed with both files aside", 0),
+        ("killed with both in their places", 1),
+    ],
+)
+def test_a_killed_save_leaves_the_old_model(name, seed, saves):
+    folder, _, ending = saves[name]
+    assert "SIGKILL" in ending
+    aside = [path.name[:8] for path in folder.iterdir() if path.is_dir()]
+    assert aside == [".saving-"] or seed == 1  # on the same disk
+    again = ChelaForCausalLM.from_pretrained(folder)
     wanted = model(seed=seed, order="parallel" if seed else "serial")
     assert torch.equal(again(tokens()).logits, wanted(tokens()).logits)
 
 
-def test_a_disk_that_fills_up_leaves_the_old_model(tmp_path):
-    model().save_pretrained(tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    code = """
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
-model(seed=1).save_pretrained(sys.argv[1])
-"""
-    done = in_another_process(code, tmp_path)
-    assert "EnvironmentProblem: could not save the model in" in done.stderr
-    assert "File too large" in done.stderr and "make room" in done.stderr
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+def test_a_disk_that_fills_up_leaves_the_old_model(saves):
+    folder, before, ending = saves["a disk that fills up"]
+    assert "EnvironmentProblem" in ending and "could not save the model in" in ending
+    assert "File too large" in ending and "make room" in ending
+    assert contents(folder) == before
+    assert [path for path in folder.iterdir() if path.is_dir()] == []
 
 
 def test_new_weights_beside_an_old_config_are_refused(tmp_path):

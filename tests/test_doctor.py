@@ -16,7 +16,7 @@ import pytest
 from chela_bench.profiles import inventory, machine, nvml
 from chela_bench.profiles.doctor import PYTHON, at_least, can_run, examine
 from chela_bench.profiles.inventory import REQUIRED, Card, Facts, Ncu, Peer, Torch
-from tests.running import ROOT, chela_bench, tiny_config
+from tests.running import ROOT, chela_bench, in_this_process, tiny_config
 from tests.test_ncu import install
 
 UUID = "99089055-3dcd-58d1-01b8-980b633b446e"
@@ -442,7 +442,7 @@ def test_a_package_whose_module_is_gone_is_not_installed(monkeypatch, package, m
 
 def _doctor(tmp_path, *arguments, body=STUB, **changes):
     stub = _stub(tmp_path, body)
-    return chela_bench(
+    return in_this_process(
         "doctor", "--config", tiny_config(tmp_path), "--out", tmp_path / "runs", *arguments,
         PYTHONPATH=f"{ROOT}{os.pathsep}{stub}", **changes,
     )  # fmt: skip
