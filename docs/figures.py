@@ -19,9 +19,13 @@ from types import ModuleType
 import numpy as np
 from PIL import Image
 
-from chela_bench.bench.store import load_run
+from chela_bench.bench.store import load_run, load_samples
+from chela_bench.cli.derived import PAGE, report_files
+from chela_bench.cli.pages import atlas_of
 from chela_bench.reports.figures import Format, figures, render
+from chela_bench.reports.heat import draw_heat_map
 from chela_bench.reports.markdown import summary
+from chela_bench.reports.tune import tune_maps
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -40,10 +44,14 @@ def targets() -> dict[Path, Callable[[], bytes]]:
     found: dict[Path, Callable[[], bytes]] = {}
     for path in sorted(RESULTS.rglob("report/*")):
         folder = path.parent.parent
-        if path.name == "summary.md":
+        if path.name == PAGE:
+            found[path] = lambda folder=folder: _page(folder)
+        elif path.name == "summary.md":
             found[path] = lambda folder=folder: _summary(folder)
         elif path.suffix in DRAWN:
             found[path] = lambda folder=folder, path=path: _figure(folder, path.stem, path.suffix)
+    for path in sorted(RESULTS.glob("*/*-tune.svg")):
+        found[path] = lambda path=path: _heat_map(path)
     for name, (run, figure) in ELSEWHERE.items():
         found[RESULTS / name] = lambda run=run, figure=figure, name=name: _figure(
             RESULTS / run, figure, Path(name).suffix
@@ -81,6 +89,17 @@ def other_versions() -> list[str]:
 
 def _summary(folder: Path) -> bytes:
     return summary(*load_run(folder)).encode()
+
+
+def _page(folder: Path) -> bytes:
+    run, points = load_run(folder)
+    atlas = atlas_of(folder, RESULTS / "h100-atlas" / "atlas.json")
+    _, files = report_files(run, points, load_samples(folder), atlas, formats=())
+    return files[PAGE]
+
+
+def _heat_map(path: Path) -> bytes:
+    return render(draw_heat_map(tune_maps(*load_run(path.parent))[path.stem]), "svg")
 
 
 def _figure(folder: Path, name: str, suffix: str) -> bytes:
