@@ -9,7 +9,8 @@ endif
 # On a machine with a GPU the peers are measured too.
 EXTRAS := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo dev,docs,peers || echo dev,docs)
 ARGS ?=
-# Tests that measure time, or fork, run one at a time; the others side by side, a thread each.
+# Tests that measure time, or fork, run one at a time; the others side by side, a thread each. They
+# start a hundred processes, which read what the first one has compiled.
 ALONE := $(addprefix tests/test_,$(addsuffix .py,cli forks start_up timing))
 
 .PHONY: .venv sweep test browser check docs figures site test-gpu clean
@@ -22,6 +23,7 @@ sweep: $(ENVIRONMENT)  ## The main job: measure everything that can run here. AR
 	PYTHONPATH=. $(PYTHON) -m chela_bench sweep $(ARGS)
 
 test: export OMP_NUM_THREADS := 1
+test: export PYTHONDONTWRITEBYTECODE :=
 test: $(ENVIRONMENT)  ## The tests that need no GPU.
 	PYTHONPATH=. $(PYTHON) -m pytest -m "not gpu" -n 2 --dist worksteal $(ALONE:%=--ignore %) $(ARGS)
 	PYTHONPATH=. $(PYTHON) -m pytest -m "not gpu" $(ALONE) $(ARGS)

@@ -18,9 +18,11 @@ def without_repeats() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", _patches_found_once(interpreter))
+        patch.setattr(interpreter, "_patch_attr", _patched_without_detours(interpreter))
+        patch.setattr(core, "_unwrap_if_constexpr", _unwrapped_by_kind(core))
         patch.setattr(interpreter, "_get_np_dtype", _dtypes_by_name(interpreter))
-        patch.setattr(core.tensor, "__init__", _tensors_of_shapes_known())
-        patch.setattr(core.block_type, "__init__", _types_of_shapes_known())
+        patch.setattr(core.tensor, "__init__", _tensors_of_shapes_known(core))
+        patch.setattr(core.block_type, "__init__", _types_of_shapes_known(core))
         builder = interpreter.interpreter_builder
         if not builder.options.debug:  # then the overflow is computed, and what is found dropped
             options = dataclasses.replace(builder.options, sanitize_overflow=False)
@@ -57,6 +59,35 @@ def _patches_found_once(interpreter):
     return patch_lang
 
 
+def _patched_without_detours(interpreter):
+    """A builtin's wrapper only looks whether `_semantic` is there."""
+    semantic = interpreter.interpreter_semantic
+
+    def patch_attr(obj, name, member, builder, scope):
+        function = getattr(member, "__wrapped__", member)
+
+        def new_member(*args, **kwargs):
+            kwargs["_semantic"] = semantic
+            return function(*args, **kwargs)
+
+        scope.set_attr(obj, name, new_member)
+
+    return patch_attr
+
+
+def _unwrapped_by_kind(core):
+    """What most values are, first."""
+    unwrap = core._unwrap_if_constexpr
+
+    def unwrapped(value):
+        kind = type(value)
+        if kind is core.constexpr:
+            return value.value
+        return value if kind is int or kind is core.tensor else unwrap(value)
+
+    return unwrapped
+
+
 def _dtypes_by_name(interpreter):
     """Without a table of all of them at every operation."""
     import triton.language as tl
@@ -74,10 +105,8 @@ def _dtypes_by_name(interpreter):
     return np_dtype
 
 
-def _tensors_of_shapes_known():
+def _tensors_of_shapes_known(core):
     """Without a tuple of constants made anew for every tensor."""
-    from triton.language import core
-
     known = {}
 
     def init(self, handle, type):
@@ -91,10 +120,8 @@ def _tensors_of_shapes_known():
     return init
 
 
-def _types_of_shapes_known():
+def _types_of_shapes_known(core):
     """Without the checks of a shape that has passed them, nor its name."""
-    from triton.language import core
-
     make = core.block_type.__init__
     known = {}
 

@@ -437,7 +437,13 @@ def train_in_a_group(rank, folder):
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 def test_two_processes_have_the_gradients_of_one(tmp_path):
-    torch.multiprocessing.spawn(train_in_a_group, (tmp_path,), nprocs=2)
+    """Forks of a process of its own, which has imported all that they need."""
+    code = (
+        "import sys; from pathlib import Path; from tests.test_chela_models import *; model(); "
+        "torch.multiprocessing.start_processes("
+        "train_in_a_group, (Path(sys.argv[1]),), nprocs=2, start_method='fork')"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path], env=environment(), check=True)
     for kind in (ChelaForCausalLM, ChelaForSequenceClassification):
         ids = tokens(4)
         whole = gradients(model(kind), ids, labels=labels_for(kind, ids))
@@ -764,6 +770,7 @@ def saving(code, folder):
         model(seed=1, **changes).save_pretrained(folder)
     return lambda: exec(code, globals() | {"save": save})
 
+model()  # the first one imports for seconds
 jobs = [saving(*job) for job in json.load(sys.stdin)]
 endings = dict(each_in_a_fork(jobs, parallel=1, limit_s=200))
 print(json.dumps([str(endings[i]) for i in range(len(jobs))]))
