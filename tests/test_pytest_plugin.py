@@ -8,7 +8,9 @@ import sys
 
 import pytest
 
+from chela_bench.bench.pytest_fixture import _case
 from chela_bench.bench.stats import median
+from chela_bench.errors import UsageError
 from tests.running import TINY, environment, in_this_process
 
 pytest.importorskip("pytest_benchmark", reason="the extra [pytest] is not installed")
@@ -165,3 +167,8 @@ def test_starting_pytest_imports_no_torch(tmp_path, there):
         assert ours == {"chela_bench.bench", "chela_bench.bench.pytest_plugin"}
         assert "1 passed, 1 error" in done.stdout
         assert "pip install 'chela-bench[pytest]'" in done.stdout
+
+
+def test_a_function_in_a_file_needs_a_name():
+    with pytest.raises(UsageError, match=r"have a name, got 'mine\.py:attention': .*entry point"):
+        _case("linear_attention", "mine.py:attention", "fwd", "fp32", {}, {})

@@ -208,6 +208,11 @@ def _case(
     shape: Mapping[str, int],
 ) -> Case:
     known = get_op(op)
+    if ".py:" in impl:
+        raise UsageError(
+            f"the fixture measures implementations that have a name, got {impl!r}: give it one by "
+            "an entry point in the group chela_bench.impls, or sweep it with --impl"
+        )
     known.impl(impl)
     missing = [dim for dim in known.dims if dim not in shape]
     unknown = [dim for dim in shape if dim not in known.dims]
