@@ -28,6 +28,8 @@ from chela_bench.kernels.long_conv_factors import (
 from chela_bench.kernels.long_conv_monarch import (
     N1,
     PROGRAMS,
+    SPECTRUM,
+    SPECTRUM_OF_ROWS,
     _long_conv,
     _spectrum,
 )
@@ -149,7 +151,8 @@ class _Way:
         taps = {"taps": self.taps * size}
         spectrum = {"spectrum": self.padded * self.complex}
         if self.plan.method != "factors":
-            return [Step(self._name(_spectrum, "_kernel_spectrum_wgmma_kernel"), taps, spectrum)]
+            name = self._name(_spectrum, SPECTRUM_OF_ROWS if size == 2 else SPECTRUM)
+            return [Step(name, taps, spectrum)]
         y = {"taps' factors": self.padded * (4 if self.by_hand and self.itemsize == 2 else 8)}
         rows = self._name(_spectrum_rows, "_spectrum_rows_wgmma_kernel")
         return [

@@ -1,6 +1,5 @@
 "use strict";
-// Tables sort by a click on a column's name and are filtered by the field above them; samples are
-// drawn when they are asked for. The page is whole without this.
+// Sorts and filters tables, draws samples when asked. The page is whole without this.
 
 const make = (tag, properties, ...inside) => {
   const element = Object.assign(document.createElement(tag), properties);
@@ -63,7 +62,7 @@ const duration = (ns) => {
   return `${(ns / scale).toPrecision(4)} ${unit}`;
 };
 
-// Left each sample in the order taken, right how many lie at each time.
+// Left in the order taken, right how many lie at each time.
 const draw = (svg, values) => {
   const ordered = [...values].sort((a, b) => a - b);
   const [low, high] = [ordered[0], ordered.at(-1)], median = ordered[ordered.length >> 1];
