@@ -112,8 +112,6 @@ def sweep(ctx: click.Context, /, **given: Any) -> None:
 def _settings_of(folder: Path | None, run: Run) -> plan.Settings:
     if run.settings.get("command") == "tune":
         raise RecordError(f"{folder} is a run of tune; go on with: chela-bench tune --resume")
-    if run.settings.get("command") == "tune":
-        raise RecordError(f"{folder} is a run of tune; go on with: chela-bench tune --resume")
     try:
         return plan.Settings.model_validate(run.settings)
     except ValidationError as error:
