@@ -307,9 +307,10 @@ def test_a_new_length_or_batch_compiles_nothing():
         (9000, 11000, 9001),
         (70000, 71000, 70001),
     ):
-        for T in lengths[1:]:  # a multiple of 8, and none
-            run(1, T)
+        for B in (1, 2):  # dk of one sequence is a convolution, of more a sum
+            for T in lengths[1:]:  # a multiple of 8, and none
+                run(B, T)
         before = compiled()
-        for B, T in ((1, lengths[0] + 8), (3, lengths[0]), (2, lengths[2] - 2)):
+        for B, T in ((1, lengths[0] + 8), (3, lengths[0]), (4, lengths[2] - 2)):
             run(B, T)
         assert compiled() == before
