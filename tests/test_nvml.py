@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import time
 from types import SimpleNamespace
 
@@ -26,7 +27,7 @@ class Nvml:
     """pynvml with these cards and one slice of a card; a handle is its UUID."""
 
     def __init__(self, **changes):
-        self.freed = []
+        self.freed, self.compared = [], []
         self.answers = {
             "nvmlInit": lambda: None,
             "nvmlShutdown": lambda: None,
@@ -41,9 +42,9 @@ class Nvml:
             "nvmlDeviceGetMemoryBusWidth": lambda handle: 5120,
             "nvmlDeviceGetTotalEnergyConsumption": lambda handle: 5000,
             "nvmlGpmQueryDeviceSupport": lambda handle: SimpleNamespace(isSupportedDevice=1),
-            "nvmlGpmSampleAlloc": pynvml.c_nvmlGpmSample_t,
+            "nvmlGpmSampleAlloc": map(_sample, itertools.count(1)).__next__,
             "nvmlGpmSampleGet": lambda handle, sample: sample,
-            "nvmlGpmSampleFree": self.freed.append,
+            "nvmlGpmSampleFree": lambda sample: self.freed.append(_number(sample)),
             "nvmlGpmMetricsGet": self._utilisation,
             **changes,
         }
@@ -70,7 +71,16 @@ class Nvml:
         assert asked.metrics[0].metricId == pynvml.NVML_GPM_METRIC_DRAM_BW_UTIL
         asked.metrics[0].nvmlReturn = pynvml.NVML_SUCCESS
         asked.metrics[0].value = ctypes.c_double(self.percent)
+        self.compared = [_number(asked.sample1), _number(asked.sample2)]
         return asked
+
+
+def _sample(number):
+    return ctypes.cast(ctypes.c_void_p(number), pynvml.c_nvmlGpmSample_t)
+
+
+def _number(sample):
+    return ctypes.cast(sample, ctypes.c_void_p).value
 
 
 def _unsupported(*_):
@@ -179,12 +189,14 @@ def test_idle_all_the_time_is_said(monkeypatch):
 
 
 def test_gpm_turns_utilisation_into_bytes(fake, monkeypatch):
-    monkeypatch.setattr(gpm, "time", SimpleNamespace(perf_counter=iter([10.0, 12.0]).__next__))
+    slept: list[float] = []
+    clock = SimpleNamespace(perf_counter=iter([10.0, 12.0]).__next__, sleep=slept.append)
+    monkeypatch.setattr(gpm, "time", clock)
     with gpm.Counted("GPU-aaaa") as counted:
-        pass
+        assert slept == [0.2]  # the first sample of a process only starts the counters
     assert counted.reason is None
     assert counted.total_bytes == round(0.5 * 2619e6 * 2 * 5120 / 8 * 2)  # half of 3352 GB/s, 2 s
-    assert len(fake.freed) == 2
+    assert fake.compared == [2, 3] and fake.freed == [1, 2, 3]
 
 
 @pytest.mark.parametrize("percent", [0.0, -1.0, 101.0, float("nan")])
@@ -228,7 +240,7 @@ def test_gpm_that_fails_on_the_way_says_so(monkeypatch, broken):
 def test_gpm_of_a_block_that_raises_counts_nothing(fake):
     with pytest.raises(ZeroDivisionError), gpm.Counted("GPU-aaaa") as counted:
         _ = 1 / 0
-    assert counted.total_bytes is None and len(fake.freed) == 2
+    assert counted.total_bytes is None and len(fake.freed) == 3
 
 
 def _loop(monkeypatch, call=lambda: None, **asked):
