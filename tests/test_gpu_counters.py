@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from chela_bench.bench import plan, profiling
+from chela_bench.bench import measure, plan, profiling, timing
 from chela_bench.bench.config import find_config, load_config
 from chela_bench.bench.load import sha256_of_files
 from chela_bench.bench.runner import utc_now
@@ -109,16 +109,13 @@ def test_gpm_sees_a_copy_of_known_size(facts):
         pytest.skip(problem)
     source = torch.randn(MIB * 256, device="cuda")
     target = torch.empty_like(source)
-    target.copy_(source)
-    torch.cuda.synchronize()
-    copies = 0
+
+    def copy():
+        target.copy_(source)
+
+    timing.repeat(copy, 700_000, for_s=measure.LEAD_S)
     with gpm.Counted(facts.uuid) as counted:
-        begin = time.perf_counter()
-        while time.perf_counter() - begin < 1.0:
-            for _ in range(20):
-                target.copy_(source)
-            torch.cuda.synchronize()
-            copies += 20
+        copies = timing.repeat(copy, 700_000, for_s=measure.GPM_S)
     moved = copies * 2 * source.nbytes
     print(f"GPM {counted.total_bytes} of {moved}: {counted.total_bytes / moved:.3f}")
     assert counted.total_bytes == pytest.approx(moved, rel=0.15)

@@ -30,6 +30,7 @@ TINY_TOKENS = 64  # where host time is measured
 SLOW_NS = 20_000_000  # a call this slow may be a loop over tokens: launches are looked at shorter
 SHORT_TOKENS = 512
 ENERGY_S, GPM_S = 2.0, 1.0  # the energy counter is coarse; GPM wants a tenth of a second
+LEAD_S = 0.25  # before them: what NVML tells is up to 0.1 s old, and must not be of an idle card
 _TIMES = (
     "time_ns", "wall_ns", "wall_n", "host_ns", "telemetry", "throttle", "energy_j", "gpm_bytes",
 )  # fmt: skip
@@ -171,8 +172,9 @@ def _count_in_a_loop(
         nulls |= dict.fromkeys(wanted, "steps in a row would count the copies of their cache")
         return
     bench.announce("time")
-    before_mj = nvml.energy_mj(uuid) if session.energy else None
     with bench.spending("timing"), contextlib.ExitStack() as held:
+        timing.repeat(call, call_ns, for_s=LEAD_S)
+        before_mj = nvml.energy_mj(uuid) if session.energy else None
         counted = held.enter_context(gpm.Counted(uuid)) if session.gpm != "no" else None
         calls = timing.repeat(call, call_ns, for_s=ENERGY_S if session.energy else GPM_S)
     if session.energy:

@@ -2,7 +2,8 @@
 
 GPM tells how busy DRAM was between two samples, as a percentage of its peak. Times the peak and the
 time between them that is bytes, read and written together, of everything that ran meanwhile: good
-for a loop of calls, at least a tenth of a second long.
+for a loop of calls, at least a tenth of a second long. A sample is up to 0.1 s old, so the card
+should have done the same for that long when the first one is taken.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import pynvml
 from chela_bench.profiles.nvml import device
 
 _TRANSFERS_PER_CLOCK = 2  # every memory of these cards is double data rate
-_START_S = 0.2  # after a process' first sample, until which nothing was counted; 0.11 s were seen
 
 
 def problem(uuid: str) -> str | None:
@@ -39,7 +39,7 @@ def problem(uuid: str) -> str | None:
 class Counted:
     """Counts while the block runs. `total_bytes` afterwards, or `reason`.
 
-    The device should be idle before and after, so that all of its work is counted and no other.
+    The same calls should run before, and no other work meanwhile.
     """
 
     total_bytes: int | None = None
@@ -54,9 +54,6 @@ class Counted:
 
     def __enter__(self) -> Counted:
         self._handle = self._held.enter_context(device(self._uuid))
-        self._take()
-        if self.reason is None:
-            time.sleep(_START_S)
         self._take()
         self._begin_s = time.perf_counter()
         return self
@@ -92,7 +89,7 @@ class Counted:
         asked = pynvml.c_nvmlGpmMetricsGet_t()
         asked.version = pynvml.NVML_GPM_METRICS_GET_VERSION
         asked.numMetrics = 1
-        asked.sample1, asked.sample2 = self._samples[-2:]
+        asked.sample1, asked.sample2 = self._samples
         asked.metrics[0].metricId = pynvml.NVML_GPM_METRIC_DRAM_BW_UTIL
         peak = _peak_bytes_per_s(self._handle)
         try:
