@@ -13,7 +13,7 @@ ARGS ?=
 # start a hundred processes, which read what the first one has compiled.
 ALONE := $(addprefix tests/test_,$(addsuffix .py,cli forks start_up timing))
 
-.PHONY: .venv sweep test browser check docs figures site test-gpu clean
+.PHONY: .venv sweep test browser check docs figures screenshots site test-gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this.
@@ -41,6 +41,9 @@ docs: $(ENVIRONMENT)  ## What docs/ and README.md take from the code and from re
 
 figures: $(ENVIRONMENT)  ## Every figure and table of docs/results again, from the records beside it.
 	PYTHONPATH=. $(PYTHON) docs/figures.py
+
+screenshots: $(ENVIRONMENT) browser  ## README's pictures of the report page, after `make figures` changed it.
+	$(PYTHON) docs/screenshots.py
 
 site: $(ENVIRONMENT)  ## The documentation as a site, in site/: dead links and anchors fail.
 	$(PYTHON) -m zensical build --strict --clean

@@ -223,6 +223,20 @@ def test_a_row_of_the_table() -> None:
     assert bold[-1] == "0.512"
 
 
+def test_the_summary_names_the_next_implementation_and_its_multiple() -> None:
+    points = h100_sweep()
+    ours, theirs = (
+        next(p.seconds for p in points if (p.impl, p.shape["T"]) == (impl, 65536))
+        for impl in ("triton_chunked", "fla_chunk")
+    )
+    row, _ = rows_of(tables(tree(made(make_run(), points)), "best")[0])
+    assert row[5] == "fla_chunk" and float(row[6]) == pytest.approx(theirs / ours, rel=0.01)
+
+    later = [p for p in points if p.impl != "fla_chunk" or p.shape["T"] < 65536]
+    row, _ = rows_of(tables(tree(made(make_run(), later)), "best")[0])
+    assert row[5] == "compiled_chunked" and float(row[6]) > theirs / ours
+
+
 def test_what_to_sort_by_is_the_number() -> None:
     table = tables(tree(made(make_run(), h100_sweep())), "points")[0]
     for row in table.all("tbody")[0].all("tr"):
@@ -265,15 +279,31 @@ def test_the_top_names_the_fastest_at_the_longest_length() -> None:
     root = tree(made(make_run(planned_points=60), h100_sweep()))
     assert "56 points of 60 planned: 50 ok, 3 oom, 3 skipped, on NVIDIA H100" in root.words
     assert rows_of(root.all("nav")[0].all("table")[0]) == [
-        ["linear_attention fwd bf16 B1-H16-K128-V128", "64k", "triton_chunked", "512 us", "1.44"],
-        ["softmax_attention fwd bf16 B1-H16-K128-V128", "64k", "sdpa_flash", "51.2 ms", "144"],
+        [
+            "linear_attention fwd bf16 B1-H16-K128-V128",
+            "64k",
+            "triton_chunked",
+            "512 us",
+            "1.44",
+            "fla_chunk",
+            "2.05",
+        ],
+        [
+            "softmax_attention fwd bf16 B1-H16-K128-V128",
+            "64k",
+            "sdpa_flash",
+            "51.2 ms",
+            "144",
+            "",
+            "",
+        ],
     ]
 
 
 def test_the_fastest_is_named_where_something_succeeded() -> None:
     points = [make_point(1024, floor_ns=10**6), make_failure("oom", "no memory", 2048)]
     nav = tree(made(make_run(), points)).all("nav")[0]
-    assert rows_of(nav.all("table")[0])[0][1:] == ["1k", "chunked", "1.00 ms", "1.00"]
+    assert rows_of(nav.all("table")[0])[0][1:] == ["1k", "chunked", "1.00 ms", "1.00", "", ""]
 
 
 def test_provenance() -> None:
@@ -301,7 +331,7 @@ def test_provenance() -> None:
 def test_another_function_is_shown_where_it_is_drawn() -> None:
     run, points = make_run(), h100_sweep()
     svgs = dict.fromkeys(figures(run, points), SVG)
-    softmax = tree(page(run, points, svgs)).all("section")[2]
+    softmax = tree(page(run, points, svgs)).all("section")[1]
     assert softmax.all("h2")[0].words.startswith("softmax_attention")
     assert not softmax.all("img")
     links = [link.attributes["href"] for link in softmax.all("a")]

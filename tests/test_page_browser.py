@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,21 @@ from chela_bench.reports.html import Atlas, Reported, pages
 from chela_bench.verdicts import Change, Comparison, Side
 from tests.factories import HOSTILE, h100_sweep, make_failure, make_point, make_run
 from tests.running import ROOT
+from tests.test_benchmarks import script
 
 if not os.environ.get("CI"):  # there nothing is left out
     pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: see `make`")
 from playwright.sync_api import Browser, Page, Route, sync_playwright
 
 H100_PAGE = ROOT / "docs" / "results" / "h100" / "report" / "index.html"
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+SCREENSHOTS = script("screenshots", folder="docs")
 ATTACK = '"><img src=x onerror=alert(1)></script><script>alert(2)</script>'
 POINTS = "table.points:not(.grid):not(.counted)"
 FORWARD = "section:has(> #linear_attention-fwd-bf16-B1-H16-K128-V128)"
 
 
 def executable() -> str:
-    found = next(filter(None, map(shutil.which, NAMES)), None)
+    found: str | None = SCREENSHOTS.chromium()
     if found is None:
         missing = "no Chromium on PATH, so the page was not opened in one: `make browser` gets one"
         if os.environ.get("CI"):
@@ -41,8 +41,7 @@ def executable() -> str:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    options = ["--no-sandbox"] if os.geteuid() == 0 else []
-    chromium = executable()
+    chromium, options = executable(), SCREENSHOTS.launch_options()
     with sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=chromium, args=options)
         yield opened

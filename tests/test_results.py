@@ -16,6 +16,7 @@ from tests.test_benchmarks import script
 RESULTS = ROOT / "docs" / "results"
 FIGURES = script("figures", folder="docs")
 TARGETS = FIGURES.targets()
+SCREENSHOTS = script("screenshots", folder="docs")
 
 
 @pytest.mark.parametrize("path", TARGETS, ids=lambda path: str(path.relative_to(RESULTS)))
@@ -37,6 +38,13 @@ def test_the_readme_has_the_simulations_table():
     rows = (RESULTS / "gate-simulation" / "table.md").read_text().splitlines()
     text = (RESULTS / "README.md").read_text()
     assert all(row in text for row in rows if not set(row) <= set("|-: "))
+
+
+@pytest.mark.parametrize("theme", SCREENSHOTS.THEMES)
+def test_readmes_picture_of_the_page_is_of_the_committed_one(theme):
+    shot = SCREENSHOTS.SHOTS[theme]
+    assert SCREENSHOTS.taken_of(shot) == SCREENSHOTS.page_sha256(), "run `make screenshots`"
+    assert f"docs/{shot.name}" in (ROOT / "README.md").read_text()
 
 
 def test_pictures_are_compared_by_what_they_show(tmp_path):

@@ -24,6 +24,20 @@ class Best:
     point: Point
 
     @property
+    def runner_up(self) -> tuple[str, float] | None:
+        """The next implementation at this length, timed alike, and its multiple of this one's
+        time."""
+        alike = [
+            (series.label, point.seconds / self.point.seconds)
+            for series in self.group.series
+            if series.impl != self.series.impl
+            and (point := series.at(self.tokens)) in series.ok
+            and (point.time_ns is None) == (self.point.time_ns is None)
+            and point.seconds and self.point.seconds
+        ]  # fmt: skip
+        return min(alike, key=lambda each: each[1], default=None)
+
+    @property
     def time(self) -> str:
         wall = " (wall)" if self.point.time_ns is None else ""
         return duration((self.point.seconds or 0.0) * 1e9) + wall

@@ -91,6 +91,7 @@ class _Best:
     seconds: float
     time: str
     multiple: str
+    runner_up: tuple[str, str] | None  # the next implementation's label and multiple of the time
 
 
 @dataclass(frozen=True)
@@ -306,7 +307,7 @@ def _best(group: Group) -> _Best | None:
     best = best_of(group)
     if best is None:
         return None
-    multiple = best.point.x_floor
+    multiple, runner_up = best.point.x_floor, best.runner_up
     return _Best(
         best.tokens,
         length(best.tokens),
@@ -314,6 +315,7 @@ def _best(group: Group) -> _Best | None:
         best.point.seconds or 0.0,
         best.time,
         "" if multiple is None else three_digits(multiple),
+        None if runner_up is None else (runner_up[0], three_digits(runner_up[1])),
     )
 
 
