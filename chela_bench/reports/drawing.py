@@ -146,7 +146,7 @@ def finish(
     else:
         _legend_below(figure, lines, notes, look)
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+    figure.set_layout_engine(None)  # not "none": then each file is drawn twice
     if above is not None:
         above.set_x(axes.get_position().x0)
 

@@ -105,5 +105,5 @@ def _settle(figure: Figure, dpi: int) -> None:
     drawn_at = figure.get_dpi()
     figure.set_dpi(dpi)
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+    figure.set_layout_engine(None)  # not "none": then each file is drawn twice
     figure.set_dpi(drawn_at)
