@@ -28,7 +28,7 @@ _SAME_MACHINE = ("device", "name", "uuid", "driver", "cuda", "cpu", "python")
 
 
 class Listener(Protocol):
-    """Hears how the sweep goes; the command line draws it."""
+    """Hears how a sweep or a tuning goes; the command line draws it."""
 
     def started(self, run: Run, folder: Path, left: int, warnings: list[str]) -> None: ...
     def case(self, case: Case) -> None: ...

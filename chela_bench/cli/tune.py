@@ -21,7 +21,7 @@ from chela_bench.cli import complete
 from chela_bench.cli.choices import flags_of, many
 from chela_bench.cli.options import Seconds, config_option, device_option, json_option, out_option
 from chela_bench.cli.output import echo_rich, write_files
-from chela_bench.cli.progress import TuneProgress
+from chela_bench.cli.progress import SweepProgress
 from chela_bench.cli.signals import Interrupted, interrupted_by_signals
 from chela_bench.cli.sweeping import exit_code
 from chela_bench.errors import RecordError, UsageError
@@ -97,7 +97,7 @@ def tune(ctx: click.Context, /, **given: Any) -> None:
         raise UsageError("--table goes with --write-table")
     importlib.import_module("chela_bench.cli.derived")  # slow or broken: now, not an hour later
     target = folder or new_folder(given["out"])
-    progress = TuneProgress()
+    progress = SweepProgress()
     tuning = bench.Tuning(
         settings,
         target,
