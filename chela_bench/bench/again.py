@@ -161,7 +161,7 @@ def measure_noise(
 ) -> tuple[Machine, NoiseRecord, list[Point]]:
     """The same code, in `runs` processes one after another, and with `--hbm ncu` each time in one
     more under the profiler; and the points that had no time."""
-    cases = [case for case in plan.cases(settings) if plan.unavailable(settings, case) is None]
+    cases = plan.runnable(settings)
     if not cases:
         raise UsageError("nothing of what is selected can run here")
     tool = profiling.usable_tool() if settings.hbm == "ncu" else None
