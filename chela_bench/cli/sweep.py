@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 import click
-from pydantic import ValidationError
 
 from chela_bench.bench import plan, store
 from chela_bench.bench.cases import Case
 from chela_bench.bench.config import find_config, load_config
-from chela_bench.bench.load import refuse_changed_files
-from chela_bench.bench.sweep import refuse_other_settings
+from chela_bench.bench.sweep import own_settings, refuse_other_settings
 from chela_bench.cli.choices import flags_of, selection_options
 from chela_bench.cli.options import (
     config_option,
@@ -80,9 +78,8 @@ def sweep(ctx: click.Context, /, **given: Any) -> None:
     if given["device"] != "auto" and given["gpus"] is not None:
         raise UsageError("--device names one device and --gpus several: give one of them")
     silent = said == plan.Flags() and given["config"] is None and not devices_given
-    if resumed is not None and silent:
+    if folder is not None and resumed is not None and silent:
         settings = _settings_of(folder, resumed)
-        refuse_changed_files(settings.user_impls, settings.user_files_sha256)
     else:
         config = load_config(find_config(given["config"]))
         gpus = given["gpus"]
@@ -109,16 +106,10 @@ def sweep(ctx: click.Context, /, **given: Any) -> None:
     )
 
 
-def _settings_of(folder: Path | None, run: Run) -> plan.Settings:
+def _settings_of(folder: Path, run: Run) -> plan.Settings:
     if run.settings.get("command") == "tune":
         raise RecordError(f"{folder} is a run of tune; go on with: chela-bench tune --resume")
-    try:
-        return plan.Settings.model_validate(run.settings)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(["settings", *map(str, problem["loc"])])
-        message = problem["msg"].removeprefix("Value error, ")
-        raise RecordError(f"{folder} cannot be resumed: {where}: {message}") from None
+    return own_settings(folder, run, plan.Settings)
 
 
 def _print_plan(

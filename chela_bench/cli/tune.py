@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from pydantic import ValidationError
 
 from chela_bench.bench import store
 from chela_bench.bench import tune as bench
 from chela_bench.bench.atlas import LIMIT_S
 from chela_bench.bench.config import find_config, load_config
-from chela_bench.bench.load import refuse_changed_files
-from chela_bench.bench.sweep import new_folder
+from chela_bench.bench.sweep import new_folder, own_settings
 from chela_bench.bench.tables import write_table
 from chela_bench.cli import complete
 from chela_bench.cli.choices import flags_of, many
@@ -142,14 +140,7 @@ def _resumed(folder: Path, given: dict[str, Any]) -> tuple[bench.TuneSettings, R
     run = store.load_header(folder)
     if run.settings.get("command") != "tune":
         raise RecordError(f"{folder} is no run of tune; go on with: chela-bench sweep --resume")
-    try:
-        settings = bench.TuneSettings.model_validate(run.settings)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(["settings", *map(str, problem["loc"])])
-        raise RecordError(f"{folder} cannot be resumed: {where}: {problem['msg']}") from None
-    refuse_changed_files(settings.user_impls, settings.user_files_sha256)
-    return settings, run
+    return own_settings(folder, run, bench.TuneSettings), run
 
 
 def _conclude(
