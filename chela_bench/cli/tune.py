@@ -16,7 +16,14 @@ from chela_bench.bench.config import find_config, load_config
 from chela_bench.bench.sweep import new_folder, own_settings
 from chela_bench.bench.tables import write_table
 from chela_bench.cli import complete
-from chela_bench.cli.choices import flags_of, many
+from chela_bench.cli.choices import (
+    flags_of,
+    many,
+    resume_option,
+    retried,
+    retry_option,
+    sizes_option,
+)
 from chela_bench.cli.options import Seconds, config_option, device_option, json_option, out_option
 from chela_bench.cli.output import echo_rich, write_files
 from chela_bench.cli.progress import SweepProgress
@@ -25,7 +32,7 @@ from chela_bench.cli.sweeping import exit_code
 from chela_bench.errors import RecordError, UsageError
 from chela_bench.profiles.machine import choose_device
 from chela_bench.profiles.occupancy import ARCHS
-from chela_bench.records import OUTCOMES, Point, Run, document
+from chela_bench.records import Point, Run, document
 
 FOLDER = "tune"  # in the run folder
 
@@ -38,7 +45,7 @@ FOLDER = "tune"  # in the run folder
 @many("--shape", "Shapes by name, from bench.toml.", complete.shapes)
 @many("--dtype", "fp32, bf16, fp16.", complete.dtypes)
 @many("--direction", "fwd, bwd, fwdbwd.  [default: fwd]", complete.directions)
-@click.option("--set", "sizes", multiple=True, help="Sizes over the shape's: H=16,K=128.")
+@sizes_option
 @device_option
 @click.option("--timer", type=click.Choice(("event", "profiler")), help="How to time.")
 @click.option("--l2", type=click.Choice(("cold", "warm")), help="Evict the L2 cache, or leave it.")
@@ -61,13 +68,8 @@ FOLDER = "tune"  # in the run folder
 )
 @config_option
 @out_option
-@click.option("--resume", type=click.Path(path_type=Path), help="Go on with this run folder.")
-@click.option(
-    "--retry",
-    multiple=True,
-    type=click.Choice(OUTCOMES),
-    help="With --resume: try configurations of this outcome again.",
-)
+@resume_option
+@retry_option("try configurations")
 @json_option
 @click.pass_context
 def tune(ctx: click.Context, /, **given: Any) -> None:
@@ -84,13 +86,8 @@ def tune(ctx: click.Context, /, **given: Any) -> None:
       chela-bench tune --resume runs/TUNED --write-table
     """
     folder: Path | None = given["resume"]
-    retry = frozenset(given["retry"])
-    if folder is None:
-        if retry:
-            raise UsageError("--retry goes with --resume RUN_FOLDER")
-        settings, resumed = _new(given), None
-    else:
-        settings, resumed = _resumed(folder, given)
+    retry = retried(given)
+    settings, resumed = (_new(given), None) if folder is None else _resumed(folder, given)
     if given["table"] is not None and not given["write_table"]:
         raise UsageError("--table goes with --write-table")
     importlib.import_module("chela_bench.cli.derived")  # slow or broken: now, not an hour later
