@@ -27,7 +27,7 @@ from chela_bench.cli.choices import (
 from chela_bench.cli.options import Seconds, config_option, device_option, json_option, out_option
 from chela_bench.cli.output import echo_rich, write_files
 from chela_bench.cli.progress import SweepProgress
-from chela_bench.cli.signals import Interrupted, interrupted_by_signals
+from chela_bench.cli.signals import interrupted_by_signals, interruption_code
 from chela_bench.cli.sweeping import exit_code
 from chela_bench.errors import RecordError, UsageError
 from chela_bench.profiles.machine import choose_device
@@ -110,7 +110,7 @@ def tune(ctx: click.Context, /, **given: Any) -> None:
             run, points = store.load_run(target)
             click.echo(f"interrupted; go on with: chela-bench tune --resume {target}", err=True)
             _conclude(run, points, target, given, [])
-        ctx.exit(stop.exit_code if isinstance(stop, Interrupted) else 130)
+        ctx.exit(interruption_code(stop))
     untried = [case.key for case in done.untried]
     _conclude(done.run, done.points, target, given, untried, write=given["write_table"])
     ctx.exit(exit_code(done.points))
