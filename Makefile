@@ -52,7 +52,7 @@ site: $(ENVIRONMENT)  ## The documentation as a site, in site/: dead links and a
 test-gpu: $(ENVIRONMENT)  ## The tests that need a GPU. ARGS="-n 8": kernels compile side by side.
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/test_gpu.py
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu --ignore tests/test_gpu.py $(ARGS)
-	PYTHONPATH=. $(PYTHON) -m pytest -m "not gpu" $(wildcard tests/test_*conv*.py) tests/test_kernel_chela.py tests/test_kernel_gates.py $(ARGS)
+	PYTHONPATH=. $(PYTHON) -m pytest -m "not gpu" $(wildcard tests/test_*conv*.py) tests/test_kernel_chela.py $(wildcard tests/test_kernel_gates*.py) $(ARGS)
 
 .venv: $(VENV)/.ready  ## The environment alone.
 

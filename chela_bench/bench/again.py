@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from chela_bench.bench import plan, profiling, stats
+from chela_bench.bench import plan, profiling, stats, store
 from chela_bench.bench.baseline import NoiseRecord, facts
 from chela_bench.bench.cases import Case, Limits, Session
 from chela_bench.bench.plan import Settings
@@ -69,9 +69,7 @@ def settings_of(baseline: Measured, device: str) -> tuple[Settings, set[str]]:
     try:
         settings = Settings.model_validate(given)
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise UsageError(f"{baseline.label}: settings.{where}: {problem['msg']}") from None
+        raise UsageError(f"{baseline.label}: {store.first_problem(error, 'settings')}") from None
     return settings, {case.key for case in plan.cases(settings)}
 
 
@@ -161,7 +159,7 @@ def measure_noise(
 ) -> tuple[Machine, NoiseRecord, list[Point]]:
     """The same code, in `runs` processes one after another, and with `--hbm ncu` each time in one
     more under the profiler; and the points that had no time."""
-    cases = [case for case in plan.cases(settings) if plan.unavailable(settings, case) is None]
+    cases = plan.runnable(settings)
     if not cases:
         raise UsageError("nothing of what is selected can run here")
     tool = profiling.usable_tool() if settings.hbm == "ncu" else None

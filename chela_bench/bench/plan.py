@@ -243,6 +243,11 @@ def unavailable(settings: Settings, case: Case) -> str | None:
     )
 
 
+def runnable(settings: Settings) -> list[Case]:
+    """Those of its cases that are available."""
+    return [case for case in cases(settings) if unavailable(settings, case) is None]
+
+
 def parse_axis(text: str) -> tuple[str, list[ConfigValue]]:
     """`BLOCK_T=32,64,128`; values are whole numbers where they look like one, else words."""
     name, equals, values = _utf8("--axis", text).partition("=")

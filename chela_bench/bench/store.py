@@ -223,7 +223,8 @@ def _append(handle: IO[bytes], line: str) -> None:
     os.fsync(handle.fileno())
 
 
-def first_problem(error: ValidationError) -> str:
+def first_problem(error: ValidationError, *above: str) -> str:
+    """Where, within `above`, and what."""
     problem = error.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"]) or "record"
-    return f"{where}: {problem['msg']}"
+    where = ".".join(map(str, (*above, *problem["loc"]))) or "record"
+    return f"{where}: {problem['msg'].removeprefix('Value error, ')}"

@@ -10,12 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from uuid import uuid4
+
+from pydantic import ValidationError
 
 from chela_bench.bench import plan, profiling, store
 from chela_bench.bench.cases import Case, Session
 from chela_bench.bench.crew import Began, Crew, Entered
+from chela_bench.bench.load import refuse_changed_files
 from chela_bench.bench.plan import Settings
 from chela_bench.bench.runner import Runner, shuffled, utc_now
 from chela_bench.errors import EnvironmentProblem, RecordError, UsageError
@@ -23,12 +26,14 @@ from chela_bench.profiles import machine, nvml
 from chela_bench.profiles.ncu import Tool
 from chela_bench.records import Ceilings, Cost, Device, Outcome, Point, Run, Spent
 
+_S = TypeVar("_S", bound=Settings)
+
 # What must be equal for a run to go on where it stopped: the rest of Environment may drift.
 _SAME_MACHINE = ("device", "name", "uuid", "driver", "cuda", "cpu", "python")
 
 
 class Listener(Protocol):
-    """Hears how the sweep goes; the command line draws it."""
+    """Hears how a sweep or a tuning goes; the command line draws it."""
 
     def started(self, run: Run, folder: Path, left: int, warnings: list[str]) -> None: ...
     def case(self, case: Case) -> None: ...
@@ -243,6 +248,17 @@ def header(
     _refuse_differences(folder, "versions.", resumed.versions, run.versions)
     _refuse_difference(folder, "source_sha256", resumed.source_sha256, run.source_sha256)
     return resumed
+
+
+def own_settings(folder: Path, run: Run, kind: type[_S]) -> _S:
+    """The run's, to go on with. Raises RecordError, also where a user's file is another now."""
+    try:
+        settings = kind.model_validate(run.settings)
+    except ValidationError as error:
+        problem = store.first_problem(error, "settings")
+        raise RecordError(f"{folder} cannot be resumed: {problem}") from None
+    refuse_changed_files(settings.user_impls, settings.user_files_sha256)
+    return settings
 
 
 def refuse_other_settings(folder: Path, then: Mapping[str, Any], now: Settings) -> None:

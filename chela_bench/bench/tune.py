@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from chela_bench.bench import atlas, plan, store
 from chela_bench.bench.cases import Case
@@ -22,7 +22,7 @@ from chela_bench.bench.plan import Flags, Settings
 from chela_bench.bench.registry import all_ops, get_op
 from chela_bench.bench.runner import Runner, WorkerDied, WorkerHung, shuffled, utc_now
 from chela_bench.bench.stats import summarise
-from chela_bench.bench.sweep import disturbances, header, known_ceilings
+from chela_bench.bench.sweep import Listener, disturbances, header, known_ceilings
 from chela_bench.errors import EnvironmentProblem, UsageError
 from chela_bench.profiles.occupancy import ARCHS, find_arch
 from chela_bench.records import (
@@ -46,16 +46,6 @@ class TuneSettings(Settings):
     command: Literal["tune"] = "tune"
     arch: str | None  # None: none that is known; nothing is pruned
     interpreted: bool = False  # Triton's interpreter on a CPU: right or wrong, no time that counts
-
-
-class Listener(Protocol):
-    """Hears how it goes; the command line draws it."""
-
-    def started(self, run: Run, folder: Path, left: int, warnings: list[str]) -> None: ...
-    def case(self, case: Case) -> None: ...
-    def phase(self, phase: str) -> None: ...
-    def finished(self, point: Point) -> None: ...
-    def said(self, line: str) -> None: ...
 
 
 @dataclass(frozen=True)

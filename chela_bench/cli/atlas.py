@@ -18,7 +18,7 @@ from chela_bench.cli.choices import Names, flags_of, many
 from chela_bench.cli.options import config_option, json_option
 from chela_bench.cli.output import echo_rich, write_files
 from chela_bench.cli.progress import CompileProgress
-from chela_bench.cli.signals import Interrupted, interrupted_by_signals
+from chela_bench.cli.signals import interrupted_by_signals, interruption_code
 from chela_bench.errors import UsageError
 from chela_bench.profiles.occupancy import ARCHS, find_arch
 from chela_bench.records import AtlasRow
@@ -101,7 +101,7 @@ def atlas(ctx: click.Context, /, **given: Any) -> None:
             )
     except KeyboardInterrupt as stop:
         click.echo("interrupted; what was compiled is kept for the next time", err=True)
-        ctx.exit(stop.exit_code if isinstance(stop, Interrupted) else 130)
+        ctx.exit(interruption_code(stop))
     _write(found, archs, given)
     if given["as_json"]:
         click.echo(_document(found, archs, given["fits_on"]))

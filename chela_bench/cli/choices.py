@@ -12,7 +12,8 @@ from chela_bench.bench import plan
 from chela_bench.bench.cases import Distribution
 from chela_bench.bench.load import is_file
 from chela_bench.cli import complete
-from chela_bench.records import DIRECTIONS, DTYPES, L2, Timer
+from chela_bench.errors import UsageError
+from chela_bench.records import DIRECTIONS, DTYPES, L2, OUTCOMES, Outcome, Timer
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -78,6 +79,27 @@ _SELECTION = (
     click.option("--inputs", type=click.Choice(get_args(Distribution)), help="Timed inputs."),
     seed_option,
 )
+
+
+resume_option = click.option(
+    "--resume", type=click.Path(path_type=Path), help="Go on with this run folder."
+)
+
+
+def retry_option(what: str) -> Callable[[_F], _F]:
+    return click.option(
+        "--retry",
+        multiple=True,
+        type=click.Choice(OUTCOMES),
+        help=f"With --resume: {what} of this outcome again.",
+    )
+
+
+def retried(given: Mapping[str, Any]) -> frozenset[Outcome]:
+    """What both said: outcomes to try again, of a run that there is."""
+    if given["retry"] and given["resume"] is None:
+        raise UsageError("--retry goes with --resume RUN_FOLDER")
+    return frozenset(given["retry"])
 
 
 def selection_options(command: _F) -> _F:

@@ -126,10 +126,3 @@ class SweepProgress:
     def _say(self, line: str) -> None:
         with contextlib.suppress(OSError):
             self._console.print(plain(line), markup=False, highlight=False, soft_wrap=True)
-
-
-class TuneProgress(SweepProgress):
-    """A bench.tune.Listener."""
-
-    def said(self, line: str) -> None:
-        self._say(line)

@@ -18,6 +18,10 @@ class Interrupted(KeyboardInterrupt):
         self.exit_code = 128 + signum  # as shells report it
 
 
+def interruption_code(stop: KeyboardInterrupt) -> int:
+    return stop.exit_code if isinstance(stop, Interrupted) else 128 + signal.SIGINT
+
+
 @contextlib.contextmanager
 def interrupted_by_signals() -> Iterator[None]:
     """Raises Interrupted in the block on SIGTERM (kill) or SIGHUP (the terminal closed).

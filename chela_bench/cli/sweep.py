@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any, get_args
 
 import click
-from pydantic import ValidationError
 
 from chela_bench.bench import plan, store
 from chela_bench.bench.cases import Case
 from chela_bench.bench.config import find_config, load_config
-from chela_bench.bench.load import refuse_changed_files
-from chela_bench.bench.sweep import refuse_other_settings
-from chela_bench.cli.choices import flags_of, selection_options
+from chela_bench.bench.sweep import own_settings, refuse_other_settings
+from chela_bench.cli.choices import (
+    flags_of,
+    resume_option,
+    retried,
+    retry_option,
+    selection_options,
+)
 from chela_bench.cli.options import (
     config_option,
     device_option,
@@ -26,7 +30,7 @@ from chela_bench.cli.options import (
 from chela_bench.cli.sweeping import carry_out
 from chela_bench.errors import RecordError, UsageError
 from chela_bench.profiles.machine import choose_device, choose_gpus
-from chela_bench.records import OUTCOMES, Run
+from chela_bench.records import Run
 from chela_bench.reports.text import plain
 
 
@@ -47,13 +51,8 @@ from chela_bench.reports.text import plain
 @ncu_report_option
 @config_option
 @out_option
-@click.option("--resume", type=click.Path(path_type=Path), help="Go on with this run folder.")
-@click.option(
-    "--retry",
-    multiple=True,
-    type=click.Choice(OUTCOMES),
-    help="With --resume: measure points of this outcome again.",
-)
+@resume_option
+@retry_option("measure points")
 @click.option("--dry-run", is_flag=True, help="List the points and stop.")
 @json_option
 @click.pass_context
@@ -71,18 +70,15 @@ def sweep(ctx: click.Context, /, **given: Any) -> None:
       chela-bench sweep --op linear_attention --lens 4k,16k --hbm ncu
     """
     said = flags_of(given)
-    retry = frozenset(given["retry"])
+    retry = retried(given)
     folder: Path | None = given["resume"]
-    if retry and folder is None:
-        raise UsageError("--retry goes with --resume RUN_FOLDER")
     resumed = None if folder is None else store.load_header(folder)
     devices_given = given["device"] != "auto" or given["gpus"] is not None
     if given["device"] != "auto" and given["gpus"] is not None:
         raise UsageError("--device names one device and --gpus several: give one of them")
     silent = said == plan.Flags() and given["config"] is None and not devices_given
-    if resumed is not None and silent:
+    if folder is not None and resumed is not None and silent:
         settings = _settings_of(folder, resumed)
-        refuse_changed_files(settings.user_impls, settings.user_files_sha256)
     else:
         config = load_config(find_config(given["config"]))
         gpus = given["gpus"]
@@ -109,16 +105,10 @@ def sweep(ctx: click.Context, /, **given: Any) -> None:
     )
 
 
-def _settings_of(folder: Path | None, run: Run) -> plan.Settings:
+def _settings_of(folder: Path, run: Run) -> plan.Settings:
     if run.settings.get("command") == "tune":
         raise RecordError(f"{folder} is a run of tune; go on with: chela-bench tune --resume")
-    try:
-        return plan.Settings.model_validate(run.settings)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(["settings", *map(str, problem["loc"])])
-        message = problem["msg"].removeprefix("Value error, ")
-        raise RecordError(f"{folder} cannot be resumed: {where}: {message}") from None
+    return own_settings(folder, run, plan.Settings)
 
 
 def _print_plan(

@@ -15,7 +15,7 @@ from chela_bench.bench.sweep import Result, new_folder
 from chela_bench.bench.sweep import sweep as run_sweep
 from chela_bench.cli.output import print_run
 from chela_bench.cli.progress import SweepProgress
-from chela_bench.cli.signals import Interrupted, interrupted_by_signals
+from chela_bench.cli.signals import interrupted_by_signals, interruption_code
 from chela_bench.errors import ChelaBenchError
 from chela_bench.records import Outcome, Point, Run
 from chela_bench.reports.text import own_cost
@@ -53,7 +53,7 @@ def carry_out(
     except KeyboardInterrupt as stop:
         if progress.begun:
             _conclude_interrupted(target, as_json=as_json, beside=beside)
-        ctx.exit(stop.exit_code if isinstance(stop, Interrupted) else 130)
+        ctx.exit(interruption_code(stop))
     _conclude(result, as_json=as_json, beside=beside)
     ctx.exit(exit_code(result.points))
 

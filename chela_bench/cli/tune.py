@@ -8,26 +8,31 @@ from pathlib import Path
 from typing import Any
 
 import click
-from pydantic import ValidationError
 
 from chela_bench.bench import store
 from chela_bench.bench import tune as bench
 from chela_bench.bench.atlas import LIMIT_S
 from chela_bench.bench.config import find_config, load_config
-from chela_bench.bench.load import refuse_changed_files
-from chela_bench.bench.sweep import new_folder
+from chela_bench.bench.sweep import new_folder, own_settings
 from chela_bench.bench.tables import write_table
 from chela_bench.cli import complete
-from chela_bench.cli.choices import flags_of, many
+from chela_bench.cli.choices import (
+    flags_of,
+    many,
+    resume_option,
+    retried,
+    retry_option,
+    sizes_option,
+)
 from chela_bench.cli.options import Seconds, config_option, device_option, json_option, out_option
 from chela_bench.cli.output import echo_rich, write_files
-from chela_bench.cli.progress import TuneProgress
-from chela_bench.cli.signals import Interrupted, interrupted_by_signals
+from chela_bench.cli.progress import SweepProgress
+from chela_bench.cli.signals import interrupted_by_signals, interruption_code
 from chela_bench.cli.sweeping import exit_code
 from chela_bench.errors import RecordError, UsageError
 from chela_bench.profiles.machine import choose_device
 from chela_bench.profiles.occupancy import ARCHS
-from chela_bench.records import OUTCOMES, Point, Run, document
+from chela_bench.records import Point, Run, document
 
 FOLDER = "tune"  # in the run folder
 
@@ -40,7 +45,7 @@ FOLDER = "tune"  # in the run folder
 @many("--shape", "Shapes by name, from bench.toml.", complete.shapes)
 @many("--dtype", "fp32, bf16, fp16.", complete.dtypes)
 @many("--direction", "fwd, bwd, fwdbwd.  [default: fwd]", complete.directions)
-@click.option("--set", "sizes", multiple=True, help="Sizes over the shape's: H=16,K=128.")
+@sizes_option
 @device_option
 @click.option("--timer", type=click.Choice(("event", "profiler")), help="How to time.")
 @click.option("--l2", type=click.Choice(("cold", "warm")), help="Evict the L2 cache, or leave it.")
@@ -63,13 +68,8 @@ FOLDER = "tune"  # in the run folder
 )
 @config_option
 @out_option
-@click.option("--resume", type=click.Path(path_type=Path), help="Go on with this run folder.")
-@click.option(
-    "--retry",
-    multiple=True,
-    type=click.Choice(OUTCOMES),
-    help="With --resume: try configurations of this outcome again.",
-)
+@resume_option
+@retry_option("try configurations")
 @json_option
 @click.pass_context
 def tune(ctx: click.Context, /, **given: Any) -> None:
@@ -86,18 +86,13 @@ def tune(ctx: click.Context, /, **given: Any) -> None:
       chela-bench tune --resume runs/TUNED --write-table
     """
     folder: Path | None = given["resume"]
-    retry = frozenset(given["retry"])
-    if folder is None:
-        if retry:
-            raise UsageError("--retry goes with --resume RUN_FOLDER")
-        settings, resumed = _new(given), None
-    else:
-        settings, resumed = _resumed(folder, given)
+    retry = retried(given)
+    settings, resumed = (_new(given), None) if folder is None else _resumed(folder, given)
     if given["table"] is not None and not given["write_table"]:
         raise UsageError("--table goes with --write-table")
     importlib.import_module("chela_bench.cli.derived")  # slow or broken: now, not an hour later
     target = folder or new_folder(given["out"])
-    progress = TuneProgress()
+    progress = SweepProgress()
     tuning = bench.Tuning(
         settings,
         target,
@@ -115,7 +110,7 @@ def tune(ctx: click.Context, /, **given: Any) -> None:
             run, points = store.load_run(target)
             click.echo(f"interrupted; go on with: chela-bench tune --resume {target}", err=True)
             _conclude(run, points, target, given, [])
-        ctx.exit(stop.exit_code if isinstance(stop, Interrupted) else 130)
+        ctx.exit(interruption_code(stop))
     untried = [case.key for case in done.untried]
     _conclude(done.run, done.points, target, given, untried, write=given["write_table"])
     ctx.exit(exit_code(done.points))
@@ -142,14 +137,7 @@ def _resumed(folder: Path, given: dict[str, Any]) -> tuple[bench.TuneSettings, R
     run = store.load_header(folder)
     if run.settings.get("command") != "tune":
         raise RecordError(f"{folder} is no run of tune; go on with: chela-bench sweep --resume")
-    try:
-        settings = bench.TuneSettings.model_validate(run.settings)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(["settings", *map(str, problem["loc"])])
-        raise RecordError(f"{folder} cannot be resumed: {where}: {problem['msg']}") from None
-    refuse_changed_files(settings.user_impls, settings.user_files_sha256)
-    return settings, run
+    return own_settings(folder, run, bench.TuneSettings), run
 
 
 def _conclude(

@@ -46,7 +46,7 @@ def two_sides(given: dict[str, Any], flags: Flags, labels: tuple[str, str]) -> I
         revisions = (".", ".")
     else:
         settings = plan.resolve(config, flags, [device])
-        pairs = [Pair(case.key, case, case) for case in _available(settings)]
+        pairs = [Pair(case.key, case, case) for case in plan.runnable(settings)]
     if not pairs:
         raise UsageError("nothing of what is selected can run here on both sides")
     with tempfile.TemporaryDirectory(prefix="chela-bench-") as folder:
@@ -67,7 +67,7 @@ def _pairs_of_impls(
     settings = plan.resolve(config, dataclasses.replace(flags, impls=labels), [device])
     names = [_resolved(settings, label) for label in labels]
     sides: list[dict[tuple[str, ...], Case]] = [{}, {}]
-    for case in _available(settings):
+    for case in plan.runnable(settings):
         point = (case.op, case.direction, case.dtype, shape_label(case.shape))
         for side, name in zip(sides, names, strict=True):
             if case.impl == name:
@@ -86,7 +86,3 @@ def _resolved(settings: Settings, label: str) -> str:
         if label.endswith(name) or name.endswith(label):
             return name
     return label
-
-
-def _available(settings: Settings) -> list[Case]:
-    return [case for case in plan.cases(settings) if plan.unavailable(settings, case) is None]

@@ -52,11 +52,17 @@ def _norm(squares):
 
 
 @gluon.jit
+def _load_block(ptr, taps, block, N2: gl.constexpr, UNIT: gl.constexpr):
+    """Of a row; taps in units."""
+    left = (taps - block * (64 * N2 // UNIT)).to(gl.int32)
+    return _load(ptr + block * (64 * N2), left, N2, UNIT)
+
+
+@gluon.jit
 def _load_row(ptr, taps, N2: gl.constexpr, UNIT: gl.constexpr, BLOCKS: gl.constexpr):
     row = _none()
     for block in gl.static_range(BLOCKS):
-        left = (taps - block * (64 * N2 // UNIT)).to(gl.int32)
-        row += (_load(ptr + block * (64 * N2), left, N2, UNIT),)
+        row += (_load_block(ptr, taps, block, N2, UNIT),)
     return row
 
 
@@ -202,7 +208,7 @@ def _kernel_spectrum_wgmma_kernel(
         row_ptr = k_ptr + d * stride_kd * UNIT
         out = spectrum_ptr + d * (BLOCKS * 2 * N) + offs
         if BLOCKS == 1:
-            k = _load(row_ptr, taps.to(gl.int32), N2, UNIT).to(gl.float32)
+            k = _load_block(row_ptr, taps, 0, N2, UNIT).to(gl.float32)
             scale, inverse = _power_of_two(gl.max(gl.abs(k), axis=0))
             k *= inverse
             norm, under = _norm(k * k)
@@ -213,22 +219,19 @@ def _kernel_spectrum_wgmma_kernel(
         else:
             largest = gl.zeros([N], gl.float32, _FLAT)
             for block in range(0, BLOCKS):
-                left = (taps - block * (N // UNIT)).to(gl.int32)
-                k = _load(row_ptr + block * N, left, N2, UNIT).to(gl.float32)
+                k = _load_block(row_ptr, taps, block, N2, UNIT).to(gl.float32)
                 largest = gl.maximum(largest, gl.abs(k))
             scale, inverse = _power_of_two(gl.max(largest, axis=0))
             squares = gl.zeros([N], gl.float32, _FLAT)
             for block in range(0, BLOCKS):
-                left = (taps - block * (N // UNIT)).to(gl.int32)
-                k = _load(row_ptr + block * N, left, N2, UNIT).to(gl.float32) * inverse
+                k = _load_block(row_ptr, taps, block, N2, UNIT).to(gl.float32) * inverse
                 squares += k * k
             norm, under = _norm(squares)
             gl.store(scale_ptr + d, scale * norm)
             before_re = gl.zeros([64, N2], gl.float32, PRODUCT)
             before_im = gl.zeros([64, N2], gl.float32, PRODUCT)
             for block in range(0, BLOCKS):
-                left = (taps - block * (N // UNIT)).to(gl.int32)
-                k = _load(row_ptr + block * N, left, N2, UNIT).to(gl.float32) * (inverse * under)
+                k = _load_block(row_ptr, taps, block, N2, UNIT).to(gl.float32) * (inverse * under)
                 _barrier()
                 re, im = _spectrum_of(k, tables, rests, room, rest_room, N2, SPLIT, ROOT_N)
                 gl.store(out, _registers((re + before_im).to(gl.float16), N2))
