@@ -80,10 +80,10 @@ def figures(
     return found
 
 
-def heat_maps(run: Run, points: Sequence[Point]) -> dict[str, Figure]:
+def heat_maps(run: Run, points: Sequence[Point], look: Look = SCREEN) -> dict[str, Figure]:
     """Time over two settings where a sweep varied two, by a name that is safe for a file."""
     return {
-        name: draw_heat_map(heat)
+        name: draw_heat_map(heat, look)
         for slug, group in named_groups(points).items()
         for name, (_, heat) in block_maps(run, slug, group).items()
     }

@@ -1,8 +1,8 @@
 """Runs as one HTML page that needs nothing else: no network and no file beside it.
 
 Figures are the SVG files' bytes as data URIs: an image cannot run scripts, and its ids and styles
-cannot meet the page's. Their text is text (`svg.fonttype` "none"): 112 points and twelve
-figures make 570 KB, where drawn letters would make the figures three times as large. A small script sorts
+cannot meet the page's. Their text is text (`svg.fonttype` "none"): 112 points and twelve figures
+make 570 KB, where drawn letters would make the figures three times as large. A small script sorts
 and filters tables and draws samples; the page's own policy lets nothing else run and nothing be
 fetched. What draws, or needs pandas, is imported by the pages that show something of it.
 """
