@@ -104,6 +104,7 @@ def test_figure_names_are_slugs() -> None:
         "linear_attention-fwd-bf16-B1-H16-K128-V128-hbm",
         "linear_attention-fwd-bf16-B1-H16-K128-V128-memory",
         "linear_attention-fwd-bf16-B1-H16-K128-V128-roofline",
+        "linear_attention-fwd-bf16-B1-H16-K128-V128-error",
     ]
 
 
@@ -221,6 +222,90 @@ def test_hbm_figure_prefers_what_was_measured(monkeypatch: pytest.MonkeyPatch) -
     assert sorted(face == "#ffffff" for face in faces) == [False, True]
 
 
+def errors(dtype: str = "bf16", **by_impl: tuple[float | None, float]) -> list[Point]:
+    """Of each implementation its error at 1k, growing with T, and its budget."""
+    return [
+        make_point(
+            T, impl=impl, dtype=dtype, error_budget=budget * (T / 1024) ** 0.01,
+            error_rel=None if error is None else error * (T / 1024) ** 0.25,
+        )
+        for impl, (error, budget) in by_impl.items()
+        for T in LENGTHS
+    ]  # fmt: skip
+
+
+def test_error_figure_shows_errors_below_their_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [
+        *errors(chunked=(1e-3, 8e-3), fla_chunk=(2e-3, 8e-3), direct=(None, 8e-3)),
+        make_failure("wrong", "o is off", impl="quadratic", error_rel=0.5, error_budget=8e-3),
+    ]
+    figure = figure_of("-error", points)
+    axes, lines = figure.axes[0], drawn_values(figure)
+    for impl in ("chunked", "fla_chunk"):
+        expected = {p.shape["T"]: p.error_rel for p in points if p.impl == impl}
+        assert lines[styles([impl])[impl].colour.lower()] == expected
+    assert lines[INK] == {p.shape["T"]: p.error_budget for p in points if p.impl == "chunked"}
+    assert len(lines) == 3
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    [grey] = [path for area in axes.collections for path in area.get_paths() if len(path) > 4]
+    assert grey.vertices[:, 1].min() == pytest.approx(8e-3)  # above the budget alone
+    text = words(figure, monkeypatch)
+    assert {"error budget", "quadratic: wrong", "0.001", "0.002"} <= set(text.splitlines())
+    assert "relative error, against float64" in text
+    assert "error not recorded: direct" in text
+
+
+def test_an_error_of_zero_is_said_and_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = errors(chunked=(1e-3, 8e-3), direct=(0.0, 8e-3))
+    points[2] = points[2].model_copy(update={"error_rel": 0.0})
+    figure = figure_of("-error", points)
+    lines = drawn_values(figure)
+    assert set(lines[styles(["chunked"])["chunked"].colour.lower()]) == {
+        T for T in LENGTHS if points[2].shape["T"] != T
+    }
+    assert len(lines) == 2
+    assert {"chunked: error 0", "direct: error 0"} <= set(words(figure, monkeypatch).splitlines())
+    for budget in (8e-3, None):
+        point = make_point(error_rel=0.0, error_budget=budget)
+        figure = figure_of("-error", [point])
+        assert "every error is 0" in words(figure, monkeypatch)
+        render(figure, "svg")
+
+
+def test_budgets_that_differ_say_whose_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact, rounded = (1e-7, 1e-6), (3e-4, 2e-3)
+    points = errors("fp32", chunked=exact, quadratic=exact, fla_chunk=rounded)
+    figure = figure_of("-error", points)
+    text = " ".join(words(figure, monkeypatch).split())
+    assert "error budget of chunked, quadratic" in text
+    assert "error budget of fla_chunk" in text
+    starts = [float(line.get_ydata()[0]) for line in figure.axes[0].lines if not line.get_marker()]
+    assert starts == [1e-6, 2e-3]
+    softmax = [
+        p.model_copy(update={"op": "softmax_attention", "impl": "sdpa_flash"})
+        for p in errors(chunked=(1e-3, 5e-3))
+    ]
+    figure = figure_of("-error", [*errors(chunked=(1e-3, 8e-3)), *softmax])
+    lines = words(figure, monkeypatch).splitlines()
+    assert "error budget of linear_attention" in " ".join(lines)
+    [dashed] = [
+        line
+        for line in figure.axes[0].lines
+        if not line.get_marker() and line.get_linestyle() == "--"
+    ]
+    assert dashed.get_ydata()[0] == 5e-3
+
+
+def test_many_equal_lines_are_not_wider_than_three() -> None:
+    points = [make_point(T, impl=f"contender_{i}", time_ns=T) for i in range(9) for T in LENGTHS]
+    lines = [
+        line for line in figure_of("-time", points).axes[0].lines if line.get_linestyle() != "None"
+    ]
+    widths = [line.get_linewidth() for line in lines]
+    assert widths == sorted(widths, reverse=True)  # the lower, the wider
+    assert len(set(widths)) == 9 and max(widths) == pytest.approx(4 * min(widths))
+
+
 def test_no_figure_without_its_value() -> None:
     assert [name.rpartition("-")[2] for name in figures(make_run(), [make_point()])] == ["time"]
     wall = make_point(time_ns=None, wall_ns=1000, floor_ns=10)
@@ -243,7 +328,7 @@ def test_one_implementation_looks_the_same_in_every_figure() -> None:
         for figure in made
     ]
     ours = styles(["triton_chunked"])["triton_chunked"]
-    assert len(looks) == 10
+    assert len(looks) == 12
     assert all((ours.colour + ours.marker).lower() in look for look in looks)
 
 

@@ -148,4 +148,5 @@ def test_an_example_runs(example, template, tmp_path, monkeypatch):
     if "--format" in words:
         out = place / words[words.index("-o") + 1]
         kinds = words[words.index("--format") + 1].split(",")
-        assert all((out / f"{TIME}.{kind}").stat().st_size > 1000 for kind in kinds)
+        name = {"report": TIME, "compare": "comparison"}[words[1]]
+        assert all((out / f"{name}.{kind}").stat().st_size > 1000 for kind in kinds)

@@ -37,7 +37,7 @@ BREAKS_OUT = "\"><img src=x onerror=alert(1)><!-- ' --></script></style></title>
 VOID = {"meta", "link", "img", "br", "hr", "input", "wbr"}
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg"/>'
 
-KINDS = ("time", "floor", "memory", "hbm", "roofline")
+KINDS = ("time", "floor", "memory", "hbm", "roofline", "error")
 
 
 @dataclass
@@ -93,7 +93,7 @@ def tree(text: str) -> Element:
 
 def made(run: Run, points: list[Point]) -> str:
     """The page with a stand-in for every figure that could be there."""
-    kinds = ("time", "floor", "hbm", "memory")
+    kinds = ("time", "floor", "hbm", "memory", "error")
     return page(run, points, {f"{s}-{kind}": SVG for s in named_groups(points) for kind in kinds})
 
 
@@ -196,7 +196,7 @@ def test_other_peoples_text_is_text(text: str) -> None:
 def test_the_figures_are_the_files() -> None:
     run, points = make_run(), h100_sweep()
     svgs = {name: render(figure, "svg") for name, figure in figures(run, points).items()}
-    assert len(svgs) == 5
+    assert len(svgs) == 6
     text = page(run, points, svgs)
     images = tree(text).all("img")
     drawn = [b64decode(str(i.attributes["src"]).partition("base64,")[2]) for i in images]
@@ -388,5 +388,5 @@ def test_report_writes_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     root = tree((tmp_path / "out" / "index.html").read_text(encoding="utf-8"))
     drawn = [b64decode(str(i.attributes["src"]).partition("base64,")[2]) for i in root.all("img")]
     assert sorted(drawn) == sorted(path.read_bytes() for path in (tmp_path / "out").glob("*.svg"))
-    assert len(drawn) == 31
+    assert len(drawn) == 40
     assert len(rows_of(tables(root, "failures")[0])) == 25

@@ -10,16 +10,23 @@ import pytest
 from matplotlib.colors import to_hex, to_rgb
 from PIL import Image
 
+from chela_bench.bench import atlas
 from chela_bench.bench.ops import OPS
 from chela_bench.bench.store import load_run
-from chela_bench.reports.figures import figures, render
+from chela_bench.reports import changes
+from chela_bench.reports.atlas_maps import atlas_maps
+from chela_bench.reports.figures import figures, heat_maps, render
 from chela_bench.reports.groups import OTHER_FUNCTIONS
 from chela_bench.reports.heat import HeatMap, Panel, draw_heat_map
 from chela_bench.reports.style import COLOURS, KNOWN, LOOKS, styles
+from chela_bench.reports.tune import tune_maps
+from chela_bench.verdicts import Change, Comparison, Side
 from tests.factories import SWEEPS, contenders, h100_sweep, make_point, make_run
 from tests.records import timed, write_run
 from tests.running import ROOT, in_this_process
+from tests.test_atlas import ARCHS, ROWS
 from tests.test_figures import drawn_labels
+from tests.test_tune import tuning
 
 PAPER = LOOKS["paper"]
 FWD = "linear_attention-fwd-bf16-B1-H16-K128-V128"
@@ -135,17 +142,23 @@ def test_an_implementation_has_its_colour_in_every_figure_of_every_run(impl):
 def test_a_paper_figure_is_a_column_wide_and_nothing_overlaps(name, monkeypatch):
     run, points = SWEEPS[name]
     for slug, figure in figures(run, points, PAPER).items():
-        assert figure.get_size_inches()[0] == 3.35
-        labels = drawn_labels(figure, monkeypatch)
-        assert {label.get_fontsize() for label in labels} == {7.0}
-        boxes = [(label.get_text(), label.get_window_extent()) for label in labels]
-        width, height = figure.canvas.get_width_height()
-        for text, box in boxes:
-            inside = box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
-            assert inside, f"{slug}: {text!r} leaves the figure"
-        for (one, a), (other, b) in combinations(boxes, 2):
-            apart = a.x1 <= b.x0 or b.x1 <= a.x0 or a.y1 <= b.y0 + 2 or b.y1 <= a.y0 + 2
-            assert apart, f"{slug}: {one!r} overlaps {other!r}"
+        text_fits_a_column(slug, figure, monkeypatch)
+
+
+def text_fits_a_column(slug, figure, monkeypatch):
+    """Returns the words."""
+    assert figure.get_size_inches()[0] == 3.35
+    labels = drawn_labels(figure, monkeypatch)
+    assert {label.get_fontsize() for label in labels} == {7.0}
+    boxes = [(label.get_text(), label.get_window_extent()) for label in labels]
+    width, height = figure.canvas.get_width_height()
+    for text, box in boxes:
+        inside = box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
+        assert inside, f"{slug}: {text!r} leaves the figure"
+    for (one, a), (other, b) in combinations(boxes, 2):
+        apart = a.x1 <= b.x0 or b.x1 <= a.x0 or a.y1 <= b.y0 + 2 or b.y1 <= a.y0 + 2
+        assert apart, f"{slug}: {one!r} overlaps {other!r}"
+    return [text for text, _ in boxes]
 
 
 def test_a_paper_figure_names_lines_and_failures_and_leaves_titles_to_the_caption(monkeypatch):
@@ -160,6 +173,96 @@ def test_a_paper_figure_names_lines_and_failures_and_leaves_titles_to_the_captio
 def paper_figure():
     [figure] = figures(make_run(), h100_sweep(), PAPER, only={f"{FWD}-time"}).values()
     return figure
+
+
+HEATS = {
+    **tune_maps(make_run(), [*tuning(), *tuning(16384)]),
+    **atlas_maps(ROWS, ARCHS),
+    "measured": next(iter(tune_maps(*load_run(ROOT / "docs/results/h100-tune")).values())),
+}
+
+
+@pytest.mark.parametrize("heat", HEATS.values(), ids=HEATS)
+def test_a_paper_heat_map_is_a_column_wide_and_says_every_value(heat, monkeypatch):
+    figure = draw_heat_map(heat, PAPER)
+    words = text_fits_a_column(heat.title, figure, monkeypatch)
+    for panel in heat.panels:
+        assert panel.name in words
+        assert {heat.label(value) for value in panel.values.values()} <= set(words)
+        assert set(panel.under.values()) <= set(words)
+        for why in panel.missing.values():
+            assert why.split() in [text.split() for text in words]
+    assert heat.title not in " ".join(words) and heat.subtitle not in " ".join(words)
+    title = f"{heat.title}; {heat.subtitle}"
+    assert figure.get_label() == title
+    assert b"/FontFile2" in (content := render(figure, "pdf", PAPER))
+    assert b"/Type3" not in content and b"/CreationDate" not in content
+    assert b"<text" not in render(figure, "svg", PAPER)
+
+
+def test_lines_of_a_paper_heat_map_are_told_apart_in_words(monkeypatch):
+    panel = Panel(
+        "p", {(x, 1): 1.0 for x in (1, 2, 3)}, levels={(x, 1): 10.0 * x for x in (1, 2, 3)}
+    )
+    limits = {"15 KB (small)": 15.0, "25 KB (large)": 25.0, "40 KB (none)": 40.0}
+    figure = draw_heat_map(HeatMap("t", "s", "x", "y", (panel,), str, contours=limits), PAPER)
+    words = " ".join(" ".join(text_fits_a_column("lines", figure, monkeypatch)).split())
+    assert "passes 15 KB (small): solid, 25 KB (large): dashed" in words and "40 KB" not in words
+    assert [line.get_linestyle() for line in figure.axes[0].lines] == ["-", "--"]
+
+
+def test_a_heat_map_of_many_columns_has_smaller_letters_and_one_of_short_words_is_flatter():
+    def of(columns, panels, label):
+        values = {(x, y): float(x) for x in range(columns) for y in (1, 2)}
+        panels = tuple(Panel(f"p{i}", values) for i in range(panels))
+        return draw_heat_map(HeatMap("t", "s", "x", "y", panels, label), PAPER)
+
+    def sizes(figure):
+        return {text.get_fontsize() for axes in figure.axes for text in axes.texts}
+
+    assert sizes(of(3, 2, lambda value: "59.4 us")) == {7.0}
+    [small] = sizes(of(12, 1, lambda value: "59.4 us"))
+    assert 2.5 < small < 5
+    tall = [
+        of(3, 4, lambda value, word=word: word).get_size_inches()[1] for word in ("1", "59.4 us")
+    ]
+    assert tall[0] < 0.7 * tall[1]  # two or more side by side, or one above the other
+
+
+def comparison(count):
+    verdicts = ("slower", "unclear", "faster", "same")
+    name = "linear_attention/triton_chunked/fwd/bf16/B=1,T={},H=16,K=128,V=128/BLOCK_T=64"
+    side = {"machine": "H100", "versions": {}}
+    return Comparison(
+        mode="stored", noise=0.01, before=Side(label="runs/old", **side),
+        after=Side(label="runs/new", **side),
+        points=[
+            Change(
+                name=name.format(2**i), verdict=verdicts[i % 4], ratio=1.3 - i / 100,
+                low=1.28 - i / 100, high=1.33 - i / 100,
+            )
+            for i in range(count)
+        ],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [1, 4, 30])
+def test_a_paper_comparison_is_a_column_wide_and_names_each_benchmark(count, monkeypatch):
+    compared = comparison(count)
+    figure = changes.figure(compared, PAPER)
+    words = text_fits_a_column("comparison", figure, monkeypatch)
+    named = {text.replace("\n", "") for text in words}
+    shown = changes.reading_order(compared.points)[:16]
+    assert {change.name for change in shown} <= named
+    assert ("the largest 16 of 30" in " ".join(" ".join(words).split())) is (count == 30)
+    assert "runs/old" not in " ".join(words) and figure.get_label() == "runs/old to runs/new"
+    drawn = [line.get_xdata()[0] for line in figure.axes[0].lines if line.get_marker() != "None"]
+    assert drawn == [change.ratio for change in shown]
+    places = [line.get_ydata()[0] for line in figure.axes[0].lines if line.get_marker() != "None"]
+    heads = [text.get_position()[1] for text in figure.axes[0].texts]
+    assert all(name < place for name, place in zip(heads, places, strict=True))  # downwards
+    assert figure.get_size_inches()[1] < 9.5  # a page
+    assert b"/FontFile2" in render(figure, "pdf", PAPER)
 
 
 def test_a_pdf_holds_its_fonts_as_outlines_and_no_date(paper_figure):
@@ -203,6 +306,63 @@ def test_report_writes_a_file_a_figure_and_format(run, tmp_path):
     [figure] = figures(*load_run(run)).values()
     in_page = b64encode(render(figure, "svg")).decode()  # set for a screen, whatever the files are
     assert in_page in (tmp_path / "index.html").read_text()
+
+
+def test_report_writes_heat_maps_for_paper(tmp_path, monkeypatch):
+    monkeypatch.setattr("chela_bench.cli.derived.figures", lambda *_, **__: {})
+    sizes = [(block_t, block_v) for block_t in (32, 64) for block_v in (64, 128)]
+    config = [{"BLOCK_T": block_t, "BLOCK_V": block_v} for block_t, block_v in sizes]
+    run, out = (
+        write_run(tmp_path / "run", [timed(config=each) for each in config]),
+        tmp_path / "out",
+    )
+    done = in_this_process("report", run, "-o", out, "--format", "pdf", "--style", "paper")
+    assert done.returncode == 0, done.stderr
+    [(name, figure)] = heat_maps(*load_run(run), PAPER).items()
+    assert name.endswith("-blocks-1")
+    assert (out / f"{name}.pdf").read_bytes() == render(figure, "pdf", PAPER)
+    [figure] = heat_maps(*load_run(run)).values()
+    assert b64encode(render(figure, "svg")).decode() in (out / "index.html").read_text()
+
+
+def test_atlas_and_compare_write_theirs_for_paper(tmp_path, monkeypatch):
+    """Only the compiling is played."""
+    found = atlas.Found("3.7.1", ROWS)
+    monkeypatch.setattr("chela_bench.bench.atlas.compile_all", lambda *_, **__: found)
+    sides = [write_run(tmp_path / s, [timed(ns=ns)]) for s, ns in (("a", 20.0), ("b", 10.0))]
+    for name, command in (
+        ("atlas", ("atlas", "linear_attention", "--arch", ",".join(ARCHS), "--out")),
+        ("comparison", ("compare", *sides, "--out")),
+    ):
+        out = tmp_path / name
+        done = in_this_process(*command, out, "--format", "svg,pdf", "--style", "paper")
+        assert done.returncode == 0, done.stderr
+        pictures = [path for path in out.iterdir() if path.suffix not in (".md", ".json", ".csv")]
+        assert {path.suffix for path in pictures} == {".svg", ".pdf"}
+        assert len(pictures) == {"atlas": 6, "comparison": 2}[name]
+        for path in pictures:
+            content = path.read_bytes()
+            assert b"<text" not in content and b"/Type3" not in content
+            if path.suffix == ".svg":
+                assert b'width="241.2pt"' in content
+
+
+@pytest.mark.parametrize("command", [["atlas", "linear_attention"], ["compare", "a", "b"]])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--style", "paper"], "--format and --style go with --out DIR"),
+        (["--format", "pdf"], "--format and --style go with --out DIR"),
+        (["--format", "tiff", "--out", "out"], "no format 'tiff' for a figure; there are: svg"),
+        (["--style", "poster", "--out", "out"], "'poster' is not one of 'screen', 'paper'"),
+    ],
+)
+def test_figures_of_a_command_that_cannot_be_are_one_message(command, given, message, monkeypatch):
+    """Before anything is compiled or read."""
+    monkeypatch.setattr("chela_bench.bench.atlas.compile_all", None)
+    done = in_this_process(*command, *given)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +15,7 @@ from chela_bench.bench.load import refuse_changed_files
 from chela_bench.bench.plan import unique
 from chela_bench.cli import complete
 from chela_bench.cli.choices import Names, flags_of, many
+from chela_bench.cli.figure_options import figure_files, figure_options
 from chela_bench.cli.options import config_option, json_option
 from chela_bench.cli.output import echo_rich, write_files
 from chela_bench.cli.progress import CompileProgress
@@ -22,6 +23,10 @@ from chela_bench.cli.signals import interrupted_by_signals, interruption_code
 from chela_bench.errors import UsageError
 from chela_bench.profiles.occupancy import ARCHS, find_arch
 from chela_bench.records import AtlasRow
+
+if TYPE_CHECKING:
+    from chela_bench.reports.figures import Format
+    from chela_bench.reports.style import Look
 
 
 @click.command()
@@ -53,6 +58,7 @@ from chela_bench.records import AtlasRow
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder for atlas.csv, atlas.json and heat maps.",
 )
+@figure_options
 @click.option("--jobs", type=click.IntRange(1), help="Compilers side by side; all processors.")
 @click.option(
     "--limit",
@@ -79,6 +85,7 @@ def atlas(ctx: click.Context, /, **given: Any) -> None:
       chela-bench atlas linear_attention --axis BLOCK_T=32,64,128 --axis BLOCK_V=32,64,128
       chela-bench atlas linear_attention --fits-on sm_86
     """
+    written = figure_files(ctx, given)
     archs = _archs(given["archs"], given["fits_on"])
     op = () if given["op"] is None else ((given["op"],),)
     flags = flags_of({**given, "op": op})
@@ -102,7 +109,7 @@ def atlas(ctx: click.Context, /, **given: Any) -> None:
     except KeyboardInterrupt as stop:
         click.echo("interrupted; what was compiled is kept for the next time", err=True)
         ctx.exit(interruption_code(stop))
-    _write(found, archs, given)
+    _write(found, archs, given, written)
     if given["as_json"]:
         click.echo(_document(found, archs, given["fits_on"]))
     else:
@@ -143,25 +150,29 @@ def _document(found: bench.Found, archs: Sequence[str], fits_on: str | None) -> 
     return json.dumps(document, indent=2)
 
 
-def _write(found: bench.Found, archs: Sequence[str], given: dict[str, Any]) -> None:
+def _write(
+    found: bench.Found,
+    archs: Sequence[str],
+    given: dict[str, Any],
+    written: tuple[Sequence[Format], Look] | None,
+) -> None:
     files: dict[Path, bytes] = {}
     target: Path | None = given["export_prune"]
     if target is not None:
         files[target] = _pruning(found.rows, target)
-    out: Path | None = given["out"]
-    if out is not None:
-        from chela_bench.cli.derived import FORMATS
+    if written is not None:
         from chela_bench.reports.atlas import atlas_frame
         from chela_bench.reports.atlas_maps import atlas_maps
         from chela_bench.reports.figures import render
         from chela_bench.reports.heat import draw_heat_map
 
+        out, (kinds, look) = given["out"], written
         files[out / "atlas.csv"] = atlas_frame(found.rows).to_csv(index=False).encode()
         files[out / "atlas.json"] = _document(found, archs, given["fits_on"]).encode()
         for name, heat in atlas_maps(found.rows, archs).items():
-            figure = draw_heat_map(heat)
-            for kind in FORMATS:
-                files[out / f"{name}.{kind}"] = render(figure, kind)
+            figure = draw_heat_map(heat, look)
+            for kind in kinds:
+                files[out / f"{name}.{kind}"] = render(figure, kind, look)
     write_files(files)
     for path in files:
         click.echo(f"wrote {path}", err=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +12,7 @@ from chela_bench.bench import comparing, live, sources
 from chela_bench.bench.baseline import noise_of
 from chela_bench.bench.plan import Flags
 from chela_bench.cli.choices import flags_of, selection_options
+from chela_bench.cli.figure_options import figure_files, figure_options
 from chela_bench.cli.options import (
     baselines_option,
     budget_option,
@@ -24,6 +26,10 @@ from chela_bench.cli.turns import two_sides
 from chela_bench.errors import UsageError
 from chela_bench.reports import changes
 from chela_bench.verdicts import Comparison, Side, document
+
+if TYPE_CHECKING:
+    from chela_bench.reports.figures import Format
+    from chela_bench.reports.style import Look
 
 
 @click.command()
@@ -46,8 +52,9 @@ from chela_bench.verdicts import Comparison, Side, document
     "-o",
     "--out",
     type=click.Path(path_type=Path),
-    help="Folder for comparison.md, .json, .png and .svg.",
+    help="Folder for comparison.md, comparison.json and the figure.",
 )
+@figure_options
 @click.pass_context
 def compare(ctx: click.Context, /, **given: Any) -> None:
     """Point by point, is B slower than A? Ratios with 95 % intervals, and a verdict.
@@ -59,12 +66,14 @@ def compare(ctx: click.Context, /, **given: Any) -> None:
     \b
     Examples:
       chela-bench compare runs/BEFORE runs/AFTER
+      chela-bench compare runs/BEFORE runs/AFTER -o figures --format pdf --style paper
       chela-bench compare --live chunked my_kernel.py:attention --op linear_attention --lens 4k
       chela-bench compare --live main . --op long_conv --shape b8-t4k-d1024
     """
     if given["as_json"] and given["as_markdown"]:
         raise UsageError("--json and --markdown both write to stdout: give one of them")
     flags = flags_of(given)
+    written = figure_files(ctx, given)
     if given["is_live"]:
         if given["across_machines"]:
             raise UsageError("--live measures both sides on one machine: no --across-machines")
@@ -80,8 +89,8 @@ def compare(ctx: click.Context, /, **given: Any) -> None:
             noise_of(given["baselines"], b.machine),
             across_machines=given["across_machines"],
         )
-    if given["out"] is not None:
-        _write(given["out"], comparison)
+    if written is not None:
+        _write(given["out"], comparison, *written)
     if given["as_json"]:
         click.echo(document(comparison))
     elif given["as_markdown"]:
@@ -116,15 +125,14 @@ def _live(given: dict[str, Any], flags: Flags) -> Comparison:
     )
 
 
-def _write(out: Path, comparison: Comparison) -> None:
-    from chela_bench.cli.derived import FORMATS
+def _write(out: Path, comparison: Comparison, kinds: Sequence[Format], look: Look) -> None:
     from chela_bench.reports.figures import render
 
     files = {
         "comparison.md": changes.markdown(comparison).encode(),
         "comparison.json": document(comparison).encode() + b"\n",
     }
-    drawn = changes.figure(comparison)
+    drawn = changes.figure(comparison, look)
     if drawn is not None:
-        files |= {f"comparison.{kind}": render(drawn, kind) for kind in FORMATS}
+        files |= {f"comparison.{kind}": render(drawn, kind, look) for kind in kinds}
     write_files({out / name: data for name, data in files.items()})

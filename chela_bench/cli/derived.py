@@ -66,8 +66,7 @@ def report_files(
     """What a page is made of, and the folder's files by name: a file a figure and format. The page
     shows distributions of the samples, by a point's key, and the atlas; its own figures are set for
     a screen whatever the files are."""
-    maps = heat_maps(run, points)  # alike in every look
-    drawn = {**figures(run, points), **maps}
+    drawn = {**figures(run, points), **heat_maps(run, points)}
     svgs = {name: render(figure, "svg") for name, figure in drawn.items()}
     reported = Reported(run, points, svgs, samples, atlas)
     files = {
@@ -75,7 +74,9 @@ def report_files(
         SUMMARY: summary(run, points).encode(),
         **_csv(run, points),
     }
-    kept = drawn if look is SCREEN else {**figures(run, points, look), **maps}
+    kept = drawn
+    if look is not SCREEN:
+        kept = {**figures(run, points, look), **heat_maps(run, points, look)}
     for name, figure in kept.items():
         for kind in formats:
             same = kind == "svg" and look is SCREEN

@@ -7,8 +7,7 @@ from pathlib import Path
 import click
 
 from chela_bench.bench.store import load_run, load_samples
-from chela_bench.cli import complete
-from chela_bench.cli.choices import Names
+from chela_bench.cli.figure_options import figure_options
 from chela_bench.cli.options import baselines_option
 from chela_bench.cli.output import print_run, write_files
 from chela_bench.errors import UsageError
@@ -39,22 +38,7 @@ SEVERAL = Path("report")
     metavar="FILE",
     help="What `atlas --out` wrote, for the page [default: RUN/atlas.json, if there].",
 )
-@click.option(
-    "--format",
-    "formats",
-    type=Names(),
-    default="png,svg",
-    show_default=True,
-    help="Files of each figure: png, svg, pdf.",
-    shell_complete=complete.formats,
-)
-@click.option(
-    "--style",
-    type=click.Choice(("screen", "paper")),
-    default="screen",
-    show_default=True,
-    help="Of figures; paper: one column wide, no title, fonts embedded.",
-)
+@figure_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON document a run on stdout.")
 @click.option(
     "--markdown", "as_markdown", is_flag=True, help="summary.md on stdout, for a pull request."

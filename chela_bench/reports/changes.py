@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -15,7 +17,7 @@ from rich.text import Text
 from chela_bench.reports.columns import line
 from chela_bench.reports.markdown import escaped, table
 from chela_bench.reports.sheets import Sheet
-from chela_bench.reports.style import INK, QUIET, settings
+from chela_bench.reports.style import INK, QUIET, SCREEN, Look, settings
 from chela_bench.reports.text import duration, plain, three_digits
 from chela_bench.verdicts import Change, Comparison, Side, Verdict
 
@@ -24,7 +26,8 @@ _TERMINAL = {"slower": "red", "unclear": "yellow", "faster": "green", "same": ""
 _COLOURS = {"slower": "#D55E00", "unclear": "#E69F00", "faster": "#009E73", "same": QUIET}
 _MARKERS = {"slower": ">", "unclear": "o", "faster": "<", "same": "s"}
 _WIDE = 110  # from so many columns on, a benchmark takes one line
-_MOST_ROWS = 60  # of a figure
+_MOST_ROWS, _MOST_IN_COLUMN = 60, 16  # of a figure
+_COLUMN_CHARACTERS = 56  # of a line in a column
 
 
 def reading_order(points: Sequence[Change]) -> list[Change]:
@@ -173,35 +176,37 @@ def sheet(comparison: Comparison) -> Sheet:
     return Sheet("Ratios", "", 3, header, tuple(rows)).without_empty()
 
 
-def figure(comparison: Comparison) -> Figure | None:
+def figure(comparison: Comparison, look: Look = SCREEN) -> Figure | None:
     """Ratios with their intervals, one line a benchmark; None if nothing was compared.
 
-    Of more than 60 the largest changes are shown.
+    Of more than 60, in a column 16, the largest changes are shown.
     """
-    rows = [row for row in reading_order(comparison.points) if row.ratio is not None]
-    left_out, rows = len(rows) - _MOST_ROWS, rows[:_MOST_ROWS]
+    found = [row for row in reading_order(comparison.points) if row.ratio is not None]
+    rows = found[: _MOST_ROWS if look.titled else _MOST_IN_COLUMN]
     if not rows:
         return None
-    with matplotlib.rc_context(settings()):
-        drawn = Figure(figsize=(9.0, 1.5 + 0.26 * len(rows)), layout="constrained")
+    more = f"the largest {len(rows)} of {len(found)}" if len(rows) < len(found) else ""
+    title = f"{_short(comparison.before)} to {_short(comparison.after)}"
+    what = "multiple of the floor, " if comparison.across_machines else "time, "
+    said = f"{what}after / before; 95 % interval; grey: noise"
+    with matplotlib.rc_context(settings(look)):
+        drawn = Figure(layout="constrained", dpi=100 if look.titled else look.dpi)
+        FigureCanvasAgg(drawn)
+        drawn.set_label(title)
         axes = drawn.add_subplot()
-        places = range(len(rows))
-        for y, row in zip(places, rows, strict=True):
-            colour = _COLOURS[row.verdict]
-            if row.low is not None and row.high is not None:
-                axes.hlines(y, row.low, row.high, color=colour, linewidth=2.2)
-            axes.plot([row.ratio or 1.0], [y], _MARKERS[row.verdict], color=colour, markersize=5)
-        band = comparison.noise
-        axes.axvspan(1 / (1 + band), 1 + band, color="#f0f0f0", zorder=0)
-        axes.axvline(1.0, color=INK, linewidth=0.8, zorder=1)
-        axes.set_yticks(list(places), [_end(plain(row.name), 80) for row in rows], fontsize=7.5)
-        axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.grid(axis="y", visible=False)
-        what = "multiple of the floor, " if comparison.across_machines else "time, "
-        axes.set_xlabel(f"{what}after / before; 95 % interval; grey: noise")
-        more = f", the largest {len(rows)} of {len(rows) + left_out}" if left_out > 0 else ""
-        title = f"{_short(comparison.before)} to {_short(comparison.after)}{more}"
-        drawn.suptitle(textwrap.fill(title, 110), x=0.01, ha="left", fontsize=9.5)
+        if look.titled:
+            drawn.set_size_inches(look.width_in, 1.5 + 0.26 * len(rows))
+            places = [float(place) for place in range(len(rows))]
+            names = [_end(plain(row.name), 80) for row in rows]
+            axes.set_yticks(places, names, fontsize=7.5)
+            axes.set_ylim(len(rows) - 0.4, -0.6)
+            title = ", ".join(filter(None, [title, more]))
+            drawn.suptitle(textwrap.fill(title, 110), x=0.01, ha="left", fontsize=9.5)
+        else:
+            places = _name_above(axes, rows, look)
+            said = textwrap.fill("; ".join(filter(None, [said, more])), _COLUMN_CHARACTERS)
+        _draw_ratios(axes, rows, places, comparison.noise, look)
+        axes.set_xlabel(said)
         shown = [word for word in ORDER if any(row.verdict == word for row in rows)]
         handles = [
             Line2D([], [], color=_COLOURS[word], marker=_MARKERS[word], label=word)
@@ -209,6 +214,42 @@ def figure(comparison: Comparison) -> Figure | None:
         ]
         drawn.legend(handles=handles, loc="outside lower right", ncols=len(shown))
     return drawn
+
+
+def _draw_ratios(
+    axes: Axes, rows: Sequence[Change], places: Sequence[float], noise: float, look: Look
+) -> None:
+    for y, row in zip(places, rows, strict=True):
+        colour = _COLOURS[row.verdict]
+        if row.low is not None and row.high is not None:
+            axes.hlines(y, row.low, row.high, color=colour, linewidth=2.2 * look.thickness)
+        size = 5 if look.titled else 3.5
+        axes.plot([row.ratio or 1.0], [y], _MARKERS[row.verdict], color=colour, markersize=size)
+    axes.axvspan(1 / (1 + noise), 1 + noise, color="#f0f0f0", zorder=0)
+    axes.axvline(1.0, color=INK, linewidth=0.8 * look.thickness, zorder=1)
+    axes.grid(axis="y", visible=False)
+
+
+def _name_above(axes: Axes, rows: Sequence[Change], look: Look) -> list[float]:
+    """Names above their intervals, for which a place each is returned: a column has no room beside
+    the plot. The figure's height follows from their lines."""
+    line, places = 0.0, []
+    for row in rows:
+        name = textwrap.wrap(plain(row.name).replace("/", "/ "), _COLUMN_CHARACTERS)
+        axes.text(
+            0.0, line, "\n".join(name).replace("/ ", "/").replace("$", r"\$"), va="top",
+            transform=axes.get_yaxis_transform(), in_layout=False, linespacing=1.1,
+            bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.0},
+        )  # fmt: skip
+        places.append(line + len(name) + 0.5)
+        line += len(name) + 1.5
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.set_ylim(line, -0.5)
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.set_size_inches(look.width_in, 0.8 + (line + 0.5) * 1.3 * look.font_pt / 72)
+    return places
 
 
 def _short(side: Side) -> str:

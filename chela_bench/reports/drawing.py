@@ -28,6 +28,7 @@ from chela_bench.reports.text import length, lengths
 
 _ROW_IN, _HEAD_IN = 0.21, 1.35
 _GAP_IN, _NOTE_CHARACTERS = 0.08, 62  # below a plot in a column
+_MOST_WIDER = 3  # steps in width, however many lines lie on each other
 _LEAST_SPAN = 6.25  # of the vertical axis, so that two of its ticks 1, 2, 5, 10 are in it
 
 
@@ -86,29 +87,38 @@ class Picture:
     marks: tuple[Mark, ...] = ()
     floor: tuple[tuple[int, float], ...] = ()
     floor_name: str = ""
+    limits: tuple[Line, ...] = ()  # what is above the highest is wrong
 
 
 def draw(picture: Picture, look: Look = SCREEN) -> Figure:
     """The picture as a figure as wide as the look says; its height follows from the number of
     lines. What has no value stands in a strip below the plot, or in the legend if untitled."""
-    lines = sorted(picture.lines, key=lambda line: -line.values[-1][1])
+    lines = sorted(picture.lines, key=_end)
+    named = sorted((*picture.limits, *lines), key=_end)
     misses = picture.misses if look.titled else ()
     notes = picture.notes if look.titled else (*picture.notes, *_missing(picture))
     strip_in = _ROW_IN * sum(rows_of(miss.name, look) for miss in misses)
     with matplotlib.rc_context(settings(look)):
-        figure, plot_in = page([line.name for line in lines], notes, look, strip_in)
+        figure, plot_in = page([line.name for line in named], notes, look, strip_in)
         axes, strip = _axes(figure, plot_in, strip_in)
         _draw_lines(axes, lines, look)
         _draw_floor(axes, picture.floor, picture.floor_name, look)
+        _draw_limits(axes, picture.limits, look)
         _draw_marks(axes, picture.marks, picture.lengths, look)
         _scale(axes, picture, look)
         if not lines:
-            axes.text(0.03, 0.95, picture.nothing, transform=axes.transAxes, va="top", color=QUIET)
+            y, va = (0.05, "bottom") if picture.limits else (0.95, "top")
+            axes.text(0.03, y, picture.nothing, transform=axes.transAxes, va=va, color=QUIET)
         if strip is not None:
             _draw_strip(strip, misses, look)
         (strip or axes).set_xlabel("tokens T  (k = 1024)")
-        finish(axes, picture.title, picture.subtitle, lines, notes, look)
+        finish(axes, picture.title, picture.subtitle, named, notes, look)
     return figure
+
+
+def _end(line: Line) -> float:
+    """Sorts from the highest end to the lowest."""
+    return -line.values[-1][1]
 
 
 def page(
@@ -169,8 +179,10 @@ def _titles(figure: Figure, axes: Axes, title: str, subtitle: str) -> Text:
 
 def _draw_lines(axes: Axes, lines: Sequence[Line], look: Look) -> None:
     """From the slowest to the fastest; a line under an equal one is wider, and so still seen."""
-    for i, line in enumerate(lines):
-        wider = sum(_hides(over, line) for over in lines[i + 1 :])
+    hidden = [sum(_hides(over, line) for over in lines[i + 1 :]) for i, line in enumerate(lines)]
+    step = min(1.0, _MOST_WIDER / max([1, *hidden]))
+    for line, count in zip(lines, hidden, strict=True):
+        wider = count * step
         axes.plot(*zip(*line.values, strict=True), zorder=3, **line_looks(line, look, wider=wider))
         axes.errorbar(
             [tokens for tokens, _, _ in line.spread],
@@ -184,7 +196,7 @@ def _draw_lines(axes: Axes, lines: Sequence[Line], look: Look) -> None:
         )
 
 
-def line_looks(line: Line, look: Look, *, wider: int = 0) -> dict[str, Any]:
+def line_looks(line: Line, look: Look, *, wider: float = 0) -> dict[str, Any]:
     """Keywords of a line and its markers, the same in the plot and in the legend."""
     colour, marker = line.style
     size = {"P": 8.0, "X": 8.0, "D": 5.5, "s": 5.5, "p": 7.0, "h": 7.0}.get(marker, 6.5)
@@ -211,14 +223,32 @@ def _draw_floor(axes: Axes, floor: Sequence[tuple[int, float]], name: str, look:
     """The floor, and grey below it: nothing correct can be there."""
     if not floor:
         return
-    x = [float(tokens) for tokens, _ in floor]
-    y = [value for _, value in floor]
-    if len(floor) == 1:
-        x, y = [x[0] / 1.5, x[0] * 1.5], [y[0], y[0]]
+    x, y = _stretched(floor)
     axes.plot(x, y, color=INK, linewidth=1.2 * look.thickness, zorder=2)
     axes.fill_between(x, y, [min(y) / 1e3] * len(y), color="#f0f0f0", linewidth=0, zorder=0.5)
     name = textwrap.fill(name, look.axis_characters)
     axes.text(0.985, 0.025, name, transform=axes.transAxes, ha="right", va="bottom")
+
+
+def _draw_limits(axes: Axes, limits: Sequence[Line], look: Look) -> None:
+    """Limits, and grey above the highest: nothing correct can be there."""
+    for line in limits:
+        axes.plot(*_stretched(line.values), zorder=2, **line_looks(line, look))
+    if limits:
+        x, y = _stretched(max(limits, key=_highest).values)
+        axes.fill_between(x, y, [max(y) * 1e3] * len(y), color="#f0f0f0", linewidth=0, zorder=0.5)
+
+
+def _highest(line: Line) -> float:
+    return max(value for _, value in line.values)
+
+
+def _stretched(values: Sequence[tuple[int, float]]) -> tuple[list[float], list[float]]:
+    """Lengths and values; one alone on both sides of its length, to be seen as a line."""
+    if len(values) == 1:
+        [(tokens, value)] = values
+        return [tokens / 1.5, tokens * 1.5], [value, value]
+    return [float(tokens) for tokens, _ in values], [value for _, value in values]
 
 
 def _draw_marks(axes: Axes, marks: Sequence[Mark], tokens: Sequence[int], look: Look) -> None:
@@ -257,12 +287,15 @@ def _scale(axes: Axes, picture: Picture, look: Look) -> None:
     values = [value for line in picture.lines for _, value in line.values]
     values += [quartile for line in picture.lines for _, *pair in line.spread for quartile in pair]
     values += [value for _, value in picture.floor]
+    values += [value for line in picture.limits for _, value in line.values]
     if not values:
         axes.set_yticks([])
         return
     low, high = min(values), max(values)
     room = max((high / low) ** 0.05, 1.15, math.sqrt(_LEAST_SPAN * low / high))
-    axes.set_ylim(low / (room**2.5 if picture.floor else room), high * room)
+    axes.set_ylim(
+        low / (room**2.5 if picture.floor else room), high * (room**2 if picture.limits else room)
+    )
     short = high / low < quantity.base**2.5
     axes.yaxis.set_major_locator(LogLocator(quantity.base, subs=quantity.steps if short else (1,)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(quantity.unit(value))))

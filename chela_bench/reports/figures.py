@@ -15,11 +15,13 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from chela_bench.records import Point, Run
+from chela_bench.reports.compact import compact
 from chela_bench.reports.drawing import Picture, draw
 from chela_bench.reports.groups import named_groups
 from chela_bench.reports.heat import draw_heat_map
 from chela_bench.reports.pictures import (
     Sweep,
+    error_picture,
     floor_picture,
     hbm_picture,
     memory_picture,
@@ -39,6 +41,7 @@ _KINDS: dict[str, Callable[[Sweep], Picture | RoofPicture | None]] = {
     "hbm": hbm_picture,
     "memory": memory_picture,
     "roofline": roofline_picture,
+    "error": error_picture,
 }
 _NO_DATES: dict[Format, dict[str, str | None]] = {
     "svg": {"Date": None},
@@ -55,7 +58,7 @@ def figures(
     only: Container[str] | None = None,
 ) -> dict[str, Figure]:
     """Every figure of a run: `linear_attention-fwd-bf16-B1-H16-K128-V128-time`, and with
-    `-floor`, `-hbm`, `-memory` and `-roofline` where a point has such a value.
+    `-floor`, `-hbm`, `-memory`, `-roofline` and `-error` where a point has such a value.
 
     Time is the median, with quartiles, the floor, and each line's exponent of T (`fitted_slope`'s,
     over the longer half of the lengths, with its 95 % interval). Points of softmax_attention at the
@@ -77,10 +80,10 @@ def figures(
     return found
 
 
-def heat_maps(run: Run, points: Sequence[Point]) -> dict[str, Figure]:
+def heat_maps(run: Run, points: Sequence[Point], look: Look = SCREEN) -> dict[str, Figure]:
     """Time over two settings where a sweep varied two, by a name that is safe for a file."""
     return {
-        name: draw_heat_map(heat)
+        name: draw_heat_map(heat, look)
         for slug, group in named_groups(points).items()
         for name, (_, heat) in block_maps(run, slug, group).items()
     }
@@ -97,7 +100,8 @@ def render(figure: Figure, format: Format, look: Look = SCREEN) -> bytes:
         if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
             _settle(figure, look.dpi)
         figure.savefig(content, format=format, dpi=look.dpi, metadata=metadata)
-    return content.getvalue()
+    drawn = content.getvalue()
+    return compact(drawn.decode()).encode() if format == "svg" else drawn
 
 
 def _settle(figure: Figure, dpi: int) -> None:

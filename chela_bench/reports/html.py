@@ -1,8 +1,8 @@
 """Runs as one HTML page that needs nothing else: no network and no file beside it.
 
 Figures are the SVG files' bytes as data URIs: an image cannot run scripts, and its ids and styles
-cannot meet the page's. Their text is text (`svg.fonttype` "none"): 84 points and ten figures
-make 480 KB, where drawn letters would make the figures three times as large. A small script sorts
+cannot meet the page's. Their text is text (`svg.fonttype` "none"): 112 points and twelve figures
+make 570 KB, where drawn letters would make the figures three times as large. A small script sorts
 and filters tables and draws samples; the page's own policy lets nothing else run and nothing be
 fetched. What draws, or needs pandas, is imported by the pages that show something of it.
 """
@@ -38,6 +38,7 @@ _FIGURES = {
     "memory": "peak memory",
     "hbm": "HBM bytes per call",
     "roofline": "roofline",
+    "error": "relative error",
 }
 _READ_BY_SCRIPT = re.compile(r"\d[\d.]*(e[-+]\d+)?[kM]?( [%m])?")  # as report.js has it
 NO_SAMPLES = "Samples are not on record here: their distributions cannot be shown."
@@ -247,7 +248,7 @@ def _blocks(
     yield block("Roofline", ["roofline"], counted.get("Roofline"))
     if any(series.config for series in group.series):
         yield _block_sizes(reported, slug, group, id_)
-    yield block("Error", [], error_sheet(group))
+    yield block("Error", ["error"], error_sheet(group))
 
 
 def _block_sizes(reported: Reported, slug: str, group: Group, id_: str) -> _Block:

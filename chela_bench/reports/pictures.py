@@ -1,11 +1,12 @@
 """What each figure of a run says: records in, `drawing.Picture` out.
 
-Time, its multiple of the floor, HBM bytes and peak memory, each against length. A series that
-has no value at a length leaves a gap, never a number; what failed stands in the strip.
+Time, its multiple of the floor, HBM bytes, peak memory and error, each against length. A series
+that has no value at a length leaves a gap, never a number; what failed stands in the strip.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from chela_bench.reports.groups import (
 from chela_bench.reports.roofline import Roof
 from chela_bench.reports.roofline_drawing import RoofPicture, track
 from chela_bench.reports.rows import MODEL, hbm_bytes
-from chela_bench.reports.style import Style, styles, tint
+from chela_bench.reports.style import INK, Style, styles, tint
 from chela_bench.reports.text import duration, machine, memory, plain, three_digits
 
 _Value = tuple[int, float]  # length, amount
@@ -206,6 +207,66 @@ def memory_picture(sweep: Sweep) -> Picture | None:
     )
 
 
+def error_picture(sweep: Sweep) -> Picture | None:
+    """Error of correct points, and what rounding allows; None where none was compared."""
+    lines, zeros, unknown = [], [], []
+    for series, style, name in sweep.drawn:
+        values = [(p.shape["T"], p.error_rel) for p in series.ok if p.error_rel is not None]
+        line, zero = _above_zero(name, style, values, sweep.is_other(series), zero="error 0")
+        lines += line
+        zeros += zero
+        if series.ok and not values:
+            unknown.append(name)
+    if not lines and not zeros:
+        return None
+    return _picture(
+        sweep,
+        Quantity("relative error, against float64", lambda value: f"{value:.1e}", 10, (1, 2, 5)),
+        lines=tuple(lines),
+        misses=(*_misses(sweep), *zeros),
+        nothing="every error is 0",
+        notes=(f"error not recorded: {', '.join(unknown)}",) if unknown else (),
+        limits=_budgets(sweep),
+    )
+
+
+def _budgets(sweep: Sweep) -> tuple[Line, ...]:
+    """One for all that are allowed the same; of several each says whose. They differ by function,
+    and in fp32 by what the operands are rounded to."""
+    found: list[tuple[dict[int, float], list[Series]]] = []
+    for series, _, _ in sweep.drawn:
+        own = {p.shape["T"]: p.error_budget for p in series.points if p.error_budget}
+        for budgets, sharing in found:
+            common = own.keys() & budgets.keys()
+            if common and all(math.isclose(own[t], budgets[t], rel_tol=0.01) for t in common):
+                budgets.update(own)
+                sharing.append(series)
+                break
+        else:
+            if own:
+                found.append((own, [series]))
+    names = [_whose(sweep, sharing, [each for _, each in found]) for _, sharing in found]
+    return tuple(
+        Line(
+            f"error budget of {name}" if len(found) > 1 else "error budget",
+            Style(tint(INK, 0.6 * i / len(found)), ""),
+            tuple(sorted(budgets.items())),
+            dashed=all(map(sweep.is_other, sharing)),
+        )
+        for i, (name, (budgets, sharing)) in enumerate(zip(names, found, strict=True))
+    )
+
+
+def _whose(sweep: Sweep, sharing: Sequence[Series], all_sharing: Sequence[Sequence[Series]]) -> str:
+    """The function, if no other budget is one of its own; else the implementations."""
+    kinds = [{sweep.is_other(series) for series in each} for each in all_sharing]
+    mine = {sweep.is_other(series) for series in sharing}
+    if len(mine) == 1 and sum(bool(mine & kind) for kind in kinds) == 1:
+        group = sweep.beside if True in mine else sweep.group
+        return plain((group or sweep.group).op)
+    return ", ".join(series.label for series in sharing)
+
+
 def roofline_picture(sweep: Sweep) -> RoofPicture | None:
     """None where a ceiling was not measured, or no point has kernel time, FLOPs and bytes.
 
@@ -239,14 +300,20 @@ def _title(group: Group) -> str:
 
 
 def _above_zero(
-    name: str, style: Style, values: Sequence[_Value], dashed: bool, *, hollow: bool = False
+    name: str,
+    style: Style,
+    values: Sequence[_Value],
+    dashed: bool,
+    *,
+    hollow: bool = False,
+    zero: str = "0 B",
 ) -> tuple[list[Line], list[Miss]]:
     """A line of what has a logarithm, and a row of the strip for the rest."""
     drawn = tuple((tokens, size) for tokens, size in values if size)
     zeros = tuple(tokens for tokens, size in values if not size)
     return (
         [Line(name, style, drawn, dashed=dashed, hollow=hollow)] if drawn else [],
-        [Miss(f"{name}: 0 B", style.colour, zeros)] if zeros else [],
+        [Miss(f"{name}: {zero}", style.colour, zeros)] if zeros else [],
     )
 
 
@@ -261,6 +328,7 @@ def _picture(
     marks: tuple[Mark, ...] = (),
     floor: tuple[tuple[int, float], ...] = (),
     floor_name: str = "",
+    limits: tuple[Line, ...] = (),
 ) -> Picture:
     group = sweep.group
     return Picture(
@@ -275,6 +343,7 @@ def _picture(
         marks=marks,
         floor=floor,
         floor_name=floor_name,
+        limits=limits,
     )
 
 
