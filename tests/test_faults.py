@@ -25,6 +25,8 @@ from tests.running import (
     workers_of,
 )
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 WRONG = {  # function -> a word of its reason
     "off_by_two_percent": "off by 2.00e-02",
     "zeros": "off by 1.00e+00",
@@ -45,7 +47,7 @@ TIMEOUT = {"hangs": "no answer for 4 s in phase 'build'"}
 
 
 @pytest.fixture(scope="module")
-def misbehaved(tmp_path_factory):
+def misbehaved(forked_workers, tmp_path_factory):
     """All of them in one sweep, beside one that is right: what one does must not touch another."""
     config = tiny_config(tmp_path_factory.mktemp("faults"), build_s=4.0)
     names = ["right", "reads_its_input", *WRONG, *CRASH, *OOM, *TIMEOUT]
@@ -148,7 +150,7 @@ PLAN = ("--op", "linear_attention", "--impl", "chunked,quadratic", "--lens", "16
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory):
+def killed(forked_workers, tmp_path_factory):
     """`kill -9` of the sweep in mid-run, then --resume."""
     config = tiny_config(tmp_path_factory.mktemp("killed"), sample_s=0.2)
     process = _sweep_in_background(config, *PLAN)
@@ -219,7 +221,7 @@ def test_retry_measures_again_and_counts_once(killed):
 
 
 @pytest.fixture(scope="module")
-def interrupted(tmp_path_factory):
+def interrupted(forked_workers, tmp_path_factory):
     """Ctrl-C in mid-run, after a second sweep into the same folder."""
     config = tiny_config(tmp_path_factory.mktemp("interrupted"), sample_s=0.5)
     process = _sweep_in_background(config, *PLAN)

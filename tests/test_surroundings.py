@@ -266,7 +266,7 @@ CARELESS = {  # implementations that are right and leave something behind -> a n
 
 
 @pytest.fixture(scope="module")
-def careless(tmp_path_factory):
+def careless(forked_workers, tmp_path_factory):
     """Each one's point and whether its worker was replaced, by name; what they printed."""
     folder = tmp_path_factory.mktemp("careless")
     names = ("raises", "wants_no_compiler", *CARELESS, "exits_at_once")
