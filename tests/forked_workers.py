@@ -45,13 +45,14 @@ class Server:
 
     def fork(self, fds, **wanted):
         """A worker's process id; standard streams and the pipe for its answers are `fds`."""
-        message = json.dumps({**wanted, "cwd": os.getcwd(), "parent": os.getpid()})
+        message = json.dumps({**wanted, "cwd": str(Path.cwd()), "parent": os.getpid()})
         prctl = ctypes.CDLL(None, use_errno=True).prctl
         with self._asking:
             assert prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0, os.strerror(ctypes.get_errno())
             try:
                 socket.send_fds(self._channel, [message.encode()], fds)
-                return int(self._channel.recv(64))
+                self.last_pid = int(self._channel.recv(64))
+                return self.last_pid
             finally:
                 prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
@@ -63,7 +64,8 @@ class Server:
             def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, *others):
                 if args[3] != _WORKER:  # another revision's, or one without torch
                     start = super()._execute_child
-                    return start(args, executable, preexec_fn, close_fds, pass_fds, *others)
+                    start(args, executable, preexec_fn, close_fds, pass_fds, *others)
+                    return
                 env, pipes = others[1], others[5:11]
                 fds = [pipes[0], pipes[3], pipes[5], *pass_fds]
                 self.pid = server.fork(fds, code=_WORKER, arguments=args[4:], env=env)

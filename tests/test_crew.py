@@ -19,7 +19,6 @@ from chela_bench.reports.text import device_name, facts
 from tests.factories import make_run
 from tests.running import FAULTS, Silent, tiny_config
 
-
 pytestmark = pytest.mark.usefixtures("forked_workers")
 
 

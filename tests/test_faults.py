@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -249,18 +250,23 @@ def test_two_sweeps_into_one_folder_are_refused(interrupted):
     assert f"is being written by another sweep (process {process.pid})" in second.stderr
 
 
-def test_a_killed_worker_is_replaced(tmp_path):
+def test_a_killed_worker_is_replaced(tmp_path, worker_server):
     config = tiny_config(tmp_path, sample_s=0.5)
-    process = _sweep_in_background(config, *PLAN)
-    folder = wait_for_points(config, 1)
-    [worker] = workers_of(process.pid)
-    os.kill(worker, signal.SIGKILL)
-    process.communicate(timeout=120)
+
+    def kill_the_worker():
+        wait_for_points(config, 1)
+        os.kill(worker_server.last_pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_the_worker)
+    killer.start()
+    done = in_this_process("sweep", "--config", config, "--out", config.parent / "runs", *PLAN)
+    killer.join()
+    folder = run_folder(config)
     points = [json.loads(line) for line in (folder / "points.jsonl").read_text().splitlines()]
     crashed = [point for point in points if point["outcome"] == "crash"]
     assert len(points) == 8 and len(crashed) == 1
     assert "SIGKILL" in crashed[0]["reason"]
-    assert process.returncode == 1
+    assert done.returncode == 1
 
 
 @pytest.mark.parametrize(
