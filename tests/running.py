@@ -78,6 +78,17 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "chela_bench", *map(str, arguments)]
 
 
+def played(*arguments: object) -> list[str]:
+    """As `command`, with workers that answer a case after STUB_CASE_S; workers_of() knows them."""
+    code = (
+        "from pathlib import Path; from chela_bench import cli; "
+        "from chela_bench.bench import runner; "
+        f"text = Path({str(STUB_WORKER)!r}).read_text(); "
+        "runner._WORKER = '# chela_bench.bench.worker\\n' + text; cli.main()"
+    )
+    return [sys.executable, "-c", code, *map(str, arguments)]
+
+
 def chela_bench(
     *arguments: object, cwd: Path | None = None, **changes: str
 ) -> subprocess.CompletedProcess[str]:
@@ -95,7 +106,14 @@ def in_this_process(
     *arguments: object, cwd: Path | None = None, **changes: str
 ) -> subprocess.CompletedProcess[str]:
     """What `chela_bench` returns, without the seconds that another process takes to start."""
-    words = ["chela-bench", *map(str, arguments)]
+    return ran_here(cli.main, "chela-bench", *arguments, cwd=cwd, **changes)
+
+
+def ran_here(
+    main: Callable[[], object], *arguments: object, cwd: Path | None = None, **changes: str
+) -> subprocess.CompletedProcess[str]:
+    """How a command's `main` ends, and what it prints."""
+    words = list(map(str, arguments))
     stdout, stderr = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="") for _ in range(2))
     with (
         mock.patch.object(sys, "argv", words),
@@ -105,7 +123,7 @@ def in_this_process(
         contextlib.redirect_stderr(stderr),
     ):
         try:
-            cli.main()
+            code = main()
         except SystemExit as end:
             code = end.code
     for stream in (stdout, stderr):

@@ -19,6 +19,7 @@ from tests.running import (
     gone,
     hear_signals,
     in_this_process,
+    played,
     run_folder,
     swept,
     tiny_config,
@@ -135,10 +136,10 @@ def test_three_samples_are_wanted(tmp_path):
     assert "only 1 of the 3 samples wanted came" in point["reason"]
 
 
-def _sweep_in_background(config: Path, *arguments: object) -> subprocess.Popen[str]:
+def _sweep_in_background(config: Path, command=command) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command("sweep", "--config", config, "--out", config.parent / "runs", *arguments),
-        env=environment(),
+        command("sweep", "--config", config, "--out", config.parent / "runs", *PLAN),
+        env=environment(STUB_CASE_S="0.5"),
         cwd=config.parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -154,7 +155,7 @@ PLAN = ("--op", "linear_attention", "--impl", "chunked,quadratic", "--lens", "16
 def killed(forked_workers, tmp_path_factory):
     """`kill -9` of the sweep in mid-run, then --resume."""
     config = tiny_config(tmp_path_factory.mktemp("killed"), sample_s=0.2)
-    process = _sweep_in_background(config, *PLAN)
+    process = _sweep_in_background(config)
     folder = wait_for_points(config, 3)
     workers = workers_of(process.pid)
     process.kill()
@@ -224,8 +225,8 @@ def test_retry_measures_again_and_counts_once(killed):
 @pytest.fixture(scope="module")
 def interrupted(forked_workers, tmp_path_factory):
     """Ctrl-C in mid-run, after a second sweep into the same folder."""
-    config = tiny_config(tmp_path_factory.mktemp("interrupted"), sample_s=0.5)
-    process = _sweep_in_background(config, *PLAN)
+    config = tiny_config(tmp_path_factory.mktemp("interrupted"))
+    process = _sweep_in_background(config, played)
     folder = wait_for_points(config, 2)
     workers = workers_of(process.pid)
     second = in_this_process("sweep", "--resume", folder)

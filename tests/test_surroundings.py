@@ -34,6 +34,7 @@ from tests.running import (
     environment,
     gone,
     hear_signals,
+    played,
     tiny_config,
     wait_for_points,
     workers_of,
@@ -90,21 +91,11 @@ def test_a_read_only_folder_is_refused_before_anything_runs(mounts, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-# `chela-bench` with workers that answer each case after a while; workers_of() knows them.
-PLAYED = f"""
-from pathlib import Path
-from chela_bench import cli
-from chela_bench.bench import runner
-runner._WORKER = "# chela_bench.bench.worker\\n" + Path({str(STUB_WORKER)!r}).read_text()
-cli.main()
-"""
-
-
 def _started(config, first=lambda: None, case_s=0.3, **kwargs):
     """A sweep in a process that does `first` before."""
     words = ("sweep", "--config", config, "--out", config.parent / "runs", *PLAN)
     return subprocess.Popen(
-        [sys.executable, "-c", PLAYED, *map(str, words)],
+        played(*words),
         env=environment(STUB_CASE_S=str(case_s)), cwd=config.parent, text=True,
         preexec_fn=lambda: (hear_signals(), first()), **kwargs,
     )  # fmt: skip
