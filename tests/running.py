@@ -78,15 +78,20 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "chela_bench", *map(str, arguments)]
 
 
+def prepared(code: str, *arguments: object) -> list[str]:
+    """As `command`, after some code."""
+    code = f"{code}; from chela_bench import cli; cli.main()"
+    return [sys.executable, "-c", code, *map(str, arguments)]
+
+
 def played(*arguments: object) -> list[str]:
     """As `command`, with workers that answer a case after STUB_CASE_S; workers_of() knows them."""
     code = (
-        "from pathlib import Path; from chela_bench import cli; "
-        "from chela_bench.bench import runner; "
+        "from pathlib import Path; from chela_bench.bench import runner; "
         f"text = Path({str(STUB_WORKER)!r}).read_text(); "
-        "runner._WORKER = '# chela_bench.bench.worker\\n' + text; cli.main()"
+        "runner._WORKER = '# chela_bench.bench.worker\\n' + text"
     )
-    return [sys.executable, "-c", code, *map(str, arguments)]
+    return prepared(code, *arguments)
 
 
 def chela_bench(
