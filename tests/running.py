@@ -146,13 +146,10 @@ def tiny_config(folder: Path, **limits: float) -> Path:
     return path
 
 
-def swept(
-    *arguments: object,
-    config: Path,
-    run: Callable[..., subprocess.CompletedProcess[str]] = in_this_process,
-) -> tuple[subprocess.CompletedProcess[str], Any]:
+def swept(*arguments: object, config: Path) -> tuple[subprocess.CompletedProcess[str], Any]:
     """A finished `sweep --json` and its document."""
-    done = run("sweep", "--json", "--config", config, "--out", config.parent / "runs", *arguments)
+    out = config.parent / "runs"
+    done = in_this_process("sweep", "--json", "--config", config, "--out", out, *arguments)
     assert done.stdout, done.stderr
     return done, json.loads(done.stdout)
 
