@@ -32,6 +32,25 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session")
+def worker_server():
+    from tests.forked_workers import Server
+
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def forked_workers(worker_server):
+    """For modules whose sweeps, in this process, start many workers."""
+    from chela_bench.bench import runner
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "subprocess", worker_server.subprocess())
+        yield
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

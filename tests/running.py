@@ -78,6 +78,22 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "chela_bench", *map(str, arguments)]
 
 
+def prepared(code: str, *arguments: object) -> list[str]:
+    """As `command`, after some code."""
+    code = f"{code}; from chela_bench import cli; cli.main()"
+    return [sys.executable, "-c", code, *map(str, arguments)]
+
+
+def played(*arguments: object) -> list[str]:
+    """As `command`, with workers that answer a case after STUB_CASE_S; workers_of() knows them."""
+    code = (
+        "from pathlib import Path; from chela_bench.bench import runner; "
+        f"text = Path({str(STUB_WORKER)!r}).read_text(); "
+        "runner._WORKER = '# chela_bench.bench.worker\\n' + text"
+    )
+    return prepared(code, *arguments)
+
+
 def chela_bench(
     *arguments: object, cwd: Path | None = None, **changes: str
 ) -> subprocess.CompletedProcess[str]:
@@ -95,7 +111,14 @@ def in_this_process(
     *arguments: object, cwd: Path | None = None, **changes: str
 ) -> subprocess.CompletedProcess[str]:
     """What `chela_bench` returns, without the seconds that another process takes to start."""
-    words = ["chela-bench", *map(str, arguments)]
+    return ran_here(cli.main, "chela-bench", *arguments, cwd=cwd, **changes)
+
+
+def ran_here(
+    main: Callable[[], object], *arguments: object, cwd: Path | None = None, **changes: str
+) -> subprocess.CompletedProcess[str]:
+    """How a command's `main` ends, and what it prints."""
+    words = list(map(str, arguments))
     stdout, stderr = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="") for _ in range(2))
     with (
         mock.patch.object(sys, "argv", words),
@@ -105,7 +128,7 @@ def in_this_process(
         contextlib.redirect_stderr(stderr),
     ):
         try:
-            cli.main()
+            code = main()
         except SystemExit as end:
             code = end.code
     for stream in (stdout, stderr):
@@ -123,13 +146,10 @@ def tiny_config(folder: Path, **limits: float) -> Path:
     return path
 
 
-def swept(
-    *arguments: object,
-    config: Path,
-    run: Callable[..., subprocess.CompletedProcess[str]] = in_this_process,
-) -> tuple[subprocess.CompletedProcess[str], Any]:
+def swept(*arguments: object, config: Path) -> tuple[subprocess.CompletedProcess[str], Any]:
     """A finished `sweep --json` and its document."""
-    done = run("sweep", "--json", "--config", config, "--out", config.parent / "runs", *arguments)
+    out = config.parent / "runs"
+    done = in_this_process("sweep", "--json", "--config", config, "--out", out, *arguments)
     assert done.stdout, done.stderr
     return done, json.loads(done.stdout)
 

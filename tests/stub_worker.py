@@ -81,6 +81,7 @@ def main():
             answer({"ready": {"ceilings": {}}})
         else:
             case = command["case"]
+            time.sleep(float(os.environ.get("STUB_CASE_S", "0")))
             globals().get(case["impl"], lambda: None)()
             point = {**case, "device": "cpu", "outcome": "ok", "wall_ns": os.getpid()}
             answer({"point": point, "samples_ns": [1.0], "spoilt": case["impl"] == "spoils"})

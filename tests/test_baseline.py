@@ -158,7 +158,7 @@ def test_noise_is_the_largest_change_between_two_runs():
     assert again.by_key == {"a": 0.0} and again.hbm_by_key == {"a": pytest.approx(0.020202)}
 
 
-def test_noise_is_measured_kept_and_used(tmp_path):
+def test_noise_is_measured_kept_and_used(tmp_path, forked_workers):
     """On this CPU: two runs in processes of their own, kept under its name."""
     config = tiny_config(tmp_path)
     words = ("--config", config, "--impl", "chunked", "--device", "cpu")

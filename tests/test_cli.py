@@ -17,6 +17,7 @@ from tests.running import (
     command,
     environment,
     in_this_process,
+    prepared,
     run_folder,
     swept,
     tiny_config,
@@ -225,14 +226,28 @@ def some(everything, tmp_path_factory):
     return folder
 
 
-def test_a_report_that_cannot_be_written_says_so(some):
+def test_a_report_that_cannot_be_written_says_so(some, monkeypatch):
+    _draw_nothing(monkeypatch)
     done = in_this_process("report", some, "-o", "/dev/null/x")
     assert done.returncode == 6
     assert "cannot write /dev/null/x/" in done.stderr
 
 
+def _process_that_draws_nothing(*arguments, **changes):
+    code = "from chela_bench.cli import derived; derived.figures = lambda run, points: {}"
+    words = prepared(code, *arguments)
+    return subprocess.run(
+        words, cwd=ROOT, env=environment(**changes), capture_output=True, text=True, timeout=240
+    )
+
+
 @pytest.mark.parametrize(
-    ("columns", "run"), [("40", in_this_process), ("80", chela_bench), ("200", in_this_process)]
+    ("columns", "run"),
+    [
+        ("40", in_this_process),
+        pytest.param("80", _process_that_draws_nothing, id="80-chela_bench"),
+        ("200", in_this_process),
+    ],
 )
 def test_piped_tables_fit_and_carry_no_colour(some, columns, run, monkeypatch):
     if run is in_this_process:

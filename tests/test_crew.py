@@ -19,6 +19,8 @@ from chela_bench.reports.text import device_name, facts
 from tests.factories import make_run
 from tests.running import FAULTS, Silent, tiny_config
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 
 def _settings(folder, devices=("cpu", "cpu"), **flags):
     flags = {"impls": ("chunked", "quadratic", "triton_chunked"), "lens": "16,32,64", **flags}
@@ -27,7 +29,7 @@ def _settings(folder, devices=("cpu", "cpu"), **flags):
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory):
+def shared(forked_workers, tmp_path_factory):
     folder, listener = tmp_path_factory.mktemp("crew"), Silent()
     return sweep.sweep(_settings(folder), folder / "run", listener), listener
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
 import tomllib
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pynvml
 import pytest
 
 from chela_bench.profiles import inventory, machine, nvml
+from chela_bench.profiles.compiling import compiling
 from chela_bench.profiles.doctor import PYTHON, at_least, can_run, examine
 from chela_bench.profiles.inventory import REQUIRED, Card, Facts, Ncu, Peer, Torch
 from tests.running import ROOT, chela_bench, in_this_process, tiny_config
@@ -225,7 +229,7 @@ def test_minimum_versions_are_those_of_pyproject():
 # Reading the facts.
 
 
-def _stub(folder: Path, body: str) -> Path:
+def stub_torch(folder: Path, body: str) -> Path:
     package = folder / "stub" / "torch"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(body)
@@ -251,7 +255,7 @@ cuda = types.SimpleNamespace(is_available=lambda: False, device_count=lambda: 0)
     ],
 )
 def test_a_torch_that_does_not_start_is_a_finding(tmp_path, monkeypatch, body, error):
-    monkeypatch.setenv("PYTHONPATH", str(_stub(tmp_path, body)))
+    monkeypatch.setenv("PYTHONPATH", str(stub_torch(tmp_path, body)))
     found = inventory.probe_torch(0.5 if "sleep" in body else 30)
     assert error in found.error
     assert found.version is None
@@ -272,7 +276,7 @@ def available():
 cuda = types.SimpleNamespace(
     is_available=available, device_count=lambda: 1, get_device_properties=lambda index: p)
 """
-    monkeypatch.setenv("PYTHONPATH", str(_stub(tmp_path, body)))
+    monkeypatch.setenv("PYTHONPATH", str(stub_torch(tmp_path, body)))
     assert inventory.probe_torch(30) == replace(H100.torch, said="CUDA initialization: slow")
 
 
@@ -441,11 +445,19 @@ def test_a_package_whose_module_is_gone_is_not_installed(monkeypatch, package, m
 
 
 def _doctor(tmp_path, *arguments, body=STUB, **changes):
-    stub = _stub(tmp_path, body)
-    return in_this_process(
-        "doctor", "--config", tiny_config(tmp_path), "--out", tmp_path / "runs", *arguments,
-        PYTHONPATH=f"{ROOT}{os.pathsep}{stub}", **changes,
-    )  # fmt: skip
+    stub = stub_torch(tmp_path, body)
+    module = importlib.import_module("chela_bench.cli.doctor")
+    with mock.patch.object(module, "compiling", partial(_compiling, body)):
+        return in_this_process(
+            "doctor", "--config", tiny_config(tmp_path), "--out", tmp_path / "runs", *arguments,
+            PYTHONPATH=f"{ROOT}{os.pathsep}{stub}", **changes,
+        )  # fmt: skip
+
+
+@cache
+def _compiling(body):
+    """What compiles beside such a torch, tried once."""
+    return compiling()
 
 
 def test_doctor_of_this_machine():
@@ -494,7 +506,7 @@ def test_a_missing_dependency_does_not_stop_doctor(tmp_path, missing):
     shadow.write_text(f"raise ModuleNotFoundError('gone', name={missing!r})")
     done = chela_bench(
         "doctor", "--device", "cpu",
-        PYTHONPATH=os.pathsep.join(map(str, (ROOT, shadow.parent, _stub(tmp_path, STUB)))),
+        PYTHONPATH=os.pathsep.join(map(str, (ROOT, shadow.parent, stub_torch(tmp_path, STUB)))),
     )  # fmt: skip
     assert "Traceback" not in done.stderr
     assert f"{missing} is not installed" in done.stdout

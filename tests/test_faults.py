@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -18,12 +19,15 @@ from tests.running import (
     gone,
     hear_signals,
     in_this_process,
+    played,
     run_folder,
     swept,
     tiny_config,
     wait_for_points,
     workers_of,
 )
+
+pytestmark = pytest.mark.usefixtures("forked_workers")
 
 WRONG = {  # function -> a word of its reason
     "off_by_two_percent": "off by 2.00e-02",
@@ -45,7 +49,7 @@ TIMEOUT = {"hangs": "no answer for 4 s in phase 'build'"}
 
 
 @pytest.fixture(scope="module")
-def misbehaved(tmp_path_factory):
+def misbehaved(forked_workers, tmp_path_factory):
     """All of them in one sweep, beside one that is right: what one does must not touch another."""
     config = tiny_config(tmp_path_factory.mktemp("faults"), build_s=4.0)
     names = ["right", "reads_its_input", *WRONG, *CRASH, *OOM, *TIMEOUT]
@@ -132,10 +136,10 @@ def test_three_samples_are_wanted(tmp_path):
     assert "only 1 of the 3 samples wanted came" in point["reason"]
 
 
-def _sweep_in_background(config: Path, *arguments: object) -> subprocess.Popen[str]:
+def _sweep_in_background(config: Path, command=command) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command("sweep", "--config", config, "--out", config.parent / "runs", *arguments),
-        env=environment(),
+        command("sweep", "--config", config, "--out", config.parent / "runs", *PLAN),
+        env=environment(STUB_CASE_S="0.5"),
         cwd=config.parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -148,10 +152,10 @@ PLAN = ("--op", "linear_attention", "--impl", "chunked,quadratic", "--lens", "16
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory):
+def killed(forked_workers, tmp_path_factory):
     """`kill -9` of the sweep in mid-run, then --resume."""
     config = tiny_config(tmp_path_factory.mktemp("killed"), sample_s=0.2)
-    process = _sweep_in_background(config, *PLAN)
+    process = _sweep_in_background(config)
     folder = wait_for_points(config, 3)
     workers = workers_of(process.pid)
     process.kill()
@@ -219,10 +223,10 @@ def test_retry_measures_again_and_counts_once(killed):
 
 
 @pytest.fixture(scope="module")
-def interrupted(tmp_path_factory):
+def interrupted(forked_workers, tmp_path_factory):
     """Ctrl-C in mid-run, after a second sweep into the same folder."""
-    config = tiny_config(tmp_path_factory.mktemp("interrupted"), sample_s=0.5)
-    process = _sweep_in_background(config, *PLAN)
+    config = tiny_config(tmp_path_factory.mktemp("interrupted"))
+    process = _sweep_in_background(config, played)
     folder = wait_for_points(config, 2)
     workers = workers_of(process.pid)
     second = in_this_process("sweep", "--resume", folder)
@@ -247,18 +251,23 @@ def test_two_sweeps_into_one_folder_are_refused(interrupted):
     assert f"is being written by another sweep (process {process.pid})" in second.stderr
 
 
-def test_a_killed_worker_is_replaced(tmp_path):
+def test_a_killed_worker_is_replaced(tmp_path, worker_server):
     config = tiny_config(tmp_path, sample_s=0.5)
-    process = _sweep_in_background(config, *PLAN)
-    folder = wait_for_points(config, 1)
-    [worker] = workers_of(process.pid)
-    os.kill(worker, signal.SIGKILL)
-    process.communicate(timeout=120)
+
+    def kill_the_worker():
+        wait_for_points(config, 1)
+        os.kill(worker_server.last_pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_the_worker)
+    killer.start()
+    done = in_this_process("sweep", "--config", config, "--out", config.parent / "runs", *PLAN)
+    killer.join()
+    folder = run_folder(config)
     points = [json.loads(line) for line in (folder / "points.jsonl").read_text().splitlines()]
     crashed = [point for point in points if point["outcome"] == "crash"]
     assert len(points) == 8 and len(crashed) == 1
     assert "SIGKILL" in crashed[0]["reason"]
-    assert process.returncode == 1
+    assert done.returncode == 1
 
 
 @pytest.mark.parametrize(

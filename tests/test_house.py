@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ ARROWS = {
 }
 
 
+@cache
 def _imports(path: Path) -> set[str]:
     """Rooms of ours and heavy packages that a file imports, anywhere in it."""
     found = set()
@@ -80,40 +82,47 @@ def test_every_room_is_in_the_map():
     assert {_room(path) for path in FILES} == set(ARROWS)
 
 
-def _modules_after(statement: str) -> set[str]:
-    code = f"import sys; {statement}; print(*sorted(sys.modules))"
+STATEMENTS = [
+    "import chela_bench",
+    "import chela_bench.cli",
+    "import chela_bench.cli.list",
+    "import chela_bench.cli.sweep",
+    "import chela_bench.cli.report",
+    "import chela_bench.cli.runs, chela_bench.cli.show, chela_bench.cli.completion",
+    "import chela_bench.cli.compare, chela_bench.cli.gate, chela_bench.cli.noise",
+    "import chela_bench.bench.pytest_plugin, chela_bench.bench.pytest_fixture",
+    "import chela_bench.cli.doctor, chela_bench.profiles.doctor",
+    "import chela_bench.cli.atlas, chela_bench.cli.tune",
+    "import chela_bench.bench.plan, chela_bench.bench.sweep, chela_bench.bench.runner",
+    "from click.testing import CliRunner; from chela_bench.cli import cli; "
+    "assert CliRunner().invoke(cli, ['--help']).exit_code == 0",
+    "from click.testing import CliRunner; from chela_bench.cli import cli; "
+    "assert CliRunner().invoke(cli, ['list']).exit_code == 0",
+]
+
+
+@pytest.fixture(scope="module")
+def imported():
+    """By statement: the modules that it imports after those before it, in one process. What one
+    imports by itself is among its own and theirs."""
+    code = ["import sys", "before = set(sys.modules)"]
+    for statement in STATEMENTS:
+        code += [statement, "print(*set(sys.modules) - before)", "before = set(sys.modules)"]
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
-    )
-    return set(done.stdout.splitlines()[-1].split())
+        [sys.executable, "-c", "\n".join(code)],
+        env=environment(), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    return {words: set(line.split()) for words, line in zip(STATEMENTS, lines, strict=True)}
 
 
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "import chela_bench",
-        "import chela_bench.cli",
-        "import chela_bench.cli.list",
-        "import chela_bench.cli.sweep",
-        "import chela_bench.cli.report",
-        "import chela_bench.cli.runs, chela_bench.cli.show, chela_bench.cli.completion",
-        "import chela_bench.cli.compare, chela_bench.cli.gate, chela_bench.cli.noise",
-        "import chela_bench.bench.pytest_plugin, chela_bench.bench.pytest_fixture",
-        "import chela_bench.cli.doctor, chela_bench.profiles.doctor",
-        "import chela_bench.cli.atlas, chela_bench.cli.tune",
-        "import chela_bench.bench.plan, chela_bench.bench.sweep, chela_bench.bench.runner",
-        "from click.testing import CliRunner; from chela_bench.cli import cli; "
-        "assert CliRunner().invoke(cli, ['--help']).exit_code == 0",
-        "from click.testing import CliRunner; from chela_bench.cli import cli; "
-        "assert CliRunner().invoke(cli, ['list']).exit_code == 0",
-    ],
-)
-def test_the_command_line_imports_no_torch(statement):
-    assert not _modules_after(statement) & HEAVY
+@pytest.mark.parametrize("statement", STATEMENTS)
+def test_the_command_line_imports_no_torch(imported, statement):
+    assert not imported[statement] & HEAVY
 
 
-def test_importing_the_package_imports_nothing_else():
-    ours = {name for name in _modules_after("import chela_bench") if name.startswith("chela_bench")}
+def test_importing_the_package_imports_nothing_else(imported):
+    ours = {name for name in imported["import chela_bench"] if name.startswith("chela_bench")}
     assert ours == {"chela_bench"}
 
 

@@ -18,6 +18,8 @@ from chela_bench.bench.verdict import Limit
 from chela_bench.errors import UsageError
 from tests.running import ROOT, in_this_process, tiny_config
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 CASE = Case(op="linear_attention", impl="chunked", direction="fwd", dtype="fp32",
             shape={"B": 1, "T": 64, "H": 1, "K": 16, "V": 16})  # fmt: skip
 PAIR = Pair("point", CASE, CASE)

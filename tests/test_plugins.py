@@ -11,6 +11,7 @@ import pytest
 
 from chela_bench.bench import registry
 from tests.running import ROOT, chela_bench, in_this_process, swept, tiny_config
+from tests.test_doctor import STUB, stub_torch
 
 
 def _site(folder):
@@ -39,12 +40,15 @@ def test_list_shows_what_a_plug_in_adds(installed):
     assert "running_mean" not in in_this_process("list").stdout
 
 
-def test_a_plug_in_is_measured_like_everything_else(installed, tmp_path, monkeypatch):
+def test_a_plug_in_is_measured_like_everything_else(
+    forked_workers, installed, found_here, tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(installed)
     monkeypatch.setenv("PYTHONPATH", str(installed))
     done, document = swept(
         "--op", "linear_attention,running_mean", "--impl", "example_loop,cumsum", "--shape",
         "tiny,small", "--lens", "300", "--direction", "fwd,fwdbwd", "--axis", "CHUNK=32,64",
-        config=tiny_config(tmp_path), run=chela_bench,
+        config=tiny_config(tmp_path),
     )  # fmt: skip
     outcomes = {(p["op"], p["direction"]): p["outcome"] for p in document["points"]}
     assert len(document["points"]) == 6
@@ -102,9 +106,12 @@ def test_a_broken_plug_in_is_one_sentence_with_the_way_out(found_here, module, e
     assert "Traceback" not in done.stderr
 
 
-def test_doctor_names_a_broken_plug_in_and_the_remedy(tmp_path):
-    _distribution(tmp_path, "broken", "import no_such_thing", "linear_attention = broken:X")
-    done = chela_bench("doctor", "--json", "--out", tmp_path / "runs", PYTHONPATH=_site(tmp_path))
+def test_doctor_names_a_broken_plug_in_and_the_remedy(found_here):
+    _distribution(found_here, "broken", "import no_such_thing", "linear_attention = broken:X")
+    stub = stub_torch(found_here, STUB)
+    done = in_this_process(
+        "doctor", "--json", "--out", found_here / "runs", PYTHONPATH=_site(stub)
+    )  # fmt: skip
     checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
     assert done.returncode == 6
     assert "plug-in broken" in checks["plug-ins"]["found"]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
+from unittest import mock
 
 import pytest
 
 from chela_bench.bench.pytest_fixture import _case
 from chela_bench.bench.stats import median
 from chela_bench.errors import UsageError
-from tests.running import TINY, environment, in_this_process
+from tests.running import TINY, environment, in_this_process, ran_here
 
 pytest.importorskip("pytest_benchmark", reason="the extra [pytest] is not installed")
 
@@ -42,25 +44,35 @@ def test_no_benchmark():
 """
 
 
+WORDS = ("pytest", "-p", "chela_bench.bench.pytest_plugin", "-p", "no:cacheprovider",
+         "-p", "no:xdist", "--chela-device", "cpu", "--chela-config", "bench.toml")  # fmt: skip
+
+
 def run(folder, *arguments):
     """A session in a process of its own, with the plugin loaded as an entry point would."""
-    words = [sys.executable, "-m", "pytest", "-p", "chela_bench.bench.pytest_plugin",
-             "-p", "no:cacheprovider", "-p", "no:xdist", "--chela-device", "cpu",
-             "--chela-config", "bench.toml", *arguments]  # fmt: skip
+    words = [sys.executable, "-m", *WORDS, *arguments]
     return subprocess.run(
         words, cwd=folder, env=environment(), capture_output=True, text=True, timeout=240
     )
 
 
+def run_here(folder, *arguments):
+    """One in this process, which it leaves as it was."""
+    with mock.patch.object(sys, "path", list(sys.path)), warnings.catch_warnings():
+        done = ran_here(pytest.main, *WORDS, *arguments, cwd=folder)
+    sys.modules.pop("test_suite", None)
+    return done
+
+
 @pytest.fixture(scope="module")
-def session(tmp_path_factory):
+def session(forked_workers, tmp_path_factory):
     """One whole session: its folder, its output and its JSON."""
     folder = tmp_path_factory.mktemp("suite")
     (folder / "bench.toml").write_text(TINY)
     (folder / "test_suite.py").write_text(TESTS)
     (folder / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
     words = ("--benchmark-json", "now.json", "--benchmark-save", "first", "--benchmark-save-data")
-    done = run(folder, *words, "-rA")
+    done = run_here(folder, *words, "-rA")
     return folder, done, json.loads((folder / "now.json").read_text())
 
 
@@ -116,7 +128,7 @@ def test_the_gate_reads_it(session):
 
 def test_a_stored_one_is_compared(session):
     folder, _, _ = session
-    done = run(folder, "-k", "chunked", "--benchmark-compare", "0001")
+    done = run_here(folder, "-k", "chunked", "--benchmark-compare", "0001")
     assert done.returncode == 0, done.stdout
     assert "(0001_first)" in done.stdout and "(NOW)" in done.stdout
     assert "machine_info is different" not in done.stdout + done.stderr
@@ -129,7 +141,7 @@ def test_another_gpus_is_an_error(session):
     ours = {"device": "cuda", "name": "NVIDIA H100", "uuid": "GPU-1"}
     found["machine_info"]["chela_bench"] = ours
     (stored.parent / "0002_other.json").write_text(json.dumps(found))
-    done = run(folder, "-k", "chunked", "--benchmark-compare", "0002")
+    done = run_here(folder, "-k", "chunked", "--benchmark-compare", "0002")
     assert done.returncode == 4 and "passed" not in done.stdout
     assert "NVIDIA H100 (GPU-1)" in done.stderr and "do not compare" in done.stderr
 

@@ -34,6 +34,7 @@ from tests.running import (
     environment,
     gone,
     hear_signals,
+    played,
     tiny_config,
     wait_for_points,
     workers_of,
@@ -90,17 +91,18 @@ def test_a_read_only_folder_is_refused_before_anything_runs(mounts, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def _started(config, first=lambda: None, **kwargs):
+def _started(config, first=lambda: None, case_s=0.3, **kwargs):
     """A sweep in a process that does `first` before."""
+    words = ("sweep", "--config", config, "--out", config.parent / "runs", *PLAN)
     return subprocess.Popen(
-        command("sweep", "--config", config, "--out", config.parent / "runs", *PLAN),
-        env=environment(), cwd=config.parent, text=True,
+        played(*words),
+        env=environment(STUB_CASE_S=str(case_s)), cwd=config.parent, text=True,
         preexec_fn=lambda: (hear_signals(), first()), **kwargs,
     )  # fmt: skip
 
 
 def test_a_folder_that_is_removed_ends_the_sweep_with_the_loss_named(tmp_path):
-    config = tiny_config(tmp_path, sample_s=0.3)
+    config = tiny_config(tmp_path)
     process = _started(config, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     shutil.rmtree(wait_for_points(config, 2))
     _, stderr = process.communicate(timeout=60)
@@ -122,7 +124,7 @@ def test_a_folder_put_in_its_place_is_left_alone(tmp_path):
 
 
 def test_sigterm_saves_what_was_measured(tmp_path):
-    config = tiny_config(tmp_path, sample_s=0.3)
+    config = tiny_config(tmp_path)
     process = _started(config, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     folder = wait_for_points(config, 2)
     workers = workers_of(process.pid)
@@ -136,7 +138,7 @@ def test_sigterm_saves_what_was_measured(tmp_path):
 
 
 def test_a_closed_terminal_saves_what_was_measured(tmp_path):
-    config = tiny_config(tmp_path, sample_s=0.3)
+    config = tiny_config(tmp_path)
     ours, theirs = pty.openpty()
     process = _started(
         config, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
@@ -162,8 +164,9 @@ def _read_until_closed(terminal):
 
 def test_progress_that_nobody_reads_does_not_end_a_sweep(tmp_path):
     process = _started(
-        tiny_config(tmp_path), stderr=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=1
-    )
+        tiny_config(tmp_path), stderr=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=1,
+        case_s=0.05,
+    )  # fmt: skip
     assert "8 points" in process.stderr.readline()
     process.stderr.close()
     process.stderr = None
@@ -173,7 +176,7 @@ def test_progress_that_nobody_reads_does_not_end_a_sweep(tmp_path):
 
 
 def test_a_signal_that_is_ignored_stays_so(tmp_path):
-    config = tiny_config(tmp_path, sample_s=0.2)
+    config = tiny_config(tmp_path)
     process = _started(
         config, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         first=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
@@ -266,7 +269,7 @@ CARELESS = {  # implementations that are right and leave something behind -> a n
 
 
 @pytest.fixture(scope="module")
-def careless(tmp_path_factory):
+def careless(forked_workers, tmp_path_factory):
     """Each one's point and whether its worker was replaced, by name; what they printed."""
     folder = tmp_path_factory.mktemp("careless")
     names = ("raises", "wants_no_compiler", *CARELESS, "exits_at_once")

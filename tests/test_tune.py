@@ -25,8 +25,10 @@ from chela_bench.reports.tune import (
     tune_table,
 )
 from tests.factories import make_cpu_run, make_failure, make_point, make_run
-from tests.running import ROOT, Silent, chela_bench, in_this_process, tiny_config
+from tests.running import ROOT, Silent, in_this_process, tiny_config
 from tests.test_atlas import make_row
+
+pytestmark = pytest.mark.usefixtures("forked_workers")
 
 TUNED = f"{ROOT / 'tests/faults.py'}:chunks_of"
 
@@ -36,9 +38,9 @@ def config(tmp_path):
     return tiny_config(tmp_path)
 
 
-def tuned_run(config, *arguments, run=in_this_process, **variables):
+def tuned_run(config, *arguments, **variables):
     """A finished `tune --json` and its document."""
-    done = run(
+    done = in_this_process(
         "tune", *arguments, "--json", "--config", config, "--out", config.parent / "runs",
         "--device", "cpu", **variables,
     )  # fmt: skip
@@ -115,7 +117,7 @@ def test_ours_in_the_interpreter_with_what_the_compiler_says(config):
     """Times mean nothing there, and it says so; static columns are the architecture's."""
     done, document = tuned_run(
         config, "linear_attention", "--lens", "32", "--dtype", "fp32", "--arch", "sm_86",
-        "--axis", "num_stages=1,6", run=chela_bench, TRITON_INTERPRET="1",
+        "--axis", "num_stages=1,6", TRITON_INTERPRET="1",
         XDG_CACHE_HOME=str(config.parent),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
