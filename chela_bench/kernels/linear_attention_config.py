@@ -95,13 +95,15 @@ def sum_config(K: int, V: int, dtype: torch.dtype, roomy: bool) -> dict[str, int
 
 
 @functools.lru_cache(maxsize=1024)
-def sweep_config(K: int, V: int, dtype: torch.dtype, precise: bool) -> dict[str, int]:
+def sweep_config(K: int, V: int, dtype: torch.dtype, precise: bool, roomy: bool) -> dict[str, int]:
     """Of the gradients' sweep. Two blocks of states of 128 x 128 fill the registers of 8 warps: in
-    bfloat16 200 bytes a thread spill (sm_90, static)."""
+    bfloat16 200 bytes a thread spill (sm_90, static). `roomy`: where wgmma reads operands from
+    shared memory; in registers, as mma wants them, those of 128 columns make ptxas spill all."""
     half = dtype == torch.bfloat16 and not precise  # operands of two bytes
-    block_k, block_v = (min(128 if half else 64, tile(size)) for size in (K, V))
+    wide = half and roomy
+    block_k, block_v = (min(128 if wide else 64, tile(size)) for size in (K, V))
     return {
-        "BLOCK_T": 64 if half else 32,
+        "BLOCK_T": 64 if wide else 32,
         "BLOCK_K": block_k,
         "BLOCK_V": block_v,
         "num_warps": 8 if block_k * block_v > 64 * 64 or not half else 4,

@@ -234,7 +234,7 @@ def _by_sweep(tensors: Inputs, gradients: Gradients, call: Walk, ends: Ends) -> 
 
 def _swept_segments(q: Tensor, V: int, call: Walk) -> int:
     _, T, H, K = q.shape
-    programs = call.N * H * blocks(K, V, q.dtype, call.precise)
+    programs = call.N * H * blocks(K, V, q.dtype, call.precise, q.device)
     segments = call.segments * call.pieces
     if call.cu_seqlens is not None:
         return max(segments, cdiv(T, SWEPT))

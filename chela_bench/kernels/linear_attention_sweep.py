@@ -273,8 +273,9 @@ def _sweep_plan(
     """Every T has its own plan, not its own kernel."""
     _, T, H, K = shape
     unit, strides, near = _rows_of((q_strides, K), (k_strides, K), (v_strides, V), (do_strides, V))
+    roomy = has_wgmma(device)
     by_hand = (
-        has_wgmma(device)
+        roomy
         and dtype == torch.bfloat16
         and not precise
         and causal
@@ -283,7 +284,7 @@ def _sweep_plan(
         and H * max(K, V) < NEAR
         and options[OPTIONS.index("wgmma")] != 0
     )
-    config = wgmma_sweep_config(K, V) if by_hand else sweep_config(K, V, dtype, precise)
+    config = wgmma_sweep_config(K, V) if by_hand else sweep_config(K, V, dtype, precise, roomy)
     parts_v, parts_k = cdiv(V, config["BLOCK_V"]), cdiv(K, config["BLOCK_K"])
     shared: dict[str, object] = {
         "K": K, "V": V, "BLOCK_T": config["BLOCK_T"], "BLOCK_K": config["BLOCK_K"],
@@ -322,7 +323,7 @@ def _add_up(parts: Tensor, out: Tensor, is_begun: bool) -> None:
     _add(cdiv(size, block), (parts, out), (size // unit,), constants, 8, 1)
 
 
-def blocks(K: int, V: int, dtype: torch.dtype, precise: bool) -> int:
+def blocks(K: int, V: int, dtype: torch.dtype, precise: bool, device: torch.device) -> int:
     """Blocks of a head's state that are swept side by side."""
-    config = sweep_config(K, V, dtype, precise)
+    config = sweep_config(K, V, dtype, precise, has_wgmma(device))
     return cdiv(K, config["BLOCK_K"]) * min(cdiv(V, config["BLOCK_V"]), ADDED)
