@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from chela_bench.bench.comparing import OTHER_CLOCK
 from chela_bench.bench.store import load_run
 from chela_bench.records import Direction, Point, Run
 from chela_bench.reports.text import three_digits
@@ -17,7 +18,7 @@ FILES = {HERE.parent / "README.md": "docs/results", HERE / "index.md": "results"
 
 
 class Compared(NamedTuple):
-    """A row of the results: who is timed in one run, at one shape."""
+    """A row of the results: who is timed, at one shape; both sides of a ratio in one run."""
 
     what: str
     records: str  # run folder in results/
@@ -27,6 +28,13 @@ class Compared(NamedTuple):
     name: str  # what they are called together
     shape: dict[str, int]
     direction: Direction | None = None  # forward, and forward with backward
+    forward: str | None = None  # another run folder that the forward is from
+
+    def directions(self) -> tuple[Direction, ...]:
+        return ("fwd", "fwdbwd") if self.direction is None else (self.direction,)
+
+    def records_of(self, direction: Direction) -> str:
+        return self.forward if self.forward and direction == "fwd" else self.records
 
 
 _FLA = ("fla_chunk", "fla_fused_chunk")
@@ -36,6 +44,7 @@ _RFFT = ("torch_rfft",), "torch's rfft"
 _LAYER = "CHELA layer", "h100-layer", "chela-layer.md", "chela"
 _COMPOSED = ("composed",), "the same of torch and fla"
 _SOFTMAX = ("sdpa_cudnn",), "softmax layer (another function), cuDNN"
+_LATER = "h100-layer-forward"
 
 
 def _attention(records: str, **shape: int) -> Compared:
@@ -52,9 +61,9 @@ COMPARED = (
     Compared(*_CONVOLUTION, *_RFFT, {"B": 1, "T": 16384, "D": 1024}),
     Compared(*_CONVOLUTION, *_RFFT, {"B": 8, "T": 65536, "D": 1024}),
     Compared(*_LAYER, *_COMPOSED, {"B": 1, "T": 16384, "D": 1024}),
-    Compared(*_LAYER, *_SOFTMAX, {"B": 1, "T": 16384, "D": 1024}),
-    Compared(*_LAYER, *_SOFTMAX, {"B": 1, "T": 65536, "D": 1024}),
-    Compared(*_LAYER, *_SOFTMAX, {"B": 8, "T": 2048, "D": 1024}),
+    Compared(*_LAYER, *_SOFTMAX, {"B": 1, "T": 16384, "D": 1024}, forward=_LATER),
+    Compared(*_LAYER, *_SOFTMAX, {"B": 1, "T": 65536, "D": 1024}, forward=_LATER),
+    Compared(*_LAYER, *_SOFTMAX, {"B": 8, "T": 2048, "D": 1024}, forward=_LATER),
     Compared(
         "one step of decoding", "h100-layer-decode", "chela-layer.md", "chela", *_SOFTMAX,
         {"B": 64, "T": 16384, "D": 1024}, "decode",
@@ -62,9 +71,14 @@ COMPARED = (
 )  # fmt: skip
 
 
+WORDS = {"fwd": "forward", "fwdbwd": "forward + backward", "decode": "decoding"}
+Runs = dict[str, tuple[Run, list[Point]]]
+
+
 def marked() -> dict[Path, str]:
     """Each file with a table of results -> its text, the table written anew."""
-    runs = {row.records: load_run(HERE / "results" / row.records) for row in COMPARED}
+    folders = {row.records_of(one): None for row in COMPARED for one in row.directions()}
+    runs = {folder: load_run(HERE / "results" / folder) for folder in folders}
     texts = {}
     for path, folder in FILES.items():
         before, found, rest = path.read_text().partition(FIRST)
@@ -76,40 +90,55 @@ def marked() -> dict[Path, str]:
     return texts
 
 
-def results_table(runs: dict[str, tuple[Run, list[Point]]], folder: str) -> str:
-    """Ours beside peers, milliseconds of kernel time; where and when it was measured."""
+def results_table(runs: Runs, folder: str) -> str:
+    """Ours beside peers, milliseconds of kernel time; where and when it was measured, and where
+    clocks differed."""
     rows = []
     for row in COMPARED:
-        points = runs[row.records][1]
-        directions = ("fwd", "fwdbwd") if row.direction is None else (row.direction,)
-        cells = [cell for one in directions for cell in _times(row, points, one)]
-        shape = " ".join(f"{dim}{size}" for dim, size in row.shape.items())
-        what = f"{row.what}, {shape}"
+        cells = []
+        for one in row.directions():
+            ours, peer = _sides(row, runs, one)
+            times = ", ".join(three_digits(_median(point) / 1e6) for point in (ours, peer))
+            cells += [times, f"**{three_digits(_median(peer) / _median(ours))} x**"]
+        what = f"{row.what}, {_shape(row)}"
         rows.append(
             (what, row.name, *cells, *[""] * (4 - len(cells)), f"[log]({folder}/{row.log})")
         )
     header = ("what", "peer", "forward: ours, peer", "", "forward + backward", "", "")
     lines = [header, ["---", "---", *["---:"] * 4, "---"], *rows]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{table}\n\n{_provenance([run for run, _ in runs.values()])}"
+    parts = (table, _provenance([run for run, _ in runs.values()]), _clocks(runs))
+    return "\n\n".join(part for part in parts if part)
 
 
-def _times(row: Compared, points: list[Point], direction: Direction) -> tuple[str, str]:
-    ours = min(_medians(points, (row.ours,), row.shape, direction))
-    peer = min(_medians(points, row.peers, row.shape, direction))
-    times = ", ".join(three_digits(median / 1e6) for median in (ours, peer))
-    return times, f"**{three_digits(peer / ours)} x**"
+def _shape(row: Compared) -> str:
+    return " ".join(f"{dim}{size}" for dim, size in row.shape.items())
 
 
-def _medians(
+def _sides(row: Compared, runs: Runs, direction: Direction) -> tuple[Point, Point]:
+    """The fastest point of ours and of the peers."""
+    points = runs[row.records_of(direction)][1]
+    ours, peer = (
+        min(_timed(points, impls, row.shape, direction), key=_median)
+        for impls in ((row.ours,), row.peers)
+    )
+    return ours, peer
+
+
+def _timed(
     points: list[Point], impls: Sequence[str], shape: dict[str, int], direction: Direction
-) -> Iterator[int]:
+) -> Iterator[Point]:
     for point in points:
         here = shape.items() <= point.shape.items()
         if point.impl in impls and point.direction == direction and here:
             if point.time_ns is None:
                 raise ValueError(f"{point.key}: {point.outcome}, so it has no time to show")
-            yield point.time_ns.median
+            yield point
+
+
+def _median(point: Point) -> int:
+    assert point.time_ns is not None  # of what _timed gives
+    return point.time_ns.median
 
 
 def _provenance(runs: list[Run]) -> str:
@@ -129,7 +158,54 @@ def _provenance(runs: list[Run]) -> str:
     fla = {run.versions.get("fla-core") for run in runs} - {None}
     return (
         f"Milliseconds of kernel time, bf16: {', '.join(conventions.pop())}, fla-core "
-        f"{', '.join(sorted(map(str, fla)))}; {days[0]} to {days[-1]}. Both sides of a row in one "
-        "run on one card; of several forms of a peer the faster; every result checked against "
-        "float64 before its time counts."
+        f"{', '.join(sorted(map(str, fla)))}; {days[0]} to {days[-1]}. Both sides of a ratio in "
+        "one run on one card; of several forms of a peer the faster; every result checked against "
+        f"float64 before its time counts.{_later_forward()}"
     )
+
+
+def _later_forward() -> str:
+    """Which rows take their forward from another run."""
+    rows = [row for row in COMPARED if row.forward]
+    if not rows:
+        return ""
+    named = sorted({f"{row.what} beside {row.name} ({row.forward})" for row in rows})
+    return f" A later run, with later kernels, gives the forward of: {', '.join(named)}."
+
+
+def _clocks(runs: Runs) -> str:
+    """The ratios whose sides ran at clocks that differ by more than `compare` allows."""
+    told = []
+    for row in COMPARED:
+        for one in row.directions():
+            ours, peer = _sides(row, runs, one)
+            mine, theirs = ours.telemetry.sm_clock_mhz, peer.telemetry.sm_clock_mhz
+            if not mine or not theirs:
+                raise ValueError(f"{ours.key}: no clock beside {peer.key}; take the row out")
+            if max(mine, theirs) > (1 + OTHER_CLOCK) * min(mine, theirs):
+                ratio = _median(peer) / _median(ours)
+                told.append(
+                    f"| {row.what}, {_shape(row)} | {WORDS[one]} | {_clock(ours)} | {_clock(peer)} "
+                    f"| {three_digits(ratio)} x | {three_digits(ratio * theirs / mine)} x |"
+                )
+    if not told:
+        return ""
+    head = (
+        "| what | | ours, MHz | peer, MHz | as measured | if time followed the clock |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    )
+    limits = {run.environment.power_limit_mw for run, _ in runs.values()} - {None}
+    watts = " or ".join(f"{limit // 1000} W" for limit in sorted(limits))
+    words = (
+        "**Clocks.** In these rows the SM clocks of the two sides, read as timing ended, differ "
+        f"by more than {OTHER_CLOCK * 100:.0f} %, where `compare` gives no verdict. A star: the "
+        f"card lowered its clock at its power limit ({watts}). Last column: the ratio at equal "
+        "clocks if all of a time followed the clock as read, so the most that it explains."
+    )
+    return "\n".join((words, "", *head, *told))
+
+
+def _clock(point: Point) -> str:
+    """`1740*`: the SM clock read when timing ended; a star at the power limit."""
+    star = "*" if point.throttle and "power_cap" in point.throttle else ""
+    return f"{point.telemetry.sm_clock_mhz}{star}"

@@ -412,6 +412,10 @@ def test_the_table_of_nothing_is_one_line():
     assert "0 kernels compiled" in drawn(atlas_table([], [], ARCHS))
 
 
+def test_one_kernel_is_one_kernel():
+    assert "\n1 kernel compiled: 1 fit" in drawn(atlas_table(ROWS[:1], [], ARCHS))
+
+
 def test_what_runs_on_a_card_are_the_configurations_whose_every_kernel_fits():
     found = runs_on(ROWS, "sm_86")
     assert len(found) == 8

@@ -276,5 +276,5 @@ def test_safetensors_may_be_missing(tmp_path, monkeypatch):
     m.save_pretrained(tmp_path)
     monkeypatch.setitem(sys.modules, "safetensors", None)
     for call in (lambda: m.save_pretrained(tmp_path), lambda: type(m).from_pretrained(tmp_path)):
-        with pytest.raises(EnvironmentProblem, match=r"pip install 'chela-bench\[models\]'"):
+        with pytest.raises(EnvironmentProblem, match=r"pip install -e '\.\[models\]'"):
             call()

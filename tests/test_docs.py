@@ -44,6 +44,62 @@ def test_a_row_of_results_is_two_medians_of_one_run():
         assert f"{ours / 1e6:.3f}, {peer / 1e6:#.3g} | **{peer / ours:.2f} x**" in first
 
 
+def _layer_at(folder, T, direction):
+    lines = (DOCS / "results" / folder / "points.jsonl").read_text().splitlines()
+    return {
+        point["impl"]: point
+        for point in map(json.loads, lines)
+        if point["shape"]["T"] == T and point["direction"] == direction
+    }
+
+
+def test_the_layers_forward_is_the_later_runs_and_no_ratio_is_of_two_runs():
+    """At 16384 tokens, by hand: forward of h100-layer-forward, with the backward of h100-layer."""
+    text = (ROOT / "README.md").read_text()
+    row = next(x for x in text.splitlines() if x.startswith("| CHELA layer") and "cuDNN" in x)
+    for folder, direction in (("h100-layer-forward", "fwd"), ("h100-layer", "fwdbwd")):
+        found = _layer_at(folder, 16384, direction)
+        ours, peer = (found[name]["time_ns"]["median"] for name in ("chela", "sdpa_cudnn"))
+        times = ", ".join(f"{time / 1e6:#.3g}" for time in (ours, peer))
+        assert f"| {times} | **{peer / ours:.2f} x**" in row
+    composed = next(x for x in text.splitlines() if "the same of torch and fla" in x)
+    assert "| 0.900, 3.28 | **3.65 x** |" in composed  # of the one run that has both
+    assert "gives the forward of: CHELA layer beside softmax layer" in text
+
+
+def test_ratios_across_clocks_are_told_with_both_clocks():
+    """Softmax's, slowed at the power limit, by hand; and no row whose clocks are near."""
+    found = _layer_at("h100-layer", 16384, "fwdbwd")
+    ours, peer = found["chela"], found["sdpa_cudnn"]
+    mine, theirs = (point["telemetry"]["sm_clock_mhz"] for point in (ours, peer))
+    assert peer["throttle"] == ["power_cap"] and not ours["throttle"] and mine > 1.02 * theirs
+    ratio = peer["time_ns"]["median"] / ours["time_ns"]["median"]
+    table = (ROOT / "README.md").read_text().partition(results_table.LAST)[0]
+    clocks = table.partition("**Clocks.**")[2].splitlines()
+    told = [line for line in clocks if "T16384 D1024 | forward + backward" in line]
+    assert told == [
+        f"| CHELA layer, B1 T16384 D1024 | forward + backward | {mine} | {theirs}* "
+        f"| {ratio:.2f} x | {ratio * theirs / mine:.2f} x |"
+    ]
+    assert not any("T2048" in line or "linear attention" in line for line in clocks)
+
+
+def test_a_ratio_without_clocks_is_not_shown(monkeypatch):
+    load = results_table.load_run
+
+    def blind(folder):
+        run, points = load(folder)
+        gone = {"sm_clock_mhz": None}
+        return run, [
+            point.model_copy(update={"telemetry": point.telemetry.model_copy(update=gone)})
+            for point in points
+        ]
+
+    monkeypatch.setattr(results_table, "load_run", blind)
+    with pytest.raises(ValueError, match="no clock beside"):
+        results_table.marked()
+
+
 def test_a_table_mixes_no_conventions(monkeypatch):
     cold = results_table.COMPARED[0]._replace(records="h100-attention/cold", peers=_OURS)
     monkeypatch.setattr(results_table, "COMPARED", (*results_table.COMPARED, cold))

@@ -35,7 +35,7 @@ GPU = {
     "l2_bytes": 52428800,
 }
 CARD = Card(f"GPU-{UUID}", GPU["name"], GPU["memory_bytes"], ecc=True, mig=False)
-FLA = Peer("fla", ("fla_chunk",), "pip install 'chela-bench[peers]'", installed=True)
+FLA = Peer("fla", ("fla_chunk",), "pip install -e '.[peers]' in the checkout", installed=True)
 H100 = Facts(
     device="cuda",
     no_gpu=None,
@@ -175,7 +175,7 @@ TWO = (GPU, {**GPU, "uuid": "other"})
          "this card has no GPM", "take --hbm ncu"),
         (replace(H100, energy=False), "energy", "warning", "does not count", "Volta or later"),
         (replace(H100, peers=(replace(FLA, installed=False),)), "peers", "warning",
-         "fla is not installed: fla_chunk", "pip install 'chela-bench[peers]'"),
+         "fla is not installed: fla_chunk", "pip install -e '.[peers]' in the checkout"),
         # files
         (replace(H100, config_problem="bench.toml: sweep: missing"), "bench.toml", "problem",
          "sweep: missing", "--config"),

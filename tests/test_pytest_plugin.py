@@ -178,7 +178,7 @@ def test_starting_pytest_imports_no_torch(tmp_path, there):
     else:
         assert ours == {"chela_bench.bench", "chela_bench.bench.pytest_plugin"}
         assert "1 passed, 1 error" in done.stdout
-        assert "pip install 'chela-bench[pytest]'" in done.stdout
+        assert "pip install -e '.[pytest]' in the checkout" in done.stdout
 
 
 def test_a_function_in_a_file_needs_a_name():

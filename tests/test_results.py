@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
 import re
 import subprocess
 import sys
+import tarfile
 from importlib.metadata import version
+from pathlib import PurePosixPath
 
 import pytest
 
@@ -45,6 +50,40 @@ def test_readmes_picture_of_the_page_is_of_the_committed_one(theme):
     shot = SCREENSHOTS.SHOTS[theme]
     assert SCREENSHOTS.taken_of(shot) == SCREENSHOTS.page_sha256(), "run `make screenshots`"
     assert f"docs/{shot.name}" in (ROOT / "README.md").read_text()
+
+
+_OF_SOURCE = re.findall(r"(?m)^\| (h100[^|]*) \| (\w{7}) \|$", (RESULTS / "README.md").read_text())
+
+
+def test_every_run_is_in_the_table_of_sources():
+    names = [name.split()[0] for runs, _ in _OF_SOURCE for name in runs.split(", ")]
+    found = {path.parent.relative_to(RESULTS).as_posix() for path in RESULTS.rglob("run.json")}
+    assert sorted(names) == sorted(found - {"h100-hbm"})
+    states = {folder: json.loads((RESULTS / folder / "run.json").read_text()) for folder in found}
+    dirty = sum(run["git_dirty"] for run in states.values())
+    words = f"Of {len(found)} runs {dirty} are dirty"
+    assert words in " ".join((RESULTS / "README.md").read_text().split())
+
+
+@pytest.mark.parametrize(("runs", "commit"), _OF_SOURCE)
+def test_a_commit_has_the_source_that_its_runs_recorded(runs, commit):
+    archive = subprocess.run(
+        ["git", "archive", commit, "chela_bench"], cwd=ROOT, capture_output=True, check=False
+    )
+    if archive.returncode:
+        pytest.skip("no checkout with this history")
+    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
+        files = {
+            PurePosixPath(member.name).relative_to("chela_bench"): tar.extractfile(member).read()
+            for member in tar.getmembers()
+            if member.name.endswith(".py")
+        }
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(f"{path}\0".encode() + files[path])
+    for name in runs.split(", "):
+        run = json.loads((RESULTS / name.split()[0] / "run.json").read_text())
+        assert run["source_sha256"] == digest.hexdigest(), name
 
 
 def test_pictures_are_compared_by_what_they_show(tmp_path):

@@ -133,7 +133,7 @@ def _fla(
         devices=("cuda",),
         fp32_operands=fp32_operands,
         requires="fla",
-        install="pip install 'chela-bench[peers]'",
+        install="pip install -e '.[peers]' in the checkout",
         hbm_bytes=hbm_bytes,
     )
 
@@ -411,7 +411,7 @@ OPS: tuple[Op, ...] = (
                 devices=("cuda",),
                 fp32_operands="tf32",
                 requires="fla",
-                install="pip install 'chela-bench[peers]'",
+                install="pip install -e '.[peers]' in the checkout",
             ),
         ),
     ),

@@ -36,6 +36,6 @@ class _Without:
     def chela_benchmark(self) -> None:
         """Needs pytest-benchmark."""
         pytest.fail(
-            "chela_benchmark needs pytest-benchmark: pip install 'chela-bench[pytest]'",
+            "chela_benchmark needs pytest-benchmark: pip install -e '.[pytest]' in the checkout",
             pytrace=False,
         )

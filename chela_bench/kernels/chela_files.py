@@ -102,7 +102,7 @@ def _safetensors() -> Any:
     except ImportError as error:
         raise EnvironmentProblem(
             "saving and loading models needs safetensors, which is not installed; "
-            "pip install 'chela-bench[models]'"
+            "pip install -e '.[models]' in the checkout"
         ) from error
     return safetensors
 

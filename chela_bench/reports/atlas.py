@@ -193,7 +193,8 @@ def tally(rows: Sequence[AtlasRow]) -> str:
     parts = [f"{outcomes.count('ok')} fit", *(f"{outcomes.count(n)} {n}" for n in failed)]
     spilling = sum(row.fits and row.spill_bytes > 0 for row in rows)
     spills = f"; {spilling} spill" if spilling else ""
-    return f"{len(rows)} kernels compiled: {', '.join(parts)}{spills}"
+    kernels = "kernel" if len(rows) == 1 else "kernels"
+    return f"{len(rows)} {kernels} compiled: {', '.join(parts)}{spills}"
 
 
 def runs_on(rows: Sequence[AtlasRow], arch: str) -> list[dict[str, object]]:
