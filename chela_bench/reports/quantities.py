@@ -17,7 +17,7 @@ ERROR_BY_LENGTH_NOTE = (
     "Relative error against the oracle, by length: the largest of all outputs and gradients."
 )
 ERROR_NOTE = (
-    "largest in: the output or gradient of the largest error; each has a column where they are a "
+    "largest in: the output or gradient of the largest error; each has a column where they are "
     "few. budget: what rounding in this dtype allows; of budget: error over it."
 )
 _MOST_TENSORS = 8  # with a column each
