@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import triton
+from matplotlib.colors import to_hex
 from rich.console import Console
 
 from chela_bench.bench import atlas
@@ -27,8 +28,9 @@ from chela_bench.records import AtlasRow
 from chela_bench.reports.atlas import atlas_frame, atlas_table, runs_on, runs_on_table
 from chela_bench.reports.atlas_maps import atlas_maps
 from chela_bench.reports.figures import render
-from chela_bench.reports.heat import draw_heat_map
+from chela_bench.reports.heat import HeatMap, Panel, draw_heat_map
 from chela_bench.reports.prune import prune_module
+from chela_bench.reports.style import HEAT, NOTHING
 from tests.running import ROOT, command, environment, in_this_process
 
 PLANTED = ROOT / "tests/planted_compiles.py"
@@ -449,6 +451,30 @@ def test_heat_maps_show_every_value_and_why_one_is_missing():
         assert "BLOCK_T" in svg
         assert "sm_86" in svg
     assert atlas_maps([make_row()], ARCHS) == {}
+
+
+def test_colours_tell_small_spills_apart_beside_a_huge_one():
+    spills = {(32, 32): 0, (64, 32): 20, (32, 64): 400, (64, 64): 69432}
+    rows = [
+        make_row(config=config, asked=[config], spill_store_bytes=spilled)
+        for (t, v), spilled in spills.items()
+        for config in [{"BLOCK_T": t, "BLOCK_V": v}]
+    ]
+    heat = next(h for name, h in atlas_maps(rows, ARCHS).items() if name.endswith("spills"))
+    [axes] = [axes for axes in draw_heat_map(heat).axes if axes.images]
+    [image] = axes.images
+    zero, few, some, most = (
+        image.cmap(image.norm(image.get_array()[i, j])) for i, j in ((0, 0), (1, 0), (0, 1), (1, 1))
+    )
+    assert to_hex(zero) == NOTHING and to_hex(few) == HEAT[0] and to_hex(most) == HEAT[-1]
+    assert few[0] - some[0] > 0.2 and some[0] - most[0] > 0.2  # red falls from little to much
+
+
+def test_a_cell_that_is_neither_measured_nor_refused_has_no_colour():
+    panel = Panel("one", {(1, 1): 0.0, (2, 2): 5000.0, (1, 2): 1.0})
+    [axes] = draw_heat_map(HeatMap("t", "s", "x", "y", (panel,), str)).axes
+    [image] = axes.images
+    assert bool(image.get_array().mask[0, 1]) and image.get_array().mask.sum() == 1
 
 
 # --- pruning --------------------------------------------------------------------------------------

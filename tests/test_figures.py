@@ -306,6 +306,18 @@ def test_many_equal_lines_are_not_wider_than_three() -> None:
     assert len(set(widths)) == 9 and max(widths) == pytest.approx(4 * min(widths))
 
 
+@pytest.mark.parametrize(("apart", "wider"), [(1.0, True), (1.008, True), (1.03, False)])
+def test_a_line_under_a_nearly_equal_one_is_wider(apart: float, wider: bool) -> None:
+    points = [
+        make_point(T, impl=impl, time_ns=1000 * T * times)
+        for impl, times in (("chunked", 1.0), ("quadratic", apart))
+        for T in LENGTHS
+    ]
+    lines = figure_of("-time", points).axes[0].lines
+    widths = {line.get_linewidth() for line in lines if line.get_linestyle() != "None"}
+    assert len(widths) == 1 + wider
+
+
 def test_no_figure_without_its_value() -> None:
     assert [name.rpartition("-")[2] for name in figures(make_run(), [make_point()])] == ["time"]
     wall = make_point(time_ns=None, wall_ns=1000, floor_ns=10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from base64 import b64decode, b64encode
+from collections import defaultdict
 from dataclasses import dataclass, field
 from hashlib import sha256
 from html.parser import HTMLParser
@@ -18,8 +19,10 @@ from chela_bench.records import Hbm, Point, Run
 from chela_bench.reports.figures import figures, render
 from chela_bench.reports.groups import named_groups
 from chela_bench.reports.html import page
+from chela_bench.reports.text import lengths
 from tests.factories import (
     HOSTILE,
+    LENGTHS,
     SWEEPS,
     all_failed,
     block_sizes,
@@ -254,9 +257,12 @@ def test_a_failure_has_a_row_and_a_reason_and_no_number() -> None:
         assert row[2] in ("skipped", "oom", "wrong")
         assert row[3:] == [""] * 11
     failed = rows_of(tables(root, "failures")[0])
-    assert len(failed) == 21
     title = "linear_attention fwd bf16 B1-H16-K128-V128"
-    assert ["1k", "chunked", "oom", "CUDA out of memory", title] in failed
+    assert [row[:3] for row in failed] == [
+        ["1k..64k", impl, outcome]
+        for impl, outcome in (("chunked", "oom"), ("fla_chunk", "skipped"), ("quadratic", "wrong"))
+    ]
+    assert ["1k..64k", "chunked", "oom", "CUDA out of memory", title] in failed
     assert "0.75" not in content
     assert "777" not in content
     assert "<img" not in content
@@ -266,13 +272,17 @@ def test_a_failure_has_a_row_and_a_reason_and_no_number() -> None:
 def test_an_outcome_leads_to_its_reason() -> None:
     root = tree(made(make_run(), h100_sweep()))
     reasons = {row.attributes["id"]: row.cells for row in tables(root, "failures")[0].all("tr")[1:]}
-    links = 0
+    led: dict[str, list[int]] = defaultdict(list)
     for row in tables(root, "points")[0].all("tbody")[0].all("tr"):
         for link in row.all("a"):
-            reason = reasons[str(link.attributes["href"])[1:]]
-            assert [*row.cells[:3]] == reason[:3]
-            links += 1
-    assert links == len(reasons) == 6
+            target = str(link.attributes["href"])[1:]
+            assert row.cells[1:3] == reasons[target][1:3]
+            led[target].append(int(str(row.all("td")[0].attributes["data-value"])))
+    assert {id_: lengths(tokens, LENGTHS) for id_, tokens in led.items()} == {
+        id_: row[0] for id_, row in reasons.items()
+    }
+    assert sum(map(len, led.values())) == 6
+    assert ["16k..64k", "recurrent", "skipped"] in [row[:3] for row in reasons.values()]
 
 
 def test_the_top_names_the_fastest_at_the_longest_length() -> None:
@@ -339,6 +349,40 @@ def test_another_function_is_shown_where_it_is_drawn() -> None:
     assert "Another function than linear_attention" in softmax.words
 
 
+@pytest.mark.parametrize(
+    ("run", "ops", "heading"),
+    [
+        (make_run(), ["gate"], "gate on NVIDIA H100 80GB HBM3, 2026-01-02"),
+        (make_run(), list("dcba"), "a, b, c and d on NVIDIA H100 80GB HBM3, 2026-01-02"),
+        (make_run(), list("edcba"), "a, b, c and 2 more on NVIDIA H100 80GB HBM3, 2026-01-02"),
+        (make_run(), [], "nothing on NVIDIA H100 80GB HBM3, 2026-01-02"),
+        (make_cpu_run(), ["gate", "gate"], "gate on CPU, 2026-01-02"),
+    ],
+)
+def test_the_heading_is_words_and_the_run_id_below(run: Run, ops: list[str], heading: str) -> None:
+    root = tree(made(run, [make_point(1024 * i, op=op) for i, op in enumerate(ops, start=1)]))
+    assert root.all("h1")[0].words == heading
+    assert root.all("title")[0].words == f"{heading} - chela-bench"
+    assert f"Run {run.run_id}" in [note.words for note in root.all("p")]
+
+
+def test_tables_of_more_than_20_rows_are_folded() -> None:
+    root = tree(made(make_run(), h100_sweep()))
+    folded = [t for d in root.all("details") for t in d.all("table")]
+    shown = [t for t in root.all("table") if t not in folded]
+    assert len(folded) == 3 and all(len(rows_of(t)) > 20 for t in folded)
+    assert len(shown) > 5 and all(len(rows_of(t)) <= 20 for t in shown)
+    assert [d.all("summary")[0].words for d in root.all("details") if d.all("table")] == [
+        f"Table of {len(rows_of(t))} rows" for t in folded
+    ]
+
+
+def test_a_matmul_rate_of_fp32_is_of_tf32() -> None:
+    run = make_run(ceilings={"copy_gb_per_s": 3000.0, "matmul_tflop_per_s": {"fp32": 409.4}})
+    facts = dict(row for row in rows_of(tables(tree(made(run, h100_sweep())), "facts")[0]))
+    assert facts["Matmul rate"] == "fp32 (as TF32) 409 TFLOP/s"
+
+
 def test_what_was_not_measured_says_why() -> None:
     points = [
         make_point(1024, null_reasons={"energy_j": "not asked for"}),
@@ -364,7 +408,7 @@ def test_a_cpu_run_has_no_floor() -> None:
 def test_no_points() -> None:
     content = made(make_run(planned_points=9), [])
     assert "No points: nothing was measured (9 planned)" in content
-    assert "Failed points" not in content
+    assert "Points without a time" not in content
     assert not tables(tree(content), "points")
 
 
@@ -389,4 +433,5 @@ def test_report_writes_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     drawn = [b64decode(str(i.attributes["src"]).partition("base64,")[2]) for i in root.all("img")]
     assert sorted(drawn) == sorted(path.read_bytes() for path in (tmp_path / "out").glob("*.svg"))
     assert len(drawn) == 40
-    assert len(rows_of(tables(root, "failures")[0])) == 25
+    assert "Points without a time (25)" in root.words
+    assert len(rows_of(tables(root, "failures")[0])) == 11

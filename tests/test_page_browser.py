@@ -66,6 +66,12 @@ class Opened:
         self.page.route(lambda url: not url.startswith(("data:", path.as_uri())), refuse)
         self.page.goto(path.as_uri())
 
+    def unfold(self) -> Page:
+        """Opens every table."""
+        for summary in self.page.locator(".fold > summary").all():
+            summary.click()
+        return self.page
+
     def close(self) -> None:
         """Fails if anything was said, thrown, alerted or fetched."""
         self.context.close()
@@ -90,9 +96,10 @@ def written(folder: Path, *reported: Reported, **more: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def opened(browser: Browser) -> Iterator[Page]:
-    """The page of the sweep on an H100. Tests leave it as they like, but with the dialog closed."""
+    """The page of the sweep on an H100, its tables open. Tests leave it as they like, but with the
+    dialog closed."""
     it = Opened(browser, H100_PAGE, viewport={"width": 1280, "height": 900})
-    yield it.page
+    yield it.unfold()
     it.close()
 
 
@@ -201,11 +208,52 @@ def themed(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Page]:
 @pytest.mark.parametrize("width", [380, 1280])
 def test_nothing_scrolls_sideways(themed: Page, width: int) -> None:
     themed.set_viewport_size({"width": width, "height": 800})
+    for opened in (False, True):
+        themed.locator(".fold").evaluate_all(
+            "(all, opened) => all.forEach((each) => (each.open = opened))", opened
+        )
+        assert themed.evaluate("document.documentElement.scrollWidth") == width
     assert themed.evaluate("document.documentElement.scrollWidth") == width
     themed.get_by_role("button", name="samples of").first.click()
     box = themed.get_by_role("dialog").bounding_box()
     assert box is not None and box["x"] >= 0 and box["x"] + box["width"] <= width
     themed.keyboard.press("Escape")
+
+
+def test_on_a_phone_a_figure_is_seen_whole_and_larger_when_tapped(themed: Page) -> None:
+    themed.set_viewport_size({"width": 380, "height": 800})
+    figure = themed.locator("figure").first
+    inside = "(f) => f.scrollWidth - f.clientWidth"
+    assert figure.evaluate(inside) == 0
+    figure.click()
+    assert figure.evaluate(inside) > 380
+    assert themed.evaluate("document.documentElement.scrollWidth") == 380
+
+
+def test_quantities_stand_side_by_side_where_there_is_room(browser: Browser) -> None:
+    it = Opened(browser, H100_PAGE, viewport={"width": 1440, "height": 900})
+    places = it.page.locator(f"{FORWARD} h3").evaluate_all(
+        "(heads) => heads.map((h) => [h.textContent, h.getBoundingClientRect().top])"
+    )
+    top = dict(places)
+    assert top["Time"] < top["Memory"] == top["HBM"] < top["Roofline"] == top["Error"]
+    it.page.set_viewport_size({"width": 768, "height": 900})
+    tops = it.page.locator(f"{FORWARD} h3").evaluate_all(
+        "(heads) => heads.map((h) => h.getBoundingClientRect().top)"
+    )
+    assert tops == sorted(set(tops))
+    it.close()
+
+
+def test_a_long_tables_head_stays_in_sight(opened: Page) -> None:
+    table = opened.locator(f"{FORWARD} {POINTS}")
+    scroller = opened.locator(f"{FORWARD} .scroll:has(> {POINTS})")
+    scroller.evaluate("(s) => s.scrollTo(0, 400)")
+    head, around = table.locator("thead th").first.bounding_box(), scroller.bounding_box()
+    assert head is not None and around is not None
+    assert scroller.evaluate("(s) => s.scrollTop") > 0
+    assert head["y"] == pytest.approx(around["y"], abs=1)
+    scroller.evaluate("(s) => s.scrollTo(0, 0)")
 
 
 def test_text_stands_out_from_its_paper(themed: Page) -> None:
@@ -235,6 +283,8 @@ def test_themes_differ_and_paper_is_light(themed: Page) -> None:
     assert themed.evaluate(paper) == "rgb(255, 255, 255)"
     assert not image.evaluate(turned)
     assert themed.locator(".filter input").first.is_hidden()
+    themed.locator(".fold").evaluate_all("(all) => all.forEach((each) => (each.open = false))")
+    assert themed.locator(".fold td").first.bounding_box(), "what is folded is printed"
     themed.emulate_media(media="screen")
 
 

@@ -18,7 +18,12 @@ from chela_bench.reports.findings import findings
 from chela_bench.reports.fit import Break, fitted_break
 from chela_bench.reports.groups import drawn_beside, groups
 from chela_bench.reports.html import _sort_key, amount, page
-from chela_bench.reports.quantities import error_sheet, hbm_sheet, memory_sheet
+from chela_bench.reports.quantities import (
+    error_by_length_sheet,
+    error_sheet,
+    hbm_sheet,
+    memory_sheet,
+)
 from chela_bench.reports.samples import written_samples
 from chela_bench.reports.scaling import scaling
 from tests.factories import (
@@ -50,8 +55,8 @@ def test_three_sentences_say_what_a_reader_needs() -> None:
     assert said == {
         "Fastest": "The fastest at the longest length that ran: triton_chunked for "
         "linear_attention.",
-        "Distance from the floor": "There they take so many times the least time that this card "
-        "could: linear_attention 1.44.",
+        "Distance from the floor": "Time at the longest length, as a multiple of the floor: "
+        "linear_attention 1.44.",
         "Growth with T": "Over the longer half of the lengths their times grow as T to the power "
         "of: linear_attention 0.96 ±0.03. linear_attention/triton_chunked against "
         "softmax_attention/sdpa_flash: fwd faster from T = 1k on, 100 times faster at 64k; fwdbwd "
@@ -140,6 +145,10 @@ def test_errors_stand_against_their_budget() -> None:
     assert sheet.rows == (
         ("1k", "chunked", "dq", "50.0 %", "4.0e-03", "8.0e-03", "1.0e-03", "4.0e-03"),
     )
+    [by_length] = error_by_length_sheet(*groups(points)).rows
+    assert by_length == ("chunked", "4.0e-03")
+    one = make_point(errors={"o": 1e-3}, error_rel=1e-3, error_budget=8e-3)
+    assert error_sheet(*groups([one])).header[-1] == "budget"  # error says what o would
     many = {f"d{i}": i * 1e-4 for i in range(20)}
     sheet = error_sheet(*groups([make_point(errors=many, error_rel=1.9e-3, error_budget=1e-2)]))
     assert sheet.rows == (("1k", "chunked", "d19", "19.0 %", "1.9e-03", "1.0e-02"),)

@@ -109,7 +109,7 @@ def test_the_roofline_sheet_compares_with_what_the_bytes_allow():
     assert (line["FLOP/byte measured"], line["modelled"], line["at the floor"]) == (
         "62.1", "64.0", "64.0",
     )  # fmt: skip
-    assert line["bound by"] == "memory"
+    assert line["roof set by"] == "memory"
 
 
 def test_without_ceilings_there_is_no_roofline():

@@ -213,9 +213,9 @@ def line_looks(line: Line, look: Look, *, wider: float = 0) -> dict[str, Any]:
 
 
 def _hides(over: Line, under: Line) -> bool:
-    """Whether two lines run within 0.5 % of each other, less than a line's width, for a stretch."""
+    """Whether two lines run within 1 % of each other, less than a line's width, for a stretch."""
     values = dict(over.values)
-    close = [abs(values[t] / value - 1) < 0.005 for t, value in under.values if t in values]
+    close = [abs(values[t] / value - 1) < 0.01 for t, value in under.values if t in values]
     return sum(close) >= min(2, len(under.values))
 
 

@@ -4,14 +4,14 @@ floor, and how it grows with length and stands against softmax. Of each op, not 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from chela_bench.records import Point
 from chela_bench.reports.crossings import crossings, slope
 from chela_bench.reports.fit import Slope
 from chela_bench.reports.groups import Group, Series, drawn_beside, drawn_with
-from chela_bench.reports.text import duration, length, plain, three_digits
+from chela_bench.reports.text import duration, length, listed, plain, three_digits
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def _fastest(by_op: Mapping[str, Sequence[Best]]) -> str:
         for label, some in directions.items():
             only = f" ({', '.join(dict.fromkeys(some))})" if len(directions) > 1 else ""
             ops[label].append(f"{op}{only}")
-    each = "; ".join(f"{label} for {_and(some)}" for label, some in ops.items())
+    each = "; ".join(f"{label} for {listed(some)}" for label, some in ops.items())
     return f"The fastest at the longest length that ran: {each}."
 
 
@@ -93,7 +93,7 @@ def _distance(by_op: Mapping[str, Sequence[Best]]) -> str:
     if not known:
         return "No floor is known: nothing was timed on a card whose ceilings were measured."
     each = ", ".join(f"{op} {_range(low, high)}" for low, high, op in known)
-    return f"There they take so many times the least time that this card could: {each}."
+    return f"Time at the longest length, as a multiple of the floor: {each}."
 
 
 def _growth(by_op: Mapping[str, Sequence[Best]]) -> str:
@@ -135,7 +135,7 @@ def _clause(ours: Series, theirs: Series, group: Group, beside: Group) -> str:
         if {id(each.faster), id(each.slower)} == {id(ours), id(theirs)}
     ]
     if met:
-        return _and(
+        return listed(
             [f"{'faster' if c.faster is ours else 'slower'} beyond T = {c.place}" for c in met]
         )
     mine, others = (
@@ -154,8 +154,3 @@ def _clause(ours: Series, theirs: Series, group: Group, beside: Group) -> str:
 def _range(low: float, high: float) -> str:
     first, last = three_digits(low), three_digits(high)
     return first if first == last else f"{first} to {last}"
-
-
-def _and(words: Iterable[str]) -> str:
-    *others, last = words
-    return f"{', '.join(others)} and {last}" if others else last

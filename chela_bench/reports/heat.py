@@ -18,7 +18,7 @@ from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from chela_bench.reports.style import HEAT, INK, QUIET, SCREEN, Look, settings
+from chela_bench.reports.style import HEAT, INK, NOTHING, QUIET, SCREEN, Look, settings
 
 Place = tuple[int | str, int | str]  # x, y
 _CELL_IN, _SIDE_IN, _HEAD_IN, _FOOT_IN = 0.72, 0.75, 0.95, 0.55
@@ -29,7 +29,9 @@ _LINES: tuple[tuple[str, Any], ...] = (
     ("short dashes", (0, (2, 2))),
     ("dotted", (0, (1, 1.5))),
 )
-_WRAPPED = 11  # characters of a line in a cell
+_WRAPPED = 9  # characters of a line in a cell
+_NO_LOGARITHM = 1e-9  # drawn for 0: below every value
+_WIDE_SPAN = 100  # of values, from which on their colours are logarithmic
 _NOTE_CHARACTERS = 60  # below the maps in a column
 
 
@@ -177,6 +179,8 @@ def _titles(figure: Figure, heat: HeatMap, plan: _Plan) -> None:
 def _notes(heat: HeatMap, *, named_lines: bool = True) -> list[str]:
     """Lines that have no name in the maps are told apart by how they are drawn."""
     notes = list(heat.notes)
+    if isinstance(_norm(heat), LogNorm) and not heat.logarithmic:
+        notes.append("colours are logarithmic; green: 0")
     if any(panel.missing for panel in heat.panels):
         notes.append("hatched: no value, for the reason in the cell")
     if any(panel.marked for panel in heat.panels):
@@ -194,20 +198,22 @@ def _notes(heat: HeatMap, *, named_lines: bool = True) -> list[str]:
 def _norm(heat: HeatMap) -> Normalize:
     values = [value for panel in heat.panels for value in panel.values.values()]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
-    if heat.logarithmic and low > 0:
-        return LogNorm(low, max(high, low * 1.01))
+    least = min((value for value in values if value > 0), default=high)
+    wide = low >= 0 and high > _WIDE_SPAN * least
+    if wide or (heat.logarithmic and low > 0):
+        return LogNorm(least, max(high, least * 1.01))
     return Normalize(low, high if high > low else low + 1)
 
 
 def _draw_panel(axes: Axes, heat: HeatMap, panel: Panel, norm: Normalize, plan: _Plan) -> None:
     xs, ys = heat.x_values, heat.y_values
-    colours = LinearSegmentedColormap.from_list("heat", HEAT)
+    colours = LinearSegmentedColormap.from_list("heat", HEAT).with_extremes(under=NOTHING)
     image = np.full((len(ys), len(xs)), np.nan)
     for (x, y), value in panel.values.items():
-        image[ys.index(y), xs.index(x)] = value
+        image[ys.index(y), xs.index(x)] = value or _NO_LOGARITHM
     axes.imshow(image, cmap=colours, norm=norm, aspect="auto", origin="lower")
     for (x, y), value in panel.values.items():
-        dark = float(norm(value)) > 0.6
+        dark = value > 0 and float(norm(value)) > 0.6
         marked = (x, y) in panel.marked
         colour, below = "white" if dark else INK, panel.under.get((x, y))
         column, row = float(xs.index(x)), ys.index(y) + (0.1 if below else 0.0)
@@ -231,7 +237,7 @@ def _draw_panel(axes: Axes, heat: HeatMap, panel: Panel, norm: Normalize, plan: 
         )
         axes.text(
             at[0] + 0.5, at[1] + 0.5, textwrap.fill(why, plan.wrapped), ha="center", va="center",
-            fontsize=plan.cell_pt(7.5), color=INK,
+            fontsize=plan.cell_pt(8.5), color=INK,
             bbox={"facecolor": "#f2f2f2", "linewidth": 0, "pad": plan.look.thickness},
         )  # fmt: skip
     _draw_contours(axes, heat, panel, plan)

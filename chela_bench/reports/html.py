@@ -13,7 +13,7 @@ import re
 import shlex
 from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import sha256
 from importlib.resources import files
@@ -23,13 +23,28 @@ from markupsafe import Markup
 
 from chela_bench.records import AtlasRow, Point, Refused, Run
 from chela_bench.reports.findings import best_of, findings
-from chela_bench.reports.groups import Group, drawn_beside, drawn_with, named_groups
-from chela_bench.reports.quantities import counted_sheets, error_sheet, hbm_sheet, memory_sheet
+from chela_bench.reports.groups import Group, drawn_beside, drawn_with, failures, named_groups
+from chela_bench.reports.quantities import (
+    counted_sheets,
+    error_by_length_sheet,
+    error_sheet,
+    hbm_sheet,
+    memory_sheet,
+)
 from chela_bench.reports.rows import COLUMNS, Column, Null, Row, columns, notes, nulls, rows
 from chela_bench.reports.samples import written_samples
 from chela_bench.reports.scaling import scaling
 from chela_bench.reports.sheets import Sheet
-from chela_bench.reports.text import facts, length, machine, plain, tally, three_digits
+from chela_bench.reports.text import (
+    facts,
+    length,
+    lengths,
+    machine,
+    plain,
+    subject,
+    tally,
+    three_digits,
+)
 from chela_bench.verdicts import Comparison
 
 _FIGURES = {
@@ -41,6 +56,7 @@ _FIGURES = {
     "error": "relative error",
 }
 _READ_BY_SCRIPT = re.compile(r"\d[\d.]*(e[-+]\d+)?[kM]?( [%m])?")  # as report.js has it
+_MOST_BESIDE = 12  # columns of a table that stands beside another
 NO_SAMPLES = "Samples are not on record here: their distributions cannot be shown."
 
 
@@ -74,11 +90,15 @@ class _Picture:
 
 @dataclass(frozen=True)
 class _Failure:
+    """Lengths at which an implementation has no time for one reason."""
+
     id: str
     section: str  # id of its group
     title: str
     label: str
-    point: Point
+    tokens: int  # the first
+    lengths: str
+    outcome: str
     reason: str
 
 
@@ -104,6 +124,12 @@ class _Block:
     pictures: tuple[_Picture, ...]
     sheets: tuple[Sheet, ...]
 
+    @property
+    def wide(self) -> bool:
+        """Whether it takes the page's whole width."""
+        broad = any(len(sheet.header) > _MOST_BESIDE for sheet in self.sheets)
+        return broad or self.name == "Time" or len(self.pictures) > 1
+
 
 @dataclass(frozen=True)
 class _Section:
@@ -125,6 +151,7 @@ class _Part:
 
     prefix: str  # of its ids
     run_id: str
+    subject: str
     tally: str
     machine: str
     findings: Mapping[str, str]
@@ -133,7 +160,7 @@ class _Part:
     samples: Mapping[str, str] | None  # by key, as `written_samples`
     atlas: _Block | None
     atlas_notes: tuple[str, ...]
-    failures: Mapping[str, _Failure]
+    failures: Mapping[str, _Failure]  # by a point's key
     nulls: Sequence[Null]
 
 
@@ -187,6 +214,7 @@ def _part(reported: Reported, number: int) -> _Part:
     return _Part(
         prefix=prefix,
         run_id=plain(run.run_id),
+        subject=subject(run, points),
         tally=tally(run, points),
         machine=", ".join(machine(run, points)),
         findings=findings(list(named.values())),
@@ -248,7 +276,7 @@ def _blocks(
     yield block("Roofline", ["roofline"], counted.get("Roofline"))
     if any(series.config for series in group.series):
         yield _block_sizes(reported, slug, group, id_)
-    yield block("Error", ["error"], error_sheet(group))
+    yield block("Error", ["error"], error_by_length_sheet(group), error_sheet(group))
 
 
 def _block_sizes(reported: Reported, slug: str, group: Group, id_: str) -> _Block:
@@ -321,24 +349,20 @@ def _best(group: Group) -> _Best | None:
 
 
 def _failures(named: Mapping[str, Group], prefix: str) -> dict[str, _Failure]:
-    """By the point's key, numbered in the order of the tables."""
-    failed = [
-        (slug, group, row)
-        for slug, group in named.items()
-        for row in rows(group)
-        if row.point.outcome != "ok"
-    ]
-    return {
-        row.point.key: _Failure(
-            f"{prefix}failed-{number}",
-            prefix + slug,
-            group.title,
-            row.label,
-            row.point,
-            plain(row.point.reason or ""),
-        )
-        for number, (slug, group, row) in enumerate(failed, start=1)
-    }
+    """By the point's key; what failed alike shares one, as in `show`, but of one implementation."""
+    found: dict[str, _Failure] = {}
+    number = 0
+    for slug, group in named.items():
+        for series in group.series:
+            for alike in failures(replace(group, series=(series,))):
+                [(label, tokens)] = alike.where
+                number += 1
+                failure = _Failure(
+                    f"{prefix}failed-{number}", prefix + slug, group.title, label, tokens[0],
+                    lengths(tokens, group.lengths), alike.outcome, alike.reason,
+                )  # fmt: skip
+                found |= {p.key: failure for p in series.failed if p.shape["T"] in tokens}
+    return found
 
 
 def _uri(svg: bytes) -> str:

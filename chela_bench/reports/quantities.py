@@ -13,9 +13,12 @@ from chela_bench.reports.text import length, plain, three_digits
 
 MEMORY_NOTE = "Peak MiB of a call beyond its inputs, by length."
 HBM_NOTE = "MiB through device memory in one call, by length; m: by the implementation's formula."
+ERROR_BY_LENGTH_NOTE = (
+    "Relative error against the oracle, by length: the largest of all outputs and gradients."
+)
 ERROR_NOTE = (
-    "Relative error against the oracle: the largest of all outputs and gradients, in which, and of "
-    "each where they are few. budget: what rounding in this dtype allows; of budget: error over it."
+    "largest in: the output or gradient of the largest error; each has a column where they are "
+    "few. budget: what rounding in this dtype allows; of budget: error over it."
 )
 _MOST_TENSORS = 8  # with a column each
 
@@ -49,12 +52,16 @@ def counted_sheets(run: Run, group: Group) -> dict[str, Sheet]:
     return found
 
 
+def error_by_length_sheet(group: Group) -> Sheet:
+    return _by_length("Error", ERROR_BY_LENGTH_NOTE, group, lambda p: _small(p.error_rel))
+
+
 def error_sheet(group: Group) -> Sheet:
-    """A row a correct point; what was wrong has its error in its reason. A layer has too many
-    gradients for a column each."""
+    """A row a correct point; what was wrong has its error in its reason. A column each for
+    several outputs and gradients, but not for as many as a layer has."""
     compared = [p for p in rows(group) if p.point.outcome == "ok" and p.point.error_rel is not None]
     tensors = list(dict.fromkeys(name for row in compared for name in row.point.errors))
-    shown = tensors if len(tensors) <= _MOST_TENSORS else []
+    shown = tensors if 1 < len(tensors) <= _MOST_TENSORS else []
     header = (
         "T", "implementation", "largest in", "of budget", "error", "budget", *map(plain, shown)
     )  # fmt: skip
@@ -73,7 +80,7 @@ def error_sheet(group: Group) -> Sheet:
                 *map(_small, (error, budget, *each)),
             )
         )
-    return Sheet("Error", ERROR_NOTE, 3, header, tuple(lines)).without_empty()
+    return Sheet("Error and budget", ERROR_NOTE, 3, header, tuple(lines)).without_empty()
 
 
 def _small(value: float | None) -> str:

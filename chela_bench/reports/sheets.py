@@ -35,7 +35,8 @@ CAPTURE_NOTE = (
 )
 ROOFLINE_NOTE = (
     "The function's least FLOPs over the bytes moved and over the time; roof: the lower of the "
-    "matmul rate and intensity times copy bandwidth, both measured in this run."
+    "matmul rate and intensity times copy bandwidth, both measured in this run. roof set by: which "
+    "of the two is lower there, not what holds the kernel back."
 )
 
 
@@ -166,7 +167,7 @@ def _kernels(
 def _roofline(found: Iterable[Row], ceilings: Ceilings) -> Sheet:
     header = (
         "T", "implementation", "FLOP/byte measured", "modelled", "at the floor", "TFLOP/s",
-        "roof TFLOP/s", "of the roof", "bound by",
+        "roof TFLOP/s", "of the roof", "roof set by",
     )  # fmt: skip
     lines = []
     for row in found:

@@ -15,6 +15,7 @@ import matplotlib
 
 INK, QUIET, FAINT = "#1a1a1a", "#5a5a5a", "#d9d9d9"
 HEAT = ("#eef4fa", "#9cc5e3", "#3f8bc4", "#0f4c81")  # from little to much; dark in grey too
+NOTHING = "#e3f2dc"  # of a zero where colours are logarithmic
 
 _ORANGE, _SKY, _GREEN, _BLUE = "#E69F00", "#56B4E9", "#009E73", "#0072B2"
 _VERMILLION, _PURPLE, _BLACK = "#D55E00", "#CC79A7", "#000000"

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 
 from chela_bench.records import OUTCOMES, Point, Run
 
+_MOST_OPS = 3  # named in a heading
+_OPERANDS = {"fp32": "fp32 (as TF32)"}  # as profiles.ceilings multiplies them
 _ANSI_SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?)")
 
 
@@ -110,6 +112,20 @@ def method(points: Iterable[Point]) -> str:
     return " and ".join(sorted(ways))
 
 
+def listed(words: Iterable[str]) -> str:
+    *others, last = words
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def subject(run: Run, points: Iterable[Point]) -> str:
+    """`gate, linear_attention, long_conv and 2 more on NVIDIA H100 80GB HBM3, 2026-11-26`."""
+    ops = sorted({plain(point.op) for point in points}) or ["nothing"]
+    if len(ops) > _MOST_OPS + 1:
+        ops = [*ops[:_MOST_OPS], f"{len(ops) - _MOST_OPS} more"]
+    where = "CPU" if run.environment.device == "cpu" else device_name(run)
+    return f"{listed(ops)} on {where}, {plain(run.started_utc[:10])}"
+
+
 def machine(run: Run, points: Iterable[Point]) -> list[str]:
     """What a time depends on: card, torch, triton, timer and L2, date."""
     versions = [
@@ -153,7 +169,10 @@ def facts(run: Run, points: Sequence[Point]) -> dict[str, str]:
     environment, ceilings = run.environment, run.ceilings
     tools = {"python": environment.python, "driver": environment.driver, "CUDA": environment.cuda}
     versions = {**run.versions, **{name: v for name, v in tools.items() if v}}
-    rates = [f"{dtype} {rate:.0f} TFLOP/s" for dtype, rate in ceilings.matmul_tflop_per_s.items()]
+    rates = [
+        f"{_OPERANDS.get(dtype, dtype)} {rate:.0f} TFLOP/s"
+        for dtype, rate in ceilings.matmul_tflop_per_s.items()
+    ]
     dirty = " with uncommitted changes" if run.git_dirty else ""
     found = {
         "Machine": device_name(run),
