@@ -347,6 +347,19 @@ def test_other_peoples_text_stays_text(browser: Browser, tmp_path: Path) -> None
     it.close()
 
 
+def test_a_heading_of_other_peoples_words_stays_text(browser: Browser, tmp_path: Path) -> None:
+    run = make_run(run_id=ATTACK)
+    environment = run.environment.model_copy(update={"name": ATTACK})
+    run = run.model_copy(update={"environment": environment})
+    it = Opened(browser, written(tmp_path, Reported(run, _attacked(), {})))
+    assert it.page.locator("h1").inner_text().count("onerror=alert(1)") == 2  # op and card
+    assert it.page.locator("h1 + .note").inner_text() == f"Run {ATTACK}"
+    assert it.page.title().count("onerror=alert(1)") == 2
+    assert it.page.locator("script").count() == 1
+    assert it.page.locator("img[src=x], [onerror]").count() == 0
+    it.close()
+
+
 def test_a_page_without_samples_says_so(browser: Browser, tmp_path: Path) -> None:
     it = Opened(browser, written(tmp_path, Reported(make_run(), h100_sweep(), {})))
     assert it.page.locator("td button").count() == 0
