@@ -18,6 +18,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
@@ -186,16 +187,41 @@ class SampleLine(BaseModel):
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes to a temporary name beside `path`, then renames: old or new, never half."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Writes to a temporary name beside `path`, then renames: old or new, never half. A link stays,
+    and what it leads to is replaced; a device, a pipe, and what standard output goes to are written
+    into."""
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        there = None
+    if there is not None:
+        standard = next((stream for stream in (1, 2) if _is_open_at(stream, there)), None)
+        if standard is not None:
+            return _write_into(os.dup(standard), data)
+        if not stat.S_ISREG(there.st_mode):
+            return _write_into(os.open(path, os.O_WRONLY), data)
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as handle:
             handle.write(data)
             handle.flush()
             os.fsync(handle.fileno())
-        temporary.replace(path)
+        temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_open_at(descriptor: int, file: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), file)
+    except OSError:  # closed
+        return False
+
+
+def _write_into(descriptor: int, data: bytes) -> None:
+    with os.fdopen(descriptor, "wb") as handle:
+        handle.write(data)
 
 
 def _whole_lines(path: Path) -> Iterable[bytes]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 from rich.console import Console, RenderableType
 
+from chela_bench.bench.paths import make_folder
 from chela_bench.bench.store import write_atomically
 from chela_bench.errors import EnvironmentProblem
 from chela_bench.records import Point, Run, document
@@ -38,7 +39,7 @@ def write_files(files: Mapping[Path, bytes]) -> None:
     """Each whole or not at all."""
     for path, data in files.items():
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             write_atomically(path, data)
         except OSError as error:
             raise EnvironmentProblem(
