@@ -23,11 +23,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from chela_bench.bench.runner import lock_file
 from chela_bench.errors import EnvironmentProblem, RecordError
-from chela_bench.records import SCHEMA_VERSION, Point, Run
+from chela_bench.records import SCHEMA_VERSION, Nanoseconds, Point, Run
 
 RUN, POINTS, SAMPLES, LOG = "run.json", "points.jsonl", "samples.jsonl", "worker.log"
 LOCK = ".lock"
@@ -182,8 +182,16 @@ class SampleLine(BaseModel):
 
     key: str
     """The point's key."""
-    samples_ns: list[int]
+    samples_ns: list[Nanoseconds]
     """Nanoseconds per call, in the order taken."""
+
+    @field_validator("samples_ns", mode="before")
+    @classmethod
+    def _are_times(cls, found: object) -> object:
+        for ns in found if isinstance(found, list) else ():
+            if isinstance(ns, int) and ns <= 0:
+                raise ValueError(f"holds a time of {ns} ns; measure it again")
+        return found
 
 
 def write_atomically(path: Path, data: bytes) -> None:
