@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from chela_bench.bench import again, gating, live, sources
+from chela_bench.bench import again, gating, live, paths, sources
 from chela_bench.bench.baseline import HEADER, noise_of, resolve
 from chela_bench.bench.config import Config, find_config, load_config
 from chela_bench.bench.gating import Rules
@@ -158,7 +158,8 @@ def _against_baseline(given: dict[str, Any], limit: Limit) -> Gating:
             f"{candidate.label} and the baseline {baseline.label} are not of one kind: compiled "
             "kernels are held against compiled kernels, times against times"
         )
-    is_folder = path.is_dir() and not any((path / name).exists() for name in (HEADER, RUN))
+    one = any(paths.exists(path / name, BaselineProblem) for name in (HEADER, RUN))
+    is_folder = not one and paths.is_dir(path, BaselineProblem)
     noise = noise_of(path if is_folder else given["baselines"], candidate.machine)
     baseline, candidate = alike(baseline, candidate)
     same_card = not {m.uuid for m in baseline.machines}.isdisjoint(
