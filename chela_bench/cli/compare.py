@@ -20,7 +20,7 @@ from chela_bench.cli.options import (
     device_option,
     json_option,
 )
-from chela_bench.cli.output import echo_rich, say_progress, write_files
+from chela_bench.cli.output import echo_rich, files_first, say_progress, write_files
 from chela_bench.cli.signals import interrupted_by_signals
 from chela_bench.cli.turns import two_sides
 from chela_bench.errors import UsageError
@@ -89,14 +89,14 @@ def compare(ctx: click.Context, /, **given: Any) -> None:
             noise_of(given["baselines"], b.machine),
             across_machines=given["across_machines"],
         )
-    if written is not None:
-        _write(given["out"], comparison, *written)
-    if given["as_json"]:
-        click.echo(document(comparison))
-    elif given["as_markdown"]:
-        click.echo(changes.markdown(comparison), nl=False)
-    else:
-        echo_rich(changes.terminal(comparison))
+    files = [] if written is None else [lambda: _write(given["out"], comparison, *written)]
+    with files_first(*files):
+        if given["as_json"]:
+            click.echo(document(comparison))
+        elif given["as_markdown"]:
+            click.echo(changes.markdown(comparison), nl=False)
+        else:
+            echo_rich(changes.terminal(comparison))
     ctx.exit(3 if any(change.wrong for change in comparison.points) else 0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from chela_bench.bench.config import Config, find_config, load_config
 from chela_bench.bench.gating import Rules
 from chela_bench.bench.plan import Flags
 from chela_bench.bench.sources import Measured, alike
-from chela_bench.bench.store import RUN, write_atomically
+from chela_bench.bench.store import RUN
 from chela_bench.bench.sweep import new_folder
 from chela_bench.bench.sweep import sweep as run_sweep
 from chela_bench.bench.verdict import Evidence, Limit, parse_limit
@@ -27,11 +28,11 @@ from chela_bench.cli.options import (
     json_option,
     out_option,
 )
-from chela_bench.cli.output import echo_rich, say_progress
+from chela_bench.cli.output import echo_rich, files_first, say_progress, write_files
 from chela_bench.cli.progress import SweepProgress
 from chela_bench.cli.signals import interrupted_by_signals
 from chela_bench.cli.turns import two_sides
-from chela_bench.errors import BaselineProblem, ChelaBenchError, EnvironmentProblem, UsageError
+from chela_bench.errors import BaselineProblem, EnvironmentProblem, UsageError
 from chela_bench.profiles.machine import choose_device
 from chela_bench.reports import gating as report
 from chela_bench.verdicts import Check, Gating, document
@@ -108,11 +109,11 @@ def gate(ctx: click.Context, /, **given: Any) -> None:
         raise UsageError("a baseline holds its own points; which ones goes with --live")
     else:
         result = _against_baseline(given, limit)
-    _write(result, given["junit"], given["summary"])
-    if given["as_json"]:
-        click.echo(document(result))
-    else:
-        echo_rich(report.terminal(result))
+    with files_first(*_files(result, given["junit"], given["summary"])):
+        if given["as_json"]:
+            click.echo(document(result))
+        else:
+            echo_rich(report.terminal(result))
     ctx.exit(result.exit_code)
 
 
@@ -222,18 +223,22 @@ def _settled(
     return checks, []
 
 
-def _write(result: Gating, junit: Path | None, summary: Path | None) -> None:
+def _files(
+    result: Gating, junit: Path | None, summary: Path | None
+) -> Iterator[Callable[[], None]]:
     in_job = os.environ.get("GITHUB_STEP_SUMMARY")
     summary = summary or (Path(in_job) if in_job else None)
-    path: Path | None = None
+    if junit is not None:
+        yield lambda: write_files({junit: report.junit(result).encode()})
+    if summary is not None:
+        yield lambda: _append(summary, report.markdown(result))
+
+
+def _append(path: Path, text: str) -> None:
     try:
-        if junit is not None:
-            path = junit
-            junit.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(junit, report.junit(result).encode())
-        if summary is not None:
-            path = summary
-            with summary.open("a", encoding="utf-8") as handle:
-                handle.write(report.markdown(result))
+        with path.open("a", encoding="utf-8") as handle:
+            handle.write(text)
     except OSError as error:
-        raise ChelaBenchError(f"cannot write {path}: {error.strerror}") from error
+        raise EnvironmentProblem(
+            f"cannot write {path}: {error.strerror}; give another place"
+        ) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -45,6 +45,30 @@ def write_files(files: Mapping[Path, bytes]) -> None:
             raise EnvironmentProblem(
                 f"cannot write {path}: {error.strerror}; give another place"
             ) from error
+
+
+@contextlib.contextmanager
+def files_first(*writes: Callable[[], None]) -> Iterator[None]:
+    """Then what the block prints, since the terminal may be gone. What cannot be written is said
+    last: no result is lost for it."""
+    problems = []
+    for write in writes:
+        try:
+            write()
+        except EnvironmentProblem as error:
+            problems.append(str(error))
+    yield
+    if problems:
+        raise EnvironmentProblem("\n".join(problems))
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Before what is to be written takes its time."""
+    from chela_bench.profiles.inventory import unwritable
+
+    problem = unwritable(folder)
+    if problem is not None:
+        raise EnvironmentProblem(f"{problem}; give another place")
 
 
 def say_progress(line: str) -> None:
