@@ -19,7 +19,7 @@ from chela_bench.bench.plan import unique
 from chela_bench.cli import complete
 from chela_bench.cli.choices import Names, flags_of, many
 from chela_bench.cli.figure_options import figure_files, figure_options
-from chela_bench.cli.options import config_option, json_option
+from chela_bench.cli.options import Finite, config_option, json_option
 from chela_bench.cli.output import echo_rich, files_first, refuse_unwritable, write_files
 from chela_bench.cli.progress import CompileProgress
 from chela_bench.cli.signals import interrupted_by_signals, interruption_code
@@ -68,7 +68,7 @@ TABLE, DOCUMENT = "atlas.csv", "atlas.json"
 @click.option(
     "--limit",
     "limit_s",
-    type=click.FloatRange(0.1, 86400),
+    type=Finite(0.1, 86400),
     default=bench.LIMIT_S,
     show_default=True,
     help="Seconds for one kernel's compiler.",

@@ -11,7 +11,7 @@ import click
 from chela_bench.bench import comparing, live, sources
 from chela_bench.bench.baseline import noise_of
 from chela_bench.bench.plan import Flags
-from chela_bench.cli.choices import flags_of, selection_options
+from chela_bench.cli.choices import flags_of, refuse_without_live, selection_options
 from chela_bench.cli.figure_options import figure_files, figure_options
 from chela_bench.cli.options import (
     baselines_option,
@@ -80,6 +80,7 @@ def compare(ctx: click.Context, /, **given: Any) -> None:
         with interrupted_by_signals():
             comparison = _live(given, flags)
     else:
+        refuse_without_live(ctx, "budget_s", "device", "config")
         if flags != Flags():
             raise UsageError("records hold their own points; which ones goes with --live")
         a, b = (sources.read(Path(given[side])) for side in ("before", "after"))

@@ -19,7 +19,7 @@ from chela_bench.bench.store import RUN
 from chela_bench.bench.sweep import new_folder
 from chela_bench.bench.sweep import sweep as run_sweep
 from chela_bench.bench.verdict import Evidence, Limit, parse_limit
-from chela_bench.cli.choices import flags_of, selection_options
+from chela_bench.cli.choices import flags_of, refuse_without_live, selection_options
 from chela_bench.cli.options import (
     baselines_option,
     budget_option,
@@ -108,6 +108,7 @@ def gate(ctx: click.Context, /, **given: Any) -> None:
     elif flags != Flags():
         raise UsageError("a baseline holds its own points; which ones goes with --live")
     else:
+        refuse_without_live(ctx, "budget_s")
         result = _against_baseline(given, limit)
     with files_first(*_files(result, given["junit"], given["summary"])):
         if given["as_json"]:
