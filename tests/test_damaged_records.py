@@ -257,3 +257,19 @@ def test_the_doctor_finds_in_the_way_what_a_sweep_finds(tmp_path, command):
         assert code == 6 and "cannot write" in said
         assert unwritable(tmp_path / out)
     assert unwritable(tmp_path / "new" / "folder") is None
+
+
+def test_a_closed_folder_is_listed_beside_the_runs(tmp_path, run, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "other").mkdir()
+    real = Path.stat
+
+    def stat(path, **options):
+        if path.parent.name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    done = in_this_process("runs", tmp_path, "--json")
+    rows = [(row["folder"], row["state"]) for row in json.loads(done.stdout)["runs"]]
+    assert rows == [(str(run), "finished"), (str(tmp_path / "closed"), "damaged")]

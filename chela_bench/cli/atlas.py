@@ -128,9 +128,8 @@ def atlas(ctx: click.Context, /, **given: Any) -> None:
 
 def _refuse_places(prune: Path | None, out: Path | None) -> None:
     """What cannot be written, or not both; compiling takes minutes."""
-    folder = None if out is None else Path(os.path.realpath(out))
-    if folder is not None:
-        refuse_unwritable(folder)
+    if out is not None:
+        refuse_unwritable(out)
     if prune is None:
         return
     if not prune.stem.isidentifier() or keyword.iskeyword(prune.stem):
@@ -138,7 +137,8 @@ def _refuse_places(prune: Path | None, out: Path | None) -> None:
     file = Path(os.path.realpath(prune))
     if not paths.exists(prune, EnvironmentProblem) or paths.is_file(file):
         refuse_unwritable(file.parent)
-    if folder is not None:
+    if out is not None:
+        folder = Path(os.path.realpath(out))
         own = (folder, *folder.parents, *(folder / name for name in (TABLE, DOCUMENT)))
         if file in own:
             raise UsageError(f"--export-prune {prune} and --out {out} are in each other's place")

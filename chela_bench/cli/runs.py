@@ -68,11 +68,15 @@ def _candidates(folder: Path) -> list[Path]:
         raise UsageError(f"no folder {folder}; give the one that `sweep --out` wrote into")
     if paths.exists(folder / RUN):
         raise UsageError(f"{folder} is a run itself: chela-bench show {folder}")
-    return [
-        path
-        for path in paths.folders(folder)
-        if any(paths.exists(path / name) for name in (RUN, POINTS, SAMPLES))
-    ]
+    return [path for path in paths.folders(folder) if _may_hold_records(path)]
+
+
+def _may_hold_records(folder: Path) -> bool:
+    """What is closed may: it is listed with the reason."""
+    try:
+        return any(paths.exists(folder / name) for name in (RUN, POINTS, SAMPLES))
+    except RecordError:
+        return True
 
 
 def _look(folder: Path) -> _Whole | _Damaged:
