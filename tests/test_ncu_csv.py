@@ -160,6 +160,27 @@ def test_a_table_without_rows_is_an_empty_capture():
     assert parse(TEXT.splitlines()[3] + "\n").launches == ()
 
 
+@pytest.mark.parametrize("length", [10, 3000, 16000])
+def test_a_capture_that_ends_in_its_header_is_cut_off(length):
+    header = TEXT.splitlines()[3]
+    for cut in (header[:length], header):
+        with pytest.raises(RecordError, match="the capture is cut off in its first line"):
+            parse(cut)
+
+
+def test_a_unit_that_is_not_known_is_named():
+    """Of what is counted in bytes or time; a warp by any other name is as many."""
+    other = TEXT.splitlines()[4]
+    for unit, metric in (("byte", ncu.READ), ("ns", ncu.TIME), ("byte/block", "launch__shared")):
+        units = other.replace(f'"{unit}"', '"parsec"')
+        with pytest.raises(RecordError, match=rf"{metric}\S* is in 'parsec'; units of it are: "):
+            parse(TEXT.replace(other, units))
+    units = other.replace('"inst"', '"parsec"').replace('"warp"', '"parsec"')
+    assert parse(TEXT.replace(other, units)) == parse(TEXT)
+    with pytest.raises(RecordError, match="'parsec/block'"):
+        parse(TEXT.replace("byte", "parsec"))
+
+
 @pytest.mark.parametrize("value", ["-5", "about 7", "inf"])
 def test_what_is_no_count_is_refused(value):
     with pytest.raises(RecordError, match=r"dram__bytes_read\.sum should be a"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from chela_bench.cli.derived import write_report, write_tables
 from chela_bench.errors import EnvironmentProblem, RecordError
 from chela_bench.records import Point, document
 from tests.factories import make_failure, make_point, make_run
+from tests.running import environment
 
 
 @pytest.fixture
@@ -229,3 +232,58 @@ def test_lost_samples_are_named(folder, points):
     with pytest.raises(RecordError) as error:
         write_tables(folder, *store.load_run(folder))
     assert str(error.value) == f"{folder} holds no samples for {points[0].key} (2 such points)"
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path):
+    (tmp_path / "far").mkdir()
+    link, target = tmp_path / "link", tmp_path / "far" / "file"
+    link.symlink_to("far/file")
+    for data in (b"made", b"replaced"):
+        store.write_atomically(link, data)
+        assert link.readlink() == Path("far/file") and target.read_bytes() == data
+    assert list((tmp_path / "far").iterdir()) == [target]
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises(OSError, match="Too many levels of symbolic links"):
+        store.write_atomically(loop, b"")
+    assert loop.is_symlink()
+
+
+def test_devices_and_pipes_are_written_into(tmp_path):
+    pipe, device = tmp_path / "pipe", tmp_path / "device"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    store.write_atomically(pipe, b"through")
+    assert os.read(reader, 100) == b"through" and pipe.is_fifo()
+    os.close(reader)
+    device.symlink_to(os.devnull)
+    store.write_atomically(device, b"gone")
+    assert device.is_char_device() and Path(os.devnull).is_char_device()
+    device.unlink()
+    device.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        store.write_atomically(device, b"gone")
+
+
+@pytest.mark.parametrize("name", ["stdout", "file"])
+def test_what_standard_output_goes_to_is_written_into(tmp_path, name):
+    """Through its descriptor: nothing that is printed before or after is lost."""
+    code = (
+        "import os; from pathlib import Path; from chela_bench.bench import store; "
+        f"os.write(1, b'a'); store.write_atomically(Path({name!r}), b'b'); os.write(1, b'c')"
+    )
+    (tmp_path / "stdout").symlink_to("/proc/self/fd/1")
+    with (tmp_path / "file").open("wb") as handle:
+        subprocess.run(
+            [sys.executable, "-c", code], stdout=handle, cwd=tmp_path, env=environment(), check=True
+        )
+    assert (tmp_path / "file").read_bytes() == b"abc"
+
+
+def test_a_folder_that_is_none_says_what_was_wanted(tmp_path):
+    with pytest.raises(EnvironmentProblem) as error:
+        write_report(Path("/dev/full"), make_run(), [])
+    assert str(error.value) == (
+        "cannot write /dev/full/index.html: /dev/full is no folder, and a folder was wanted; give "
+        "another place"
+    )

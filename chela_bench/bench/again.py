@@ -206,7 +206,7 @@ def _noise_record(
     by_key, every = {}, []
     for key, taken in samples.items():
         pairs = _changes([stats.median(run) for run in taken])
-        by_key[key] = round(max(pairs), 6)
+        by_key[key] = _share(f"times of {key}", pairs)
         every += pairs
     counted = dict(moved or {})
     return NoiseRecord(
@@ -215,9 +215,22 @@ def _noise_record(
         typical=round(float(np.quantile(every, 0.95)), 6),
         by_key=by_key,
         samples_ns=dict(samples),
-        hbm_by_key={key: round(max(_changes(counts)), 6) for key, counts in counted.items()},
+        hbm_by_key={
+            key: _share(f"bytes of {key}", _changes(counts)) for key, counts in counted.items()
+        },
         hbm_bytes=counted,
     )
+
+
+def _share(what: str, changes: Sequence[float]) -> float:
+    """The largest change. What doubles by itself cannot be held against anything."""
+    largest = round(max(changes), 6)
+    if largest >= 1:
+        raise EnvironmentProblem(
+            f"the {what} differ by {largest * 100:.0f} % between runs of the same code, too much "
+            "to keep: measure again on a quieter machine, or leave it out"
+        )
+    return largest
 
 
 def _changes(values: Sequence[float]) -> list[float]:

@@ -15,25 +15,31 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from chela_bench.bench import sources, store
+from chela_bench.bench import paths, sources, store
 from chela_bench.bench.cases import Case
 from chela_bench.bench.comparing import Noise, assumed_noise
 from chela_bench.bench.runner import utc_now
 from chela_bench.bench.sources import Kind, Machine, Measured
 from chela_bench.errors import BaselineProblem, ChelaBenchError, EnvironmentProblem, UsageError
+from chela_bench.records import Count, Modelled, Nanoseconds
 
 SCHEMA_VERSION = 1
 HEADER, CURRENT, MODELS = "baseline.json", "current.json", "models.json"
 NOISE = "noise"
 _RUN_FILES = (store.RUN, store.POINTS, store.SAMPLES)
 _JSON_FILE: dict[Kind, str] = {"pytest": "pytest.json", "static": "atlas.json"}
+_FILES: dict[Kind, tuple[str, ...]] = {
+    "run": _RUN_FILES,
+    "pytest": (_JSON_FILE["pytest"],),
+    "static": (_JSON_FILE["static"], MODELS),
+}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 
 
@@ -41,9 +47,11 @@ class _Record(BaseModel):
     model_config = ConfigDict(
         extra="ignore", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+    way_out: ClassVar[str] = "save the baseline anew"
 
 
 _R = TypeVar("_R", bound=_Record)
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Header(_Record):
@@ -68,6 +76,8 @@ class Header(_Record):
 class Current(_Record):
     """current.json: the promoted baseline."""
 
+    way_out = "promote a baseline: chela-bench baseline promote NAME"
+
     name: str
     """Its name."""
     promoted_utc: str
@@ -79,12 +89,14 @@ class ModelledPoint(_Record):
 
     case: Case
     """What moves the bytes."""
-    model_bytes: int = Field(ge=0)
+    model_bytes: Modelled
     """HBM bytes by its formula."""
 
 
 class NoiseRecord(_Record):
     """DIR/noise/<device>.json: times, and bytes, of the same code in processes of their own."""
+
+    way_out = "measure it again: chela-bench noise"
 
     schema_version: int = SCHEMA_VERSION
     """Version of this schema; others are refused."""
@@ -92,15 +104,15 @@ class NoiseRecord(_Record):
     """ISO 8601."""
     machine: dict[str, str]
     """As a baseline's."""
-    typical: float = Field(ge=0, lt=1)
+    typical: Share
     """Relative change that 95 of 100 pairs of runs stay within; for points not in by_key."""
-    by_key: dict[str, float]
+    by_key: dict[str, Share]
     """Largest relative change between two runs, by point key."""
-    samples_ns: dict[str, list[list[int]]] = Field(default_factory=dict)
+    samples_ns: dict[str, list[list[Nanoseconds]]] = Field(default_factory=dict)
     """Time samples of each run, by point key, in the order taken."""
-    hbm_by_key: dict[str, float] = Field(default_factory=dict)
+    hbm_by_key: dict[str, Share] = Field(default_factory=dict)
     """The same as by_key of the bytes through HBM, where they were counted."""
-    hbm_bytes: dict[str, list[int]] = Field(default_factory=dict)
+    hbm_bytes: dict[str, list[Count]] = Field(default_factory=dict)
     """Bytes counted in each run, by point key."""
 
 
@@ -142,10 +154,10 @@ def save(
         raise UsageError(f"a baseline's name takes letters, digits and ._+-; got {name!r}")
     key = machine_key(measured.machine)
     target = folder / key / name
-    if target.exists():
+    if paths.exists(target, EnvironmentProblem):
         raise UsageError(f"{target} is there already: a baseline never changes; give another name")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        paths.make_folder(target.parent)
         half = Path(tempfile.mkdtemp(dir=target.parent, prefix=".saving-"))
         try:
             files = _copy(source, measured, half, models)
@@ -153,7 +165,7 @@ def save(
                 name=name,
                 kind=measured.kind,
                 saved_utc=utc_now(),
-                source=str(source),
+                source=str(source).encode("utf-8", "replace").decode(),
                 machine=facts(measured.machine),
                 files={file: _sha256(half / file) for file in files},
             )
@@ -171,7 +183,7 @@ def _copy(
     source: Path, measured: Measured, half: Path, models: Mapping[str, tuple[Case, int]]
 ) -> list[str]:
     if measured.kind == "run":
-        files = [file for file in _RUN_FILES if (source / file).exists()]
+        files = [file for file in _RUN_FILES if paths.exists(source / file)]
         for file in files:
             shutil.copyfile(source / file, half / file)
         return files
@@ -210,21 +222,22 @@ def promote(folder: Path, name: str, key: str | None = None) -> str:
 
 def listed(folder: Path) -> list[Listed]:
     """Every baseline of the folder, by machine and name."""
-    if not folder.is_dir():
+    if not paths.is_dir(folder, BaselineProblem):
         raise BaselineProblem(
             f"no folder of baselines at {folder}; `chela-bench baseline save` makes one"
         )
     found = []
-    for machine in sorted(p for p in folder.iterdir() if p.is_dir() and p.name != NOISE):
+    for machine in paths.folders(folder, BaselineProblem):
+        kept = [p for p in paths.folders(machine, BaselineProblem) if not p.name.startswith(".")]
+        if not _is_a_machines(machine, kept):
+            continue
         current = None
         problem = None
         try:
             current = _current(machine)
         except BaselineProblem as error:
             problem = str(error)
-        for path in sorted(machine.iterdir()):
-            if not path.is_dir() or path.name.startswith("."):
-                continue
+        for path in kept:
             header = None
             try:
                 header = _header(path)
@@ -235,20 +248,23 @@ def listed(folder: Path) -> list[Listed]:
     return found
 
 
+def _is_a_machines(folder: Path, kept: Sequence[Path]) -> bool:
+    """Not any folder that lies there."""
+    marks = [folder / CURRENT, *(path / HEADER for path in kept)]
+    return any(paths.exists(mark, BaselineProblem) for mark in marks)
+
+
 def resolve(path: Path, machine: Machine) -> Measured:
     """The baseline for this machine: of a folder of baselines the promoted one; a baseline, a run
     folder or a JSON file as it is. Raises BaselineProblem if there is none that it can be."""
-    if not path.exists():
+    if not paths.exists(path, BaselineProblem):
         raise BaselineProblem(
             f"no baseline at {path}; `chela-bench baseline save` and `promote` make one"
         )
-    if (path / HEADER).exists():
+    if paths.exists(path / HEADER, BaselineProblem):
         found = _load(path)
-    elif path.is_file() or (path / store.RUN).exists():
-        try:
-            found = sources.read(path)
-        except ChelaBenchError as error:
-            raise BaselineProblem(str(error)) from error
+    elif paths.is_file(path, BaselineProblem) or paths.exists(path / store.RUN, BaselineProblem):
+        found = _read_records(path)
     else:
         found = _promoted(path, machine)
     _refuse_other_key(found, machine)
@@ -257,7 +273,7 @@ def resolve(path: Path, machine: Machine) -> Measured:
 
 def _promoted(folder: Path, machine: Machine) -> Measured:
     key = machine_key(machine)
-    name = _current(folder / key) if (folder / key).is_dir() else None
+    name = _current(folder / key) if paths.is_dir(folder / key, BaselineProblem) else None
     if name is not None:
         return _load(folder / key / name)
     there = listed(folder)
@@ -298,9 +314,22 @@ def _refuse_other_key(found: Measured, machine: Machine) -> None:
 def _load(path: Path) -> Measured:
     """A saved baseline, unchanged since it was saved."""
     header = _header(path)
-    for file, digest in header.files.items():
-        if Path(file).name != file:
-            raise BaselineProblem(f"{path / HEADER} names a file elsewhere: {file}")
+    known = _FILES[header.kind]
+    for file in header.files:
+        if file not in known:
+            raise BaselineProblem(
+                f"{path / HEADER} names a file elsewhere, or of another kind: {file!r}; there are: "
+                f"{', '.join(known)}"
+            )
+    for file in known:
+        digest = header.files.get(file)
+        if digest is None:
+            if paths.exists(path / file, BaselineProblem):
+                raise BaselineProblem(
+                    f"{path / HEADER} has no SHA-256 of {file}, which lies beside it; save a new "
+                    "baseline instead"
+                )
+            continue
         try:
             found = _sha256(path / file)
         except OSError as error:
@@ -309,17 +338,23 @@ def _load(path: Path) -> Measured:
             raise BaselineProblem(
                 f"{path / file} was changed after it was saved; save a new baseline instead"
             )
+    measured = _read_records(path / _JSON_FILE.get(header.kind, ""))
+    models = _models(path / MODELS) if MODELS in header.files else {}
+    return replace(measured, label=str(path), models=models)
+
+
+def _read_records(path: Path) -> Measured:
+    """Something to hold against: a baseline of nothing would let everything pass."""
     try:
-        if header.kind == "run":
-            measured = sources.read(path)
-        else:
-            measured = sources.read(path / _JSON_FILE[header.kind])
-        models = _models(path / MODELS) if MODELS in header.files else {}
-    except BaselineProblem:
-        raise
+        found = sources.read(path)
     except ChelaBenchError as error:
         raise BaselineProblem(str(error)) from error
-    return replace(measured, label=str(path), models=models)
+    if not found.entries and not found.static:
+        raise BaselineProblem(
+            f"the baseline {path} holds no points to hold against: they were lost, or never "
+            "measured; give another"
+        )
+    return found
 
 
 def _models(path: Path) -> dict[str, tuple[Case, int]]:
@@ -340,10 +375,11 @@ def _header(path: Path) -> Header:
 
 def _current(machine: Path) -> str | None:
     path = machine / CURRENT
-    if not path.exists():
+    if not paths.exists(path, BaselineProblem):
         return None
     current = _read(path, Current)
-    if not (machine / current.name / HEADER).is_file() or not _NAME.fullmatch(current.name):
+    header = machine / current.name / HEADER
+    if not _NAME.fullmatch(current.name) or not paths.is_file(header, BaselineProblem):
         raise BaselineProblem(f"{path} names {current.name!r}, which is not there; promote another")
     return current.name
 
@@ -356,23 +392,24 @@ def _read(path: Path, model: type[_R]) -> _R:
     except OSError as error:
         raise BaselineProblem(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError):
-        raise BaselineProblem(f"{path} is not JSON, or only half of it; save it anew") from None
+        raise BaselineProblem(f"{path} is not JSON, or only half of it; {model.way_out}") from None
     version = found.get("schema_version", SCHEMA_VERSION) if isinstance(found, dict) else None
     if version != SCHEMA_VERSION:
         raise BaselineProblem(
-            f"{path} has schema_version {version}; this chela-bench reads {SCHEMA_VERSION}: save "
-            "the baseline anew"
+            f"{path} has schema_version {version}; this chela-bench reads {SCHEMA_VERSION}: "
+            f"{model.way_out}"
         )
     try:
         return model.model_validate(found)
     except ValidationError as error:
-        raise BaselineProblem(f"{path}: {store.first_problem(error)}") from None
+        problem = store.first_problem(error)
+        raise BaselineProblem(f"{path}: {problem}; {model.way_out}") from None
 
 
 def write_noise(folder: Path, machine: Machine, record: NoiseRecord) -> Path:
     path = _noise_path(folder, machine)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        paths.make_folder(path.parent)
         store.write_atomically(path, record.model_dump_json().encode() + b"\n")
     except OSError as error:
         raise EnvironmentProblem(f"cannot write {path}: {error.strerror}") from error
@@ -383,7 +420,7 @@ def noise_of(folder: Path | None, machine: Machine, *, live: bool = False) -> No
     """What `noise` measured on this very device, else what is assumed. Of rounds side by side no
     more than is assumed of them: `noise` measures whole runs."""
     path = None if folder is None else _noise_path(folder, machine)
-    if path is None or not path.exists():
+    if path is None or not paths.exists(path, BaselineProblem):
         return assumed_noise(machine, live=live)
     record = _read(path, NoiseRecord)
     source = f"measured {record.measured_utc[:10]}: {path}"

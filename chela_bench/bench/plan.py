@@ -267,6 +267,8 @@ def parse_sizes(text: str) -> dict[str, int]:
             raise UsageError(
                 f"--set takes DIM=SIZE,DIM=SIZE, as in H=16,K=128, sizes up to 2^30; got {text!r}"
             )
+        if name in sizes:
+            raise UsageError(f"--set gives {name} twice: {sizes[name]} and {whole}")
         sizes[name] = whole
     return sizes
 

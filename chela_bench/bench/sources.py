@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from chela_bench.bench import stats, store
+from chela_bench.bench import paths, stats, store
 from chela_bench.bench.cases import Case
 from chela_bench.errors import RecordError
-from chela_bench.records import ConfigValue, Environment, Point, Run, config_label
+from chela_bench.records import ConfigValue, Count, Environment, Point, Run, config_label
 from chela_bench.verdicts import Side
 
 MACHINE_INFO = "chela_bench"  # our key in pytest-benchmark's machine_info
@@ -65,11 +65,11 @@ class StaticRow(BaseModel):
     triton: str
     outcome: str = "ok"
     fits: bool | None = None
-    smem_bytes: int | None = None
-    regs: int | None = None
-    spill_store_bytes: int | None = None
-    spill_load_bytes: int | None = None
-    ctas_per_sm: int | None = None
+    smem_bytes: Count | None = None
+    regs: Count | None = None
+    spill_store_bytes: Count | None = None
+    spill_load_bytes: Count | None = None
+    ctas_per_sm: Count | None = None
     tensor_core: bool | str | None = None
     reason: str | None = None
 
@@ -160,7 +160,7 @@ def alike(before: Measured, after: Measured) -> tuple[Measured, Measured]:
 
 def read(path: Path) -> Measured:
     """A run folder, or a JSON file of pytest-benchmark, `atlas`, `sweep`. Raises RecordError."""
-    if path.is_dir():
+    if paths.is_dir(path):
         run, points = store.load_run(path)
         return of_run(str(path), run, points, store.load_samples(path))
     try:
@@ -221,7 +221,7 @@ def of_pytest(label: str, found: Mapping[str, Any]) -> Measured:
             name, data = str(one["fullname"]), one["stats"].get("data")
             extra = one.get("extra_info") or {}
             samples = None if data is None else [float(seconds) * 1e9 for seconds in data]
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             raise RecordError(f"{where}: not as pytest-benchmark writes it") from None
         if samples is None:
             raise RecordError(

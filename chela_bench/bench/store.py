@@ -18,15 +18,16 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from chela_bench.bench.runner import lock_file
 from chela_bench.errors import EnvironmentProblem, RecordError
-from chela_bench.records import SCHEMA_VERSION, Point, Run
+from chela_bench.records import SCHEMA_VERSION, Nanoseconds, Point, Run
 
 RUN, POINTS, SAMPLES, LOG = "run.json", "points.jsonl", "samples.jsonl", "worker.log"
 LOCK = ".lock"
@@ -181,21 +182,54 @@ class SampleLine(BaseModel):
 
     key: str
     """The point's key."""
-    samples_ns: list[int]
+    samples_ns: list[Nanoseconds]
     """Nanoseconds per call, in the order taken."""
+
+    @field_validator("samples_ns", mode="before")
+    @classmethod
+    def _are_times(cls, found: object) -> object:
+        for ns in found if isinstance(found, list) else ():
+            if isinstance(ns, int) and ns <= 0:
+                raise ValueError(f"holds a time of {ns} ns; measure it again")
+        return found
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes to a temporary name beside `path`, then renames: old or new, never half."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Writes to a temporary name beside `path`, then renames: old or new, never half. A link stays,
+    and what it leads to is replaced; a device, a pipe, and what standard output goes to are written
+    into."""
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        there = None
+    if there is not None:
+        standard = next((stream for stream in (1, 2) if _is_open_at(stream, there)), None)
+        if standard is not None:
+            return _write_into(os.dup(standard), data)
+        if not stat.S_ISREG(there.st_mode):
+            return _write_into(os.open(path, os.O_WRONLY), data)
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as handle:
             handle.write(data)
             handle.flush()
             os.fsync(handle.fileno())
-        temporary.replace(path)
+        temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_open_at(descriptor: int, file: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), file)
+    except OSError:  # closed
+        return False
+
+
+def _write_into(descriptor: int, data: bytes) -> None:
+    with os.fdopen(descriptor, "wb") as handle:
+        handle.write(data)
 
 
 def _whole_lines(path: Path) -> Iterable[bytes]:

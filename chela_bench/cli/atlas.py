@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import keyword
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,23 +12,26 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from chela_bench.bench import atlas as bench
+from chela_bench.bench import paths
 from chela_bench.bench.config import find_config, load_config
 from chela_bench.bench.load import refuse_changed_files
 from chela_bench.bench.plan import unique
 from chela_bench.cli import complete
 from chela_bench.cli.choices import Names, flags_of, many
 from chela_bench.cli.figure_options import figure_files, figure_options
-from chela_bench.cli.options import config_option, json_option
-from chela_bench.cli.output import echo_rich, write_files
+from chela_bench.cli.options import Finite, config_option, json_option
+from chela_bench.cli.output import echo_rich, files_first, refuse_unwritable, write_files
 from chela_bench.cli.progress import CompileProgress
 from chela_bench.cli.signals import interrupted_by_signals, interruption_code
-from chela_bench.errors import UsageError
+from chela_bench.errors import EnvironmentProblem, UsageError
 from chela_bench.profiles.occupancy import ARCHS, find_arch
-from chela_bench.records import AtlasRow
 
 if TYPE_CHECKING:
     from chela_bench.reports.figures import Format
     from chela_bench.reports.style import Look
+
+
+TABLE, DOCUMENT = "atlas.csv", "atlas.json"
 
 
 @click.command()
@@ -63,7 +68,7 @@ if TYPE_CHECKING:
 @click.option(
     "--limit",
     "limit_s",
-    type=click.FloatRange(0.1, 86400),
+    type=Finite(0.1, 86400),
     default=bench.LIMIT_S,
     show_default=True,
     help="Seconds for one kernel's compiler.",
@@ -86,6 +91,7 @@ def atlas(ctx: click.Context, /, **given: Any) -> None:
       chela-bench atlas linear_attention --fits-on sm_86
     """
     written = figure_files(ctx, given)
+    _refuse_places(given["export_prune"], given["out"])
     archs = _archs(given["archs"], given["fits_on"])
     op = () if given["op"] is None else ((given["op"],),)
     flags = flags_of({**given, "op": op})
@@ -109,12 +115,33 @@ def atlas(ctx: click.Context, /, **given: Any) -> None:
     except KeyboardInterrupt as stop:
         click.echo("interrupted; what was compiled is kept for the next time", err=True)
         ctx.exit(interruption_code(stop))
-    _write(found, archs, given, written)
-    if given["as_json"]:
-        click.echo(_document(found, archs, given["fits_on"]))
-    else:
-        _print(found, archs, given["fits_on"])
+    nothing = not found.rows and bool(found.refused)
+    with files_first(*([] if nothing else [lambda: _write(found, archs, given, written)])):
+        if given["as_json"]:
+            click.echo(_document(found, archs, given["fits_on"]))
+        else:
+            _print(found, archs, given["fits_on"])
+    if nothing:
+        raise UsageError(f"nothing was compiled: {found.refused[0].reason}")
     ctx.exit(1 if any(row.outcome in ("crash", "timeout") for row in found.rows) else 0)
+
+
+def _refuse_places(prune: Path | None, out: Path | None) -> None:
+    """What cannot be written, or not both; compiling takes minutes."""
+    if out is not None:
+        refuse_unwritable(out)
+    if prune is None:
+        return
+    if not prune.stem.isidentifier() or keyword.iskeyword(prune.stem):
+        raise UsageError(f"--export-prune {prune}: {prune.stem!r} is no name to import a module by")
+    file = Path(os.path.realpath(prune))
+    if not paths.exists(prune, EnvironmentProblem) or paths.is_file(file):
+        refuse_unwritable(file.parent)
+    if out is not None:
+        folder = Path(os.path.realpath(out))
+        own = (folder, *folder.parents, *(folder / name for name in (TABLE, DOCUMENT)))
+        if file in own:
+            raise UsageError(f"--export-prune {prune} and --out {out} are in each other's place")
 
 
 def _archs(given: Sequence[Sequence[str]], fits_on: str | None) -> list[str]:
@@ -159,7 +186,9 @@ def _write(
     files: dict[Path, bytes] = {}
     target: Path | None = given["export_prune"]
     if target is not None:
-        files[target] = _pruning(found.rows, target)
+        from chela_bench.reports.prune import prune_module
+
+        files[target] = prune_module(found.rows, target.stem).encode()
     if written is not None:
         from chela_bench.reports.atlas import atlas_frame
         from chela_bench.reports.atlas_maps import atlas_maps
@@ -167,8 +196,8 @@ def _write(
         from chela_bench.reports.heat import draw_heat_map
 
         out, (kinds, look) = given["out"], written
-        files[out / "atlas.csv"] = atlas_frame(found.rows).to_csv(index=False).encode()
-        files[out / "atlas.json"] = _document(found, archs, given["fits_on"]).encode()
+        files[out / TABLE] = atlas_frame(found.rows).to_csv(index=False).encode()
+        files[out / DOCUMENT] = _document(found, archs, given["fits_on"]).encode()
         for name, heat in atlas_maps(found.rows, archs).items():
             figure = draw_heat_map(heat, look)
             for kind in kinds:
@@ -176,13 +205,3 @@ def _write(
     write_files(files)
     for path in files:
         click.echo(f"wrote {path}", err=True)
-
-
-def _pruning(rows: Sequence[AtlasRow], target: Path) -> bytes:
-    from chela_bench.reports.prune import prune_module
-
-    if not target.stem.isidentifier():
-        raise UsageError(
-            f"--export-prune {target}: {target.stem!r} is no name to import a module by"
-        )
-    return prune_module(rows, target.stem).encode()

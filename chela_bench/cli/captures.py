@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from chela_bench.bench import paths
 from chela_bench.errors import EnvironmentProblem, RecordError, UsageError
 from chela_bench.profiles import ncu, ncu_csv
 from chela_bench.reports.terminal import sheet_table
@@ -43,7 +44,7 @@ def capture_sheet(capture: ncu_csv.Capture) -> str:
 
 
 def _imported(path: Path) -> str:
-    if not path.is_file():
+    if not paths.is_file(path):
         raise UsageError(f"no such file: {path}")
     tool = ncu.find()
     try:

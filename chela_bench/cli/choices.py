@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import click
+from click.core import ParameterSource
 
 from chela_bench.bench import plan
 from chela_bench.bench.cases import Distribution
@@ -102,6 +103,22 @@ def retried(given: Mapping[str, Any]) -> frozenset[Outcome]:
     return frozenset(given["retry"])
 
 
+def said(ctx: click.Context) -> dict[str, str]:
+    """What the command line gave: parameters by name, as they are written there."""
+    return {
+        each.name: each.opts[-1] if isinstance(each, click.Option) else each.human_readable_name
+        for each in ctx.command.params
+        if each.name and ctx.get_parameter_source(each.name) is ParameterSource.COMMANDLINE
+    }
+
+
+def refuse_without_live(ctx: click.Context, *names: str) -> None:
+    """Options that records leave nothing to do."""
+    for name, flag in said(ctx).items():
+        if name in names:
+            raise UsageError(f"{flag} goes with --live: records are not measured again")
+
+
 def selection_options(command: _F) -> _F:
     """Which points: all that `sweep`, `compare --live`, `gate --live` and `noise` share."""
     for option in reversed(_SELECTION):
@@ -117,7 +134,10 @@ def flags_of(given: Mapping[str, Any], **changes: Any) -> plan.Flags:
         axes.setdefault(name, []).extend(values)
     sizes: dict[str, int] = {}
     for text in given.get("sizes", ()):
-        sizes |= plan.parse_sizes(text)
+        found = plan.parse_sizes(text)
+        for name in sizes.keys() & found.keys():
+            raise UsageError(f"--set gives {name} twice: {sizes[name]} and {found[name]}")
+        sizes |= found
     lists = {"op": "ops", "impl": "impls", "shape": "shapes", "dtype": "dtypes",
              "direction": "directions"}  # fmt: skip
     named = {

@@ -11,7 +11,7 @@ import click
 from chela_bench.bench import comparing, live, sources
 from chela_bench.bench.baseline import noise_of
 from chela_bench.bench.plan import Flags
-from chela_bench.cli.choices import flags_of, selection_options
+from chela_bench.cli.choices import flags_of, refuse_without_live, selection_options
 from chela_bench.cli.figure_options import figure_files, figure_options
 from chela_bench.cli.options import (
     baselines_option,
@@ -20,7 +20,7 @@ from chela_bench.cli.options import (
     device_option,
     json_option,
 )
-from chela_bench.cli.output import echo_rich, say_progress, write_files
+from chela_bench.cli.output import echo_rich, files_first, say_progress, write_files
 from chela_bench.cli.signals import interrupted_by_signals
 from chela_bench.cli.turns import two_sides
 from chela_bench.errors import UsageError
@@ -80,6 +80,7 @@ def compare(ctx: click.Context, /, **given: Any) -> None:
         with interrupted_by_signals():
             comparison = _live(given, flags)
     else:
+        refuse_without_live(ctx, "budget_s", "device", "config")
         if flags != Flags():
             raise UsageError("records hold their own points; which ones goes with --live")
         a, b = (sources.read(Path(given[side])) for side in ("before", "after"))
@@ -89,14 +90,14 @@ def compare(ctx: click.Context, /, **given: Any) -> None:
             noise_of(given["baselines"], b.machine),
             across_machines=given["across_machines"],
         )
-    if written is not None:
-        _write(given["out"], comparison, *written)
-    if given["as_json"]:
-        click.echo(document(comparison))
-    elif given["as_markdown"]:
-        click.echo(changes.markdown(comparison), nl=False)
-    else:
-        echo_rich(changes.terminal(comparison))
+    files = [] if written is None else [lambda: _write(given["out"], comparison, *written)]
+    with files_first(*files):
+        if given["as_json"]:
+            click.echo(document(comparison))
+        elif given["as_markdown"]:
+            click.echo(changes.markdown(comparison), nl=False)
+        else:
+            echo_rich(changes.terminal(comparison))
     ctx.exit(3 if any(change.wrong for change in comparison.points) else 0)
 
 

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
-from chela_bench.bench import again, gating, live, sources
+from chela_bench.bench import again, gating, live, paths, sources
 from chela_bench.bench.baseline import HEADER, noise_of, resolve
 from chela_bench.bench.config import Config, find_config, load_config
 from chela_bench.bench.gating import Rules
 from chela_bench.bench.plan import Flags
 from chela_bench.bench.sources import Measured, alike
-from chela_bench.bench.store import RUN, write_atomically
+from chela_bench.bench.store import RUN
 from chela_bench.bench.sweep import new_folder
 from chela_bench.bench.sweep import sweep as run_sweep
 from chela_bench.bench.verdict import Evidence, Limit, parse_limit
-from chela_bench.cli.choices import flags_of, selection_options
+from chela_bench.cli.choices import flags_of, refuse_without_live, selection_options
 from chela_bench.cli.options import (
     baselines_option,
     budget_option,
@@ -27,11 +28,11 @@ from chela_bench.cli.options import (
     json_option,
     out_option,
 )
-from chela_bench.cli.output import echo_rich, say_progress
+from chela_bench.cli.output import echo_rich, files_first, say_progress, write_files
 from chela_bench.cli.progress import SweepProgress
 from chela_bench.cli.signals import interrupted_by_signals
 from chela_bench.cli.turns import two_sides
-from chela_bench.errors import BaselineProblem, ChelaBenchError, EnvironmentProblem, UsageError
+from chela_bench.errors import BaselineProblem, EnvironmentProblem, UsageError
 from chela_bench.profiles.machine import choose_device
 from chela_bench.reports import gating as report
 from chela_bench.verdicts import Check, Gating, document
@@ -107,12 +108,13 @@ def gate(ctx: click.Context, /, **given: Any) -> None:
     elif flags != Flags():
         raise UsageError("a baseline holds its own points; which ones goes with --live")
     else:
+        refuse_without_live(ctx, "budget_s")
         result = _against_baseline(given, limit)
-    _write(result, given["junit"], given["summary"])
-    if given["as_json"]:
-        click.echo(document(result))
-    else:
-        echo_rich(report.terminal(result))
+    with files_first(*_files(result, given["junit"], given["summary"])):
+        if given["as_json"]:
+            click.echo(document(result))
+        else:
+            echo_rich(report.terminal(result))
     ctx.exit(result.exit_code)
 
 
@@ -158,7 +160,8 @@ def _against_baseline(given: dict[str, Any], limit: Limit) -> Gating:
             f"{candidate.label} and the baseline {baseline.label} are not of one kind: compiled "
             "kernels are held against compiled kernels, times against times"
         )
-    is_folder = path.is_dir() and not any((path / name).exists() for name in (HEADER, RUN))
+    one = any(paths.exists(path / name, BaselineProblem) for name in (HEADER, RUN))
+    is_folder = not one and paths.is_dir(path, BaselineProblem)
     noise = noise_of(path if is_folder else given["baselines"], candidate.machine)
     baseline, candidate = alike(baseline, candidate)
     same_card = not {m.uuid for m in baseline.machines}.isdisjoint(
@@ -221,18 +224,22 @@ def _settled(
     return checks, []
 
 
-def _write(result: Gating, junit: Path | None, summary: Path | None) -> None:
+def _files(
+    result: Gating, junit: Path | None, summary: Path | None
+) -> Iterator[Callable[[], None]]:
     in_job = os.environ.get("GITHUB_STEP_SUMMARY")
     summary = summary or (Path(in_job) if in_job else None)
-    path: Path | None = None
+    if junit is not None:
+        yield lambda: write_files({junit: report.junit(result).encode()})
+    if summary is not None:
+        yield lambda: _append(summary, report.markdown(result))
+
+
+def _append(path: Path, text: str) -> None:
     try:
-        if junit is not None:
-            path = junit
-            junit.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(junit, report.junit(result).encode())
-        if summary is not None:
-            path = summary
-            with summary.open("a", encoding="utf-8") as handle:
-                handle.write(report.markdown(result))
+        with path.open("a", encoding="utf-8") as handle:
+            handle.write(text)
     except OSError as error:
-        raise ChelaBenchError(f"cannot write {path}: {error.strerror}") from error
+        raise EnvironmentProblem(
+            f"cannot write {path}: {error.strerror}; give another place"
+        ) from error

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import click
 
 from chela_bench.bench import plan
 from chela_bench.bench.again import measure_noise
-from chela_bench.bench.baseline import write_noise
+from chela_bench.bench.baseline import NoiseRecord, write_noise
 from chela_bench.bench.config import find_config, load_config
+from chela_bench.bench.sources import Machine
 from chela_bench.cli.choices import flags_of, selection_options
 from chela_bench.cli.lines import say
 from chela_bench.cli.options import baselines_option, config_option, device_option, json_option
 from chela_bench.cli.output import say_progress
 from chela_bench.cli.signals import interrupted_by_signals
+from chela_bench.errors import EnvironmentProblem
 from chela_bench.profiles.machine import choose_device
+from chela_bench.records import Point
 from chela_bench.reports.text import plain
 
 
@@ -53,13 +57,32 @@ def noise(**given: Any) -> None:
     settings = plan.resolve(config, flags_of(given), [choose_device(given["device"])])
     with interrupted_by_signals():
         machine, record, failed = measure_noise(settings, given["runs"], heard=say_progress)
-    path = write_noise(given["baselines"], machine, record)
-    if given["as_json"]:
+    path: Path | None = None
+    problem: EnvironmentProblem | None = None
+    try:
+        path = write_noise(given["baselines"], machine, record)
+    except EnvironmentProblem as error:  # said last: what was measured is not lost for it
+        problem = error
+    _print(machine, record, failed, path, as_json=given["as_json"])
+    if problem is not None:
+        raise problem
+
+
+def _print(
+    machine: Machine,
+    record: NoiseRecord,
+    failed: list[Point],
+    path: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    kept = None if path is None else str(path)
+    if as_json:
         rows = [
             {"key": key, "noise": size, "hbm_noise": record.hbm_by_key.get(key)}
             for key, size in record.by_key.items()
         ]
-        document = {"file": str(path), "machine": record.machine, "typical": record.typical}
+        document = {"file": kept, "machine": record.machine, "typical": record.typical}
         click.echo(json.dumps({**document, "points": rows}, indent=2))
         return
     for key, size in sorted(record.by_key.items(), key=lambda item: -item[1]):
@@ -68,4 +91,5 @@ def noise(**given: Any) -> None:
         say(f"{size * 100:5.2f} % of bytes  {plain(key)}", hang=9)
     for point in failed:
         say(f"no time  {plain(f'{point.key}: {point.outcome}: {point.reason}')}", hang=9)
-    say(f"95 of 100 pairs of runs stay within {record.typical * 100:.2f} % on {machine}: {path}")
+    where = "" if kept is None else f": {kept}"
+    say(f"95 of 100 pairs of runs stay within {record.typical * 100:.2f} % on {machine}{where}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,16 @@ class Seconds(click.ParamType):  # type: ignore[type-arg]
         if not found or float(found[1]) <= 0:
             self.fail(f"{value!r} is no time; write 90s, 5m or 1h", param, ctx)
         return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+class Finite(click.FloatRange):
+    """`nan` is in no range."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        found = super().convert(value, param, ctx)
+        if math.isnan(found):
+            self.fail(f"{value!r} is no number", param, ctx)
+        return found
 
 
 device_option = click.option(

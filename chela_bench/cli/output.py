@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import click
 from rich.console import Console, RenderableType
 
+from chela_bench.bench.paths import make_folder
 from chela_bench.bench.store import write_atomically
 from chela_bench.errors import EnvironmentProblem
 from chela_bench.records import Point, Run, document
@@ -38,12 +39,36 @@ def write_files(files: Mapping[Path, bytes]) -> None:
     """Each whole or not at all."""
     for path, data in files.items():
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             write_atomically(path, data)
         except OSError as error:
             raise EnvironmentProblem(
                 f"cannot write {path}: {error.strerror}; give another place"
             ) from error
+
+
+@contextlib.contextmanager
+def files_first(*writes: Callable[[], None]) -> Iterator[None]:
+    """Then what the block prints, since the terminal may be gone. What cannot be written is said
+    last: no result is lost for it."""
+    problems = []
+    for write in writes:
+        try:
+            write()
+        except EnvironmentProblem as error:
+            problems.append(str(error))
+    yield
+    if problems:
+        raise EnvironmentProblem("\n".join(problems))
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Before what is to be written takes its time."""
+    from chela_bench.profiles.inventory import unwritable
+
+    problem = unwritable(folder)
+    if problem is not None:
+        raise EnvironmentProblem(f"{problem}; give another place")
 
 
 def say_progress(line: str) -> None:

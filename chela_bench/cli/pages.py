@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
-from chela_bench.bench import comparing, sources, store
+from chela_bench.bench import comparing, paths, sources, store
 from chela_bench.bench.baseline import noise_of
 from chela_bench.errors import RecordError
 from chela_bench.records import AtlasRow, Refused
@@ -33,7 +33,7 @@ class _Document(BaseModel):
 def atlas_of(folder: Path, file: Path | None) -> Atlas | None:
     """The file's, else the one that lies in the run folder; None where there is none."""
     path = file or folder / ATLAS
-    if file is None and not path.exists():
+    if file is None and not paths.exists(path):
         return None
     try:
         found = _Document.model_validate_json(path.read_bytes())
@@ -54,7 +54,7 @@ def compared(
 ) -> list[tuple[Comparison, bytes | None]]:
     """Each further run with the first one, and the figure of their ratios."""
     first, *others = (
-        replace(sources.read(folder), label=folder.resolve().name) for folder in folders
+        replace(sources.read(folder), label=paths.real_name(folder)) for folder in folders
     )
     found: list[tuple[Comparison, bytes | None]] = []
     for other in others:

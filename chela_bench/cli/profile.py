@@ -19,6 +19,7 @@ from chela_bench.cli.choices import (
     flags_of,
     lens_option,
     many,
+    said,
     seed_option,
     shapes_option,
     sizes_option,
@@ -76,8 +77,12 @@ def profile(ctx: click.Context, /, op: str | None, capture: Path | None, **given
       chela-bench profile --from capture.csv
     """
     if capture is not None:
-        if op is not None or given["impl"]:
-            raise UsageError("--from reads a capture as it is: leave OP and its options out")
+        others = [flag for name, flag in said(ctx).items() if name not in ("capture", "as_json")]
+        if others:
+            raise UsageError(
+                "--from reads a capture as it is: leave OP and its options out, here "
+                f"{', '.join(others)}"
+            )
         found = read_capture(capture)
         if given["as_json"]:
             rows = [
@@ -93,9 +98,9 @@ def profile(ctx: click.Context, /, op: str | None, capture: Path | None, **given
         raise UsageError("name an op to profile (chela-bench list), or give a capture with --from")
     given["direction"] = given["direction"] or (["fwd"],)
     given["lens"] = given["lens"] or (None if given["shape"] else _LENS)
-    said = flags_of(given, ops=(op,), hbm="ncu", detail=True)
+    flags = flags_of(given, ops=(op,), hbm="ncu", detail=True)
     device = choose_device(given["device"])
-    settings = plan.resolve(load_config(find_config(given["config"])), said, [device])
+    settings = plan.resolve(load_config(find_config(given["config"])), flags, [device])
     carry_out(
         ctx,
         settings,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from chela_bench.bench.paths import real_name
 from chela_bench.bench.store import load_run, load_samples
 from chela_bench.cli.figure_options import figure_options
 from chela_bench.cli.options import baselines_option
@@ -72,7 +73,7 @@ def report(
     if as_json and as_markdown:
         raise UsageError("--json and --markdown both write to stdout: give one of them")
     kinds, look = formats_of(formats), LOOKS[style]
-    names = [folder.resolve().name for folder in runs]
+    names = [real_name(folder) for folder in runs]
     if out is not None and len(set(names)) < len(names):
         raise UsageError(f"two run folders of one name would share a folder in {out}: report each")
     if len(runs) == 1 and (compare or across_machines):

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from chela_bench.bench import paths
 from chela_bench.bench.store import POINTS, RUN, SAMPLES, being_written, load_run
 from chela_bench.cli.lines import say
 from chela_bench.cli.options import json_option
@@ -63,18 +64,19 @@ def runs(folder: Path, as_json: bool) -> None:
 
 def _candidates(folder: Path) -> list[Path]:
     """Folders that hold records, by name."""
-    if not folder.is_dir():
+    if not paths.is_dir(folder):
         raise UsageError(f"no folder {folder}; give the one that `sweep --out` wrote into")
-    if (folder / RUN).exists():
+    if paths.exists(folder / RUN):
         raise UsageError(f"{folder} is a run itself: chela-bench show {folder}")
+    return [path for path in paths.folders(folder) if _may_hold_records(path)]
+
+
+def _may_hold_records(folder: Path) -> bool:
+    """What is closed may: it is listed with the reason."""
     try:
-        return sorted(
-            path
-            for path in folder.iterdir()
-            if path.is_dir() and any((path / name).exists() for name in (RUN, POINTS, SAMPLES))
-        )
-    except OSError as error:
-        raise RecordError(f"cannot read {error.filename}: {error.strerror}") from error
+        return any(paths.exists(folder / name) for name in (RUN, POINTS, SAMPLES))
+    except RecordError:
+        return True
 
 
 def _look(folder: Path) -> _Whole | _Damaged:

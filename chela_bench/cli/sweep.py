@@ -76,6 +76,8 @@ def sweep(ctx: click.Context, /, **given: Any) -> None:
     devices_given = given["device"] != "auto" or given["gpus"] is not None
     if given["device"] != "auto" and given["gpus"] is not None:
         raise UsageError("--device names one device and --gpus several: give one of them")
+    if given["mix_gpus"] and given["gpus"] is None:
+        raise UsageError("--mix-gpus goes with --gpus 0,1 or --gpus all")
     silent = said == plan.Flags() and given["config"] is None and not devices_given
     if folder is not None and resumed is not None and silent:
         settings = _settings_of(folder, resumed)
@@ -86,13 +88,13 @@ def sweep(ctx: click.Context, /, **given: Any) -> None:
         settings = plan.resolve(config, said, devices)
         if folder is not None and resumed is not None:
             refuse_other_settings(folder, resumed.settings, settings)
+    if given["ncu_report"] is not None and settings.hbm != "ncu":
+        raise UsageError("--ncu-report goes with --hbm ncu")
     if given["dry_run"]:
         points = [] if folder is None else store.load_points(folder)
         done = {p.key: f"done: {p.outcome}" for p in points if p.outcome not in retry}
         _print_plan(settings, plan.cases(settings), done, as_json=given["as_json"])
         return
-    if given["ncu_report"] is not None and settings.hbm not in ("ncu", "auto"):
-        raise UsageError("--ncu-report goes with --hbm ncu")
     carry_out(
         ctx,
         settings,

@@ -331,12 +331,17 @@ def is_admin(status: Path = Path("/proc/self/status")) -> bool:
 
 def unwritable(folder: Path) -> str | None:
     """Why nothing can be written below `folder`, which need not exist yet, or None."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            return None
-    except OSError as error:
-        return f"cannot write to {existing}: {error.strerror}"
+    for path in (folder, *folder.absolute().parents):
+        try:
+            path.lstat()  # a link that leads nowhere is in the way of a folder
+            with tempfile.TemporaryFile(dir=path):
+                return None
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if os.path.lexists(path):
+                return f"cannot write to {path}: {error.strerror}"
+        except OSError as error:
+            return f"cannot write to {path}: {error.strerror}"
+    return None
 
 
 def _version(package: str) -> str | None:

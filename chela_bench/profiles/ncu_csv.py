@@ -19,10 +19,15 @@ from chela_bench.records import Kernel
 
 _PUSHED = "thread Domain:Push/Pop_Range"
 _POINT = re.compile(rf'[:"]{ncu.RANGE}-(begin|(?P<late>late-)?(?P<point>\d+))[:"]')
-_SCALES = {  # to bytes and nanoseconds; a unit that is not here is taken as it is
-    "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "Tbyte": 1e12,
-    "us": 1e3, "ms": 1e6, "s": 1e9, "usecond": 1e3, "msecond": 1e6, "second": 1e9,
-    "Kbyte/block": 1e3,
+_BYTES = {"byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "Tbyte": 1e12}
+_BYTES_A_BLOCK = {f"{unit}/block": scale for unit, scale in _BYTES.items()}
+_SCALES = {  # field of what is counted in bytes or nanoseconds -> unit -> how many
+    "time_ns": {
+        "ns": 1.0, "us": 1e3, "ms": 1e6, "s": 1e9,
+        "nsecond": 1.0, "usecond": 1e3, "msecond": 1e6, "second": 1e9,
+    },
+    **dict.fromkeys(("read_bytes", "write_bytes", "l2_bytes"), _BYTES),
+    **dict.fromkeys(("smem_static_bytes", "smem_dynamic_bytes"), _BYTES_A_BLOCK),
 }  # fmt: skip
 _LIMITS = {
     "launch__occupancy_limit_registers": "registers",
@@ -109,6 +114,8 @@ def parse(text: str, metrics: Sequence[str] = ()) -> Capture:
         nothing = f"no table of ncu's raw page (--csv --page raw) in {_begin(text)}"
         raise RecordError(str(said) if said else nothing)
     table = [line for line in lines[start:] if line.startswith('"')]
+    if len(table) == 1 and not text.endswith("\n"):
+        raise RecordError("the capture is cut off in its first line; write it again")
     header, *rows = csv.reader(io.StringIO("\n".join(table)))
     if "Kernel Name" not in header or "Metric Name" in header:
         raise RecordError(
@@ -177,13 +184,13 @@ def _as_one(kernels: Sequence[Kernel]) -> Kernel:
 
 def _launch(row: dict[str, str], units: dict[str, str], number: _Numbers) -> Launch:
     def amount(metric: str) -> float | None:
-        value = number(row.get(metric, ""), metric)
-        return None if value is None else value * _SCALES.get(units.get(metric, ""), 1.0)
+        return number(row.get(metric, ""), metric)
 
     columns: dict[str, object] = {name: amount(metric) for name, metric in _SHARES.items()}
     for name, metric in _COUNTS.items():
         value = amount(metric)
-        columns[name] = None if value is None else round(value)
+        scale = 1.0 if value is None else _scale(name, metric, units.get(metric, ""))
+        columns[name] = None if value is None else round(value * scale)
     limits = {what: value for name, what in _LIMITS.items() if (value := amount(name)) is not None}
     fewest = min(limits.values(), default=None)
     ranges = next((cell for name, cell in row.items() if name.startswith(_PUSHED)), "")
@@ -199,6 +206,16 @@ def _launch(row: dict[str, str], units: dict[str, str], number: _Numbers) -> Lau
     if found["point"] is None:
         return Launch(None, kernel, late=True)
     return Launch(int(found["point"]), kernel, late=found["late"] is not None)
+
+
+def _scale(field: str, metric: str, unit: str) -> float:
+    """Of what has no unit, and of what is neither bytes nor time, 1."""
+    known = _SCALES.get(field)
+    if known is None or not unit:
+        return 1.0
+    if unit not in known:
+        raise RecordError(f"{metric} is in {unit!r}; units of it are: {', '.join(known)}")
+    return known[unit]
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 SCHEMA_VERSION = 1
 
@@ -19,9 +19,22 @@ OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 DTYPES: tuple[DType, ...] = get_args(DType)
 
-Count = Annotated[int, Field(ge=0)]
-Nanoseconds = Annotated[int, Field(gt=0)]
-ConfigValue = int | str | bool
+_MOST = 2**63  # no measured figure comes near it; a table's column and a float take what is below
+_MOST_MODELLED = 2**256  # formulas answer for shapes that no machine holds
+Count = Annotated[int, Field(ge=0, lt=_MOST)]
+Modelled = Annotated[int, Field(ge=0, lt=_MOST_MODELLED)]
+ModelledNanoseconds = Annotated[int, Field(gt=0, lt=_MOST_MODELLED)]
+Size = Annotated[int, Field(ge=1, lt=_MOST)]
+Nanoseconds = Annotated[int, Field(gt=0, lt=_MOST)]
+
+
+def _in_64_bits(value: int | str | bool) -> int | str | bool:
+    if isinstance(value, int) and not -_MOST < value < _MOST:
+        raise ValueError("an integer of 64 bits was wanted")
+    return value
+
+
+ConfigValue = Annotated[int | str | bool, AfterValidator(_in_64_bits)]
 TIE = 1.01  # times the fastest: configurations no slower are as fast
 
 

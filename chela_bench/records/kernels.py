@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, computed_field
 
-from chela_bench.records.base import ConfigValue, Count, Direction, DType, Record
+from chela_bench.records.base import ConfigValue, Count, Direction, DType, Record, Size
 
 
 class Kernel(Record):
@@ -18,7 +18,7 @@ class Kernel(Record):
 
     name: str
     """As it is called in its source."""
-    launches: Annotated[int, Field(ge=1)] = 1
+    launches: Size = 1
     """In one call; times, bytes and instructions are sums over them."""
     grid: str | None = None
     """Programs in x, y and z: `(128, 1, 1)`."""
@@ -123,7 +123,7 @@ class AtlasRow(Record):
     """Of the call's inputs."""
     config: dict[str, ConfigValue]
     """Block sizes, warps and stages that the kernel is launched with."""
-    constants: dict[str, int | float | str | bool | None]
+    constants: dict[str, ConfigValue | float | None]
     """All of its constants by name. Null: a pointer that is none."""
     types: dict[str, str] = Field(default_factory=dict)
     """Of its other arguments by name, as Triton writes them; `:16` of multiples of 16."""
@@ -132,7 +132,7 @@ class AtlasRow(Record):
     defaults."""
     directions: list[Direction]
     """Of the calls that launch it."""
-    lens: list[int]
+    lens: list[Size]
     """T of the calls that launch it, tokens."""
     arch: str
     """Architecture that it was compiled for: `sm_90`, `gfx942`."""
@@ -191,7 +191,7 @@ class Refused(Record):
     """Of the call."""
     asked: dict[str, ConfigValue]
     """What `--axis` said."""
-    tokens: int
+    tokens: Count
     """T."""
     reason: str
     """What it says."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, computed_field, field_validator, model_validator
 
@@ -14,9 +14,12 @@ from chela_bench.records.base import (
     Count,
     Direction,
     DType,
+    Modelled,
+    ModelledNanoseconds,
     Nanoseconds,
     Outcome,
     Record,
+    Size,
     Timer,
 )
 from chela_bench.records.kernels import Kernel, Static
@@ -33,7 +36,7 @@ class Quantiles(Record):
     """Third quartile."""
     min: Nanoseconds
     """Fastest sample."""
-    n: Annotated[int, Field(ge=1)]
+    n: Size
     """Number of samples."""
 
 
@@ -50,7 +53,7 @@ class Hbm(Record):
     gpm_bytes: Count | None = None
     """Bytes read and written together, by NVML's GPM over a loop of calls, so with a warm L2; as
     coarse as a percent of the peak. Null: not measured."""
-    model_bytes: Count | None = None
+    model_bytes: Modelled | None = None
     """Bytes read and written by the implementation's own formula, from a cold L2; where the formula
     is by kernel, without what the card's L2 holds from one to the next (`model_l2`). Null: it has
     none for this direction, or the point did not get that far."""
@@ -132,7 +135,7 @@ class Point(Record):
     streaming convolution, at whose end the share that is due of larger transforms."""
     dtype: DType
     """Of inputs and outputs."""
-    shape: dict[str, Annotated[int, Field(ge=1)]]
+    shape: dict[str, Size]
     """Sizes by dimension: B batch, T tokens, H heads, K key, V value, D width. B and T always."""
     config: dict[str, ConfigValue] = Field(default_factory=dict)
     """Settings by name: block sizes and the op's options. Empty: the defaults."""
@@ -165,16 +168,16 @@ class Point(Record):
     launches: Count | None = None
     """Kernels launched in one call. Null: failed before they were counted, on a CPU, or too many to
     count."""
-    floor_ns: Nanoseconds | None = None
+    floor_ns: ModelledNanoseconds | None = None
     """Least time on this card, nanoseconds: compulsory_bytes over copy bandwidth, or flops over
     matmul rate if that is longer. Null: on a CPU, or the ceilings were not measured."""
-    compulsory_bytes: Count | None = None
+    compulsory_bytes: Modelled | None = None
     """Every input read once and every output written once, bytes; of a step what it needs of the
     state too. Null: decode of an op that has no such model, as in older records."""
-    flops: Count | None = None
+    flops: Modelled | None = None
     """Least floating-point operations of any algorithm for the function. Null: as
     compulsory_bytes."""
-    parameters: Count | None = None
+    parameters: Modelled | None = None
     """Numbers that the layer learns. Null: the op is no layer, or an older record."""
     peak_bytes: Count | None = None
     """Peak memory of a call beyond its live inputs, of a step beyond its cache too, bytes. Null:
