@@ -49,6 +49,17 @@ def drawn_labels(figure: Figure, monkeypatch: pytest.MonkeyPatch) -> list[Label]
     return seen
 
 
+def nothing_overlaps_or_leaves(name: str, figure: Figure, labels: list[Label]) -> None:
+    boxes = [(label.get_text(), label.get_window_extent()) for label in labels]
+    width, height = figure.canvas.get_width_height()
+    for text, box in boxes:
+        inside = box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
+        assert inside, f"{name}: {text!r} leaves the figure"
+    for (one, a), (other, b) in combinations(boxes, 2):
+        apart = a.x1 <= b.x0 or b.x1 <= a.x0 or a.y1 <= b.y0 + 2 or b.y1 <= a.y0 + 2
+        assert apart, f"{name}: {one!r} overlaps {other!r}"
+
+
 def words(figure: Figure, monkeypatch: pytest.MonkeyPatch) -> str:
     return "\n".join(label.get_text() for label in drawn_labels(figure, monkeypatch))
 
@@ -65,15 +76,8 @@ def test_no_text_overlaps_or_leaves_the_figure(
     for name, figure in figures(run, points).items():
         labels = drawn_labels(figure, monkeypatch)
         assert min(float(label.get_fontsize()) for label in labels) >= 9
-        boxes = [(label.get_text(), label.get_window_extent()) for label in labels]
-        width, height = figure.canvas.get_width_height()
-        assert width == 900
-        for text, box in boxes:
-            inside = box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
-            assert inside, f"{name}: {text!r} leaves the figure"
-        for (one, a), (other, b) in combinations(boxes, 2):
-            apart = a.x1 <= b.x0 or b.x1 <= a.x0 or a.y1 <= b.y0 + 2 or b.y1 <= a.y0 + 2
-            assert apart, f"{name}: {one!r} overlaps {other!r}"
+        assert figure.canvas.get_width_height()[0] == 900
+        nothing_overlaps_or_leaves(name, figure, labels)
 
 
 @pytest.mark.parametrize("ns", [111, 3_000, 4_999, 77_777_777])

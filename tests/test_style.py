@@ -25,7 +25,7 @@ from tests.factories import SWEEPS, contenders, h100_sweep, make_point, make_run
 from tests.records import timed, write_run
 from tests.running import ROOT, in_this_process
 from tests.test_atlas import ARCHS, ROWS
-from tests.test_figures import drawn_labels
+from tests.test_figures import drawn_labels, nothing_overlaps_or_leaves
 from tests.test_tune import tuning
 
 PAPER = LOOKS["paper"]
@@ -150,15 +150,8 @@ def text_fits_a_column(slug, figure, monkeypatch):
     assert figure.get_size_inches()[0] == 3.35
     labels = drawn_labels(figure, monkeypatch)
     assert {label.get_fontsize() for label in labels} == {7.0}
-    boxes = [(label.get_text(), label.get_window_extent()) for label in labels]
-    width, height = figure.canvas.get_width_height()
-    for text, box in boxes:
-        inside = box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
-        assert inside, f"{slug}: {text!r} leaves the figure"
-    for (one, a), (other, b) in combinations(boxes, 2):
-        apart = a.x1 <= b.x0 or b.x1 <= a.x0 or a.y1 <= b.y0 + 2 or b.y1 <= a.y0 + 2
-        assert apart, f"{slug}: {one!r} overlaps {other!r}"
-    return [text for text, _ in boxes]
+    nothing_overlaps_or_leaves(slug, figure, labels)
+    return [label.get_text() for label in labels]
 
 
 def test_a_paper_figure_names_lines_and_failures_and_leaves_titles_to_the_caption(monkeypatch):
