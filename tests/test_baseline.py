@@ -151,10 +151,12 @@ def test_a_folder_that_cannot_be_written(tmp_path, run):
 
 def test_noise_is_the_largest_change_between_two_runs():
     machine = Machine("cuda", "NVIDIA H100", "GPU-0")
-    record = _noise_record(machine, {"a": [[100, 100], [103, 103], [101]], "b": [[50], [50], [50]]})
+    record, _ = _noise_record(
+        machine, {"a": [[100, 100], [103, 103], [101]], "b": [[50], [50], [50]]}
+    )
     assert record.by_key == {"a": 0.03, "b": 0.0}
     assert 0.0 < record.typical <= 0.03
-    again = _noise_record(machine, {"a": [[100], [100]]}, {"a": [1000, 1010, 990]})
+    again, _ = _noise_record(machine, {"a": [[100], [100]]}, {"a": [1000, 1010, 990]})
     assert again.by_key == {"a": 0.0} and again.hbm_by_key == {"a": pytest.approx(0.020202)}
 
 

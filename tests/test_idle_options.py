@@ -20,6 +20,7 @@ FROM = "--from reads a capture as it is: leave OP and its options out, here"
         (("compare", "run", "run", "--device", "cpu"), f"--device {LIVE}"),
         (("compare", "run", "run", "--config", "bench.toml"), f"--config {LIVE}"),
         (("gate", "run", "--baseline", "run", "--budget", "3s"), f"--budget {LIVE}"),
+        (("gate", "--live", "main", "--rounds", "3"), "--rounds goes with --baseline: --live goes"),
         (("profile", "--from", "c.csv", "--lens", "4k"), f"{FROM} --lens"),
         (("profile", "long_conv", "--from", "c.csv", "--set", "H=1"), f"{FROM} OP, --set"),
         (("profile", "--from", "c.csv", "--ncu-report", "x"), f"{FROM} --ncu-report"),

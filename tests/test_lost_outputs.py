@@ -8,7 +8,7 @@ import json
 import pytest
 
 from chela_bench.bench import atlas
-from chela_bench.bench.again import _noise_record
+from chela_bench.bench.again import NoiseRuns, _noise_record
 from chela_bench.bench.sources import Machine
 from chela_bench.records import Refused
 from tests.records import timed, write_run
@@ -65,13 +65,13 @@ def test_compare_says_its_verdict_and_what_is_unwritten(places):
 @pytest.mark.parametrize("as_json", [(), ("--json",)])
 def test_noise_says_its_figures_and_what_is_unwritten(places, monkeypatch, as_json):
     machine = Machine("cpu", "some CPU")
-    record = _noise_record(machine, {"a": [[100], [103]]})
-    monkeypatch.setattr(
-        "chela_bench.cli.noise.measure_noise", lambda *_, **__: (machine, record, [])
-    )
+    samples = {"a": [[100], [103]], "b": [[100], [300]]}
+    found = NoiseRuns(machine, *_noise_record(machine, samples))
+    monkeypatch.setattr("chela_bench.cli.noise.measure_noise", lambda *_, **__: found)
     words = ("noise", "--device", "cpu", "--impl", "chunked", "--baselines", "file")
     done = in_this_process(*words, *as_json, cwd=places)
     assert done.returncode == 6 and "cannot write file/noise/some-CPU.json" in done.stderr
+    assert "the times of b differ by 200 % between runs of the same code" in done.stderr
     if as_json:
         document = json.loads(done.stdout)
         assert document["file"] is None and document["points"][0]["noise"] == 0.03

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -154,11 +155,21 @@ def _longer(session: Session) -> Session:
     return session.model_copy(update={"limits": longer})
 
 
-def measure_noise(
-    settings: Settings, runs: int, *, heard: Heard
-) -> tuple[Machine, NoiseRecord, list[Point]]:
+@dataclass(frozen=True)
+class NoiseRuns:
+    """What `measure_noise` found."""
+
+    machine: Machine
+    record: NoiseRecord
+    unsteady: list[str]
+    """Whose times or bytes doubled by themselves, in words; not in the record."""
+    failed: list[Point] = field(default_factory=list)
+    """Those that had no time."""
+
+
+def measure_noise(settings: Settings, runs: int, *, heard: Heard) -> NoiseRuns:
     """The same code, in `runs` processes one after another, and with `--hbm ncu` each time in one
-    more under the profiler; and the points that had no time."""
+    more under the profiler."""
     cases = plan.runnable(settings)
     if not cases:
         raise UsageError("nothing of what is selected can run here")
@@ -195,42 +206,49 @@ def measure_noise(
             f"nothing was measured {runs} times; {first.key}: {first.outcome}: {first.reason}"
         )
     counted = {key: moved for key, moved in bytes_.items() if key in whole and len(moved) == runs}
-    return machine, _noise_record(machine, whole, counted), list(failed.values())
+    record, unsteady = _noise_record(machine, whole, counted)
+    return NoiseRuns(machine, record, unsteady, list(failed.values()))
 
 
 def _noise_record(
     machine: Machine,
     samples: Mapping[str, list[list[int]]],
     moved: Mapping[str, list[int]] | None = None,
-) -> NoiseRecord:
-    by_key, every = {}, []
-    for key, taken in samples.items():
-        pairs = _changes([stats.median(run) for run in taken])
-        by_key[key] = _share(f"times of {key}", pairs)
-        every += pairs
-    counted = dict(moved or {})
-    return NoiseRecord(
+) -> tuple[NoiseRecord, list[str]]:
+    """And, in words, what doubles by itself: nothing can be held against that."""
+    unsteady: list[str] = []
+
+    def steady(what: str, changes: Mapping[str, list[float]]) -> dict[str, float]:
+        largest = {key: round(max(pairs), 6) for key, pairs in changes.items()}
+        for key, size in largest.items():
+            if size >= 1:
+                unsteady.append(f"the {what} of {key} differ by {size * 100:.0f} %")
+        return {key: size for key, size in largest.items() if size < 1}
+
+    times = {key: _changes([stats.median(run) for run in runs]) for key, runs in samples.items()}
+    by_key = steady("times", times)
+    counts = {key: counts for key, counts in (moved or {}).items() if key in by_key}
+    hbm_by_key = steady("bytes", {key: _changes(counted) for key, counted in counts.items()})
+    if not by_key:
+        raise EnvironmentProblem(too_unsteady(unsteady))
+    record = NoiseRecord(
         measured_utc=utc_now(),
         machine=facts(machine),
-        typical=round(float(np.quantile(every, 0.95)), 6),
+        typical=round(float(np.quantile([x for key in by_key for x in times[key]], 0.95)), 6),
         by_key=by_key,
-        samples_ns=dict(samples),
-        hbm_by_key={
-            key: _share(f"bytes of {key}", _changes(counts)) for key, counts in counted.items()
-        },
-        hbm_bytes=counted,
+        samples_ns={key: samples[key] for key in by_key},
+        hbm_by_key=hbm_by_key,
+        hbm_bytes={key: counts[key] for key in hbm_by_key},
     )
+    return record, unsteady
 
 
-def _share(what: str, changes: Sequence[float]) -> float:
-    """The largest change. What doubles by itself cannot be held against anything."""
-    largest = round(max(changes), 6)
-    if largest >= 1:
-        raise EnvironmentProblem(
-            f"the {what} differ by {largest * 100:.0f} % between runs of the same code, too much "
-            "to keep: measure again on a quieter machine, or leave it out"
-        )
-    return largest
+def too_unsteady(unsteady: Sequence[str]) -> str:
+    """What is wrong with them, and what to do."""
+    return (
+        f"{'; '.join(unsteady)} between runs of the same code, too much to keep: measure again on "
+        "a quieter machine, or leave it out"
+    )
 
 
 def _changes(values: Sequence[float]) -> list[float]:

@@ -19,7 +19,7 @@ from chela_bench.bench.store import RUN
 from chela_bench.bench.sweep import new_folder
 from chela_bench.bench.sweep import sweep as run_sweep
 from chela_bench.bench.verdict import Evidence, Limit, parse_limit
-from chela_bench.cli.choices import flags_of, refuse_without_live, selection_options
+from chela_bench.cli.choices import flags_of, refuse_without_live, said, selection_options
 from chela_bench.cli.options import (
     baselines_option,
     budget_option,
@@ -65,7 +65,7 @@ from chela_bench.verdicts import Check, Gating, document
     type=click.IntRange(0, 20),
     default=2,
     show_default=True,
-    help="How often unclear points are measured again.",
+    help="How often unclear points are measured again; not with --live.",
 )
 @device_option
 @config_option
@@ -103,6 +103,8 @@ def gate(ctx: click.Context, /, **given: Any) -> None:
     if given["live_against"] is not None:
         if given["candidate"] is not None:
             raise UsageError("--live measures the tree as it stands: no CANDIDATE")
+        if "rounds" in said(ctx):
+            raise UsageError("--rounds goes with --baseline: --live goes on until --budget ends")
         with interrupted_by_signals():
             result = _in_turns(given, flags, limit)
     elif flags != Flags():

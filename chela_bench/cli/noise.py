@@ -9,10 +9,9 @@ from typing import Any
 import click
 
 from chela_bench.bench import plan
-from chela_bench.bench.again import measure_noise
-from chela_bench.bench.baseline import NoiseRecord, write_noise
+from chela_bench.bench.again import NoiseRuns, measure_noise, too_unsteady
+from chela_bench.bench.baseline import write_noise
 from chela_bench.bench.config import find_config, load_config
-from chela_bench.bench.sources import Machine
 from chela_bench.cli.choices import flags_of, selection_options
 from chela_bench.cli.lines import say
 from chela_bench.cli.options import baselines_option, config_option, device_option, json_option
@@ -20,7 +19,6 @@ from chela_bench.cli.output import say_progress
 from chela_bench.cli.signals import interrupted_by_signals
 from chela_bench.errors import EnvironmentProblem
 from chela_bench.profiles.machine import choose_device
-from chela_bench.records import Point
 from chela_bench.reports.text import plain
 
 
@@ -56,26 +54,20 @@ def noise(**given: Any) -> None:
     config = load_config(find_config(given["config"]))
     settings = plan.resolve(config, flags_of(given), [choose_device(given["device"])])
     with interrupted_by_signals():
-        machine, record, failed = measure_noise(settings, given["runs"], heard=say_progress)
+        found = measure_noise(settings, given["runs"], heard=say_progress)
     path: Path | None = None
-    problem: EnvironmentProblem | None = None
+    problems = [too_unsteady(found.unsteady)] if found.unsteady else []
     try:
-        path = write_noise(given["baselines"], machine, record)
+        path = write_noise(given["baselines"], found.machine, found.record)
     except EnvironmentProblem as error:  # said last: what was measured is not lost for it
-        problem = error
-    _print(machine, record, failed, path, as_json=given["as_json"])
-    if problem is not None:
-        raise problem
+        problems.append(str(error))
+    _print(found, path, as_json=given["as_json"])
+    if problems:
+        raise EnvironmentProblem("\n".join(problems))
 
 
-def _print(
-    machine: Machine,
-    record: NoiseRecord,
-    failed: list[Point],
-    path: Path | None,
-    *,
-    as_json: bool,
-) -> None:
+def _print(found: NoiseRuns, path: Path | None, *, as_json: bool) -> None:
+    record = found.record
     kept = None if path is None else str(path)
     if as_json:
         rows = [
@@ -89,7 +81,8 @@ def _print(
         say(f"{size * 100:5.2f} %  {plain(key)}", hang=9)
     for key, size in sorted(record.hbm_by_key.items(), key=lambda item: -item[1]):
         say(f"{size * 100:5.2f} % of bytes  {plain(key)}", hang=9)
-    for point in failed:
+    for point in found.failed:
         say(f"no time  {plain(f'{point.key}: {point.outcome}: {point.reason}')}", hang=9)
     where = "" if kept is None else f": {kept}"
-    say(f"95 of 100 pairs of runs stay within {record.typical * 100:.2f} % on {machine}{where}")
+    typical = f"{record.typical * 100:.2f} %"
+    say(f"95 of 100 pairs of runs stay within {typical} on {found.machine}{where}")

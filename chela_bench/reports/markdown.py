@@ -23,7 +23,7 @@ _SPECIAL = re.compile(r"[\\`*\[\]|~$#]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def summary(run: Run, points: Sequence[Point]) -> str:
-    """Machine, method, command, the fastest, then one table a group, then what failed and why."""
+    """Machine, method, command, the fastest, one table a group, what has no time and why."""
     around = [(name, escaped(fact)) for name, fact in facts(run, points).items()]
     parts = [f"# {escaped(run.run_id)}", escaped(tally(run, points))]
     parts += [table(["", ""], around, left=2)]
@@ -37,7 +37,7 @@ def summary(run: Run, points: Sequence[Point]) -> str:
         parts += _folded(f"{len(group.points)} points", [_times(group), *tables])
     failed = [(g, s, p) for g in found for s in g.series for p in s.failed]
     if failed:
-        parts += ["## Failed points", *_folded(f"{len(failed)} points", [_failed(failed)])]
+        parts += ["## Points without a time", *_folded(f"{len(failed)} points", [_failed(failed)])]
     return "\n\n".join(parts) + "\n"
 
 
