@@ -41,7 +41,7 @@ def cases() -> list[Case]:
         sweep = CONFIG.presets[preset].sweep
         ops = {op: OURS[op] for op in sweep.ops or () if op in OURS}
         found += _planned("cuda", dict.fromkeys(sweep.shapes or ()), ops, ("fwd", "fwdbwd"))
-    found += _planned("cuda", {"b64-t16k-d1024": None}, {"chela_layer": ("chela",)}, ("decode",))
+    found += _planned("cuda", {"medium": "4k"}, {"chela_layer": ("chela",)}, ("decode",))
     return list({case.key: case for case in found}.values())
 
 

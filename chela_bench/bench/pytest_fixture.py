@@ -53,8 +53,9 @@ class Plugin:
         try:
             return self._measure(benchmark, *names, **given)
         except ChelaBenchError as error:
-            _without_time(benchmark)
-            pytest.fail(str(error), pytrace=False)
+            reason = str(error)
+        _without_time(benchmark)
+        pytest.fail(reason, pytrace=False)
 
     def _measure(
         self,
