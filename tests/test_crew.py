@@ -14,9 +14,9 @@ from chela_bench.bench.config import load_config
 from chela_bench.bench.crew import Crew, Ended
 from chela_bench.errors import EnvironmentProblem, UsageError
 from chela_bench.profiles import machine, nvml
-from chela_bench.records import Cost, Device
+from chela_bench.records import Cost, Device, Spent
 from chela_bench.reports.text import device_name, facts
-from tests.factories import make_run
+from tests.factories import make_point, make_run
 from tests.running import FAULTS, Silent, tiny_config
 
 pytestmark = pytest.mark.usefixtures("forked_workers")
@@ -155,3 +155,8 @@ def test_reports_say_what_the_bench_itself_cost():
     said = facts(make_run(cost=cost), [])["Bench's own cost"]
     assert said == "18 % of 312 s; the rest: 56.0 s compiling, 20.1 s checking, 180 s timing"
     assert "Bench's own cost" not in facts(make_run(), [])
+    points = [make_point(spent=Spent(timing_s=60.0)) for _ in range(3)]
+    assert facts(make_run(cost=cost), points)["Bench's own cost"] == said
+    points.append(make_point(spent=Spent(timing_s=0.02)))
+    resumed = facts(make_run(cost=cost), points)["Bench's own cost"]
+    assert resumed.startswith("18 % of 312 s since it was last resumed; the rest: 56.0 s")

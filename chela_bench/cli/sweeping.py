@@ -86,7 +86,7 @@ def _conclude(
     if note is not None:
         click.echo(note, err=True)
     print_run(result.run, result.points, as_json=as_json, beside=beside)
-    cost = own_cost(result.run)
+    cost = own_cost(result.run, result.points)
     if cost is not None:
         click.echo(f"the bench's own cost: {cost}", err=as_json)
     figures = sum(path.suffix == ".png" for path in paths)

@@ -80,11 +80,14 @@ def device_name(run: Run) -> str:
     )
 
 
-def own_cost(run: Run) -> str | None:
-    """`18 % of 312 s; the rest: 56.0 s compiling, 20.1 s checking, 180 s timing`."""
+def own_cost(run: Run, points: Iterable[Point]) -> str | None:
+    """`18 % of 312 s; the rest: 56.0 s compiling, 20.1 s checking, 180 s timing`. Of a run that was
+    resumed only the last session is known whole."""
     cost = run.cost
     if cost is None:
         return None
+    timing_s = sum(point.spent.timing_s for point in points if point.spent is not None)
+    resumed = timing_s > cost.timing_s + 0.01  # which is rounded
     parts = [
         f"{three_digits(seconds)} s {name}"
         for name, seconds in (
@@ -96,7 +99,8 @@ def own_cost(run: Run) -> str | None:
         if seconds or name != "profiling"
     ]
     return (
-        f"{100 * cost.own_share:.0f} % of {three_digits(cost.wall_s)} s; "
+        f"{100 * cost.own_share:.0f} % of {three_digits(cost.wall_s)} s"
+        f"{' since it was last resumed' if resumed else ''}; "
         f"the rest: {', '.join(parts)}"
     )
 
@@ -187,7 +191,7 @@ def facts(run: Run, points: Sequence[Point]) -> dict[str, str]:
         "Inputs": f"{run.inputs}, seed {run.seed}",
         "Started": run.started_utc,
         "Finished": run.finished_utc or "not finished: interrupted, or still running",
-        "Bench's own cost": own_cost(run),
+        "Bench's own cost": own_cost(run, points),
         "Source": run.git_sha and f"{run.git_sha[:12]}{dirty}",
         "Package": run.source_sha256 and f"sha256 {run.source_sha256[:12]}",
     }
