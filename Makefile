@@ -39,7 +39,7 @@ check: $(ENVIRONMENT)  ## Format, lint and strict types.
 docs: $(ENVIRONMENT)  ## What docs/ and README.md take from the code and from records.
 	PYTHONPATH=. $(PYTHON) docs/generate.py
 
-figures: $(ENVIRONMENT)  ## Every figure and table of docs/results again, from the records beside it.
+figures: $(ENVIRONMENT)  ## Every figure and table of docs again, from the records in docs/results.
 	PYTHONPATH=. $(PYTHON) docs/figures.py
 
 screenshots: $(ENVIRONMENT) browser  ## README's pictures of the report page, after `make figures` changed it.

@@ -1,4 +1,4 @@
-"""Makes every figure and table in docs/results again, from the records beside it. `make figures`.
+"""Makes every figure and table of docs/ again, from the records in docs/results. `make figures`.
 
 What is there is made again: to add one of a run's figures, put an empty file of its name into the
 run's report/. Figures depend on the records and on the versions of matplotlib and what it draws
@@ -28,12 +28,14 @@ from chela_bench.reports.markdown import summary
 from chela_bench.reports.tune import tune_maps
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "docs" / "results"
+DOCS = ROOT / "docs"
+RESULTS = DOCS / "results"
 DRAWN = (".png", ".svg")
 _LAYER = "chela_layer-{}-bf16-B1-D1024-K128-V2048-time"
-ELSEWHERE = {  # run folder and figure
-    "chela-layer-forward.png": ("h100-layer-crossover", _LAYER.format("fwd")),
-    "chela-layer-backward.png": ("h100-layer-crossover", _LAYER.format("fwdbwd")),
+ELSEWHERE = {  # in docs/: run folder and figure
+    "results/chela-layer-forward.png": ("h100-layer-crossover", _LAYER.format("fwd")),
+    "results/chela-layer-backward.png": ("h100-layer-crossover", _LAYER.format("fwdbwd")),
+    "how-to/roofline.png": ("h100", "linear_attention-fwd-bf16-B1-H16-K128-V128-roofline"),
 }
 _FORMATS: dict[str, Format] = {".png": "png", ".svg": "svg"}
 _DRAW_WITH = ("matplotlib", "numpy", "pillow")  # layout and pixels depend on them
@@ -53,7 +55,7 @@ def targets() -> dict[Path, Callable[[], bytes]]:
     for path in sorted(RESULTS.glob("*/*-tune.svg")):
         found[path] = lambda path=path: _heat_map(path)
     for name, (run, figure) in ELSEWHERE.items():
-        found[RESULTS / name] = lambda run=run, figure=figure, name=name: _figure(
+        found[DOCS / name] = lambda run=run, figure=figure, name=name: _figure(
             RESULTS / run, figure, Path(name).suffix
         )
     trials = RESULTS / "gate-simulation"
@@ -134,7 +136,7 @@ def main() -> None:
             path.write_bytes(data)
             changed += 1
             print(f"wrote {path.relative_to(ROOT)}")
-    print(f"{len(made)} files of docs/results made, {changed} changed")
+    print(f"{len(made)} files of docs made, {changed} changed")
 
 
 if __name__ == "__main__":

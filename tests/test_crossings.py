@@ -192,7 +192,7 @@ def test_an_older_record_of_a_layer_has_a_dash():
 
 
 def test_older_records_are_read():
-    lines = (ROOT / "docs/results/h100/points.jsonl").read_text().splitlines()
+    lines = (ROOT / "docs/results/h100-published/points.jsonl").read_text().splitlines()
     assert all("parameters" not in json.loads(line) for line in lines)
     points = [Point.model_validate_json(line) for line in lines]
     assert {point.parameters for point in points} == {None}

@@ -432,6 +432,6 @@ def test_report_writes_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     root = tree((tmp_path / "out" / "index.html").read_text(encoding="utf-8"))
     drawn = [b64decode(str(i.attributes["src"]).partition("base64,")[2]) for i in root.all("img")]
     assert sorted(drawn) == sorted(path.read_bytes() for path in (tmp_path / "out").glob("*.svg"))
-    assert len(drawn) == 40
-    assert "Points without a time (25)" in root.words
-    assert len(rows_of(tables(root, "failures")[0])) == 11
+    assert len(drawn) == 46
+    assert "Points without a time (48)" in root.words
+    assert len(rows_of(tables(root, "failures")[0])) == 14
