@@ -29,6 +29,7 @@ class Compared(NamedTuple):
     shape: dict[str, int]
     direction: Direction | None = None  # forward, and forward with backward
     forward: str | None = None  # another run folder that the forward is from
+    since: str | None = None  # a later run folder whose backward has faster kernels
 
     def directions(self) -> tuple[Direction, ...]:
         return ("fwd", "fwdbwd") if self.direction is None else (self.direction,)
@@ -58,7 +59,7 @@ COMPARED = (
     _attention("peers", B=1, T=8192, H=96, K=128, V=128),
     _attention("many-heads", B=8, T=16384, H=16, K=64, V=64),
     Compared(*_CONVOLUTION, *_RFFT, {"B": 8, "T": 4096, "D": 1024}),
-    Compared(*_CONVOLUTION, *_RFFT, {"B": 1, "T": 16384, "D": 1024}),
+    Compared(*_CONVOLUTION, *_RFFT, {"B": 1, "T": 16384, "D": 1024}, since="h100"),
     Compared(*_CONVOLUTION, *_RFFT, {"B": 8, "T": 65536, "D": 1024}),
     Compared(*_LAYER, *_COMPOSED, {"B": 1, "T": 16384, "D": 1024}),
     Compared(*_LAYER, *_SOFTMAX, {"B": 1, "T": 16384, "D": 1024}, forward=_LATER),
@@ -160,7 +161,7 @@ def _provenance(runs: list[Run]) -> str:
         f"Milliseconds of kernel time, bf16: {', '.join(conventions.pop())}, fla-core "
         f"{', '.join(sorted(map(str, fla)))}; {days[0]} to {days[-1]}. Both sides of a ratio in "
         "one run on one card; of several forms of a peer the faster; every result checked against "
-        f"float64 before its time counts.{_later_forward()}"
+        f"float64 before its time counts.{_later_forward()}{_since()}"
     )
 
 
@@ -171,6 +172,22 @@ def _later_forward() -> str:
         return ""
     named = sorted({f"{row.what} beside {row.name} ({row.forward})" for row in rows})
     return f" A later run, with later kernels, gives the forward of: {', '.join(named)}."
+
+
+def _since() -> str:
+    """The rows whose kernels are faster by now, as a run with another convention has them."""
+    told = []
+    for row in COMPARED:
+        if row.since is not None:
+            run, points = load_run(HERE / "results" / row.since)
+            sides = _sides(row._replace(records=row.since), {row.since: (run, points)}, "fwdbwd")
+            ours, peer = map(_median, sides)
+            told.append(
+                f"{row.what}, {_shape(row)}, {WORDS['fwdbwd']}: {three_digits(ours / 1e6)}, "
+                f"{three_digits(peer / 1e6)}, {three_digits(peer / ours)} x ({row.since}: timer "
+                f"{run.settings['timer']}, {run.settings['l2']} L2)"
+            )
+    return f" Later kernels: {'; '.join(told)}." if told else ""
 
 
 def _clocks(runs: Runs) -> str:

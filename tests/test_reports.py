@@ -423,3 +423,18 @@ def test_another_function_is_drawn_beside_one_of_its_sizes() -> None:
         (1024, None, None),
     ]  # fmt: skip
     assert [drawn_with(group, found) for group in found[2:]] == found[:2]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "impls"), [("skipped", ["sdpa_flash"]), ("oom", ["sdpa_flash", "untried"])]
+)
+def test_what_is_skipped_throughout_is_not_drawn_beside_another(outcome, impls) -> None:
+    layer, softmax = {"B": 1, "T": 1024, "D": 64, "K": 32, "V": 128}, {"B": 1, "T": 1024, "D": 64}
+    failed = make_failure(outcome, "why", op="softmax_layer", impl="untried", shape=softmax)
+    measured = make_point(op="softmax_layer", impl="sdpa_flash", shape=softmax)
+    group, own = groups([make_point(op="chela_layer", shape=layer), measured, failed])
+    beside = drawn_beside(group, [group, own])
+    assert beside is not None and [s.impl for s in beside.series] == impls
+    assert [s.impl for s in own.series] == ["sdpa_flash", "untried"]
+    group, own = groups([make_point(op="chela_layer", shape=layer), failed])
+    assert drawn_beside(group, [group, own]) == own

@@ -188,12 +188,13 @@ def named_groups(points: Iterable[Point]) -> dict[str, Group]:
 
 def drawn_beside(group: Group, among: Iterable[Group]) -> Group | None:
     """The group of another function that this one's figures show too: of the same sizes, as far as
-    it has them."""
+    it has them, and without what was skipped at every length, if anything was not."""
     op = OTHER_FUNCTIONS.get(group.op)
     for other in among:
         sizes = {name: size for name, size in group.dims.items() if name in other.dims}
         if op == other.op and other.is_like(replace(group, op=op, dims=sizes)):
-            return other
+            tried = tuple(s for s in other.series if any(p.outcome != "skipped" for p in s.points))
+            return replace(other, series=tried or other.series)
     return None
 
 
