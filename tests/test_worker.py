@@ -6,6 +6,7 @@ from __future__ import annotations
 import _thread
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -173,3 +174,26 @@ def test_a_thread_that_python_did_not_start_is_no_leftover():
     assert threading.active_count() > len(before)
     assert leftovers.python_threads() == before
     end.set()
+
+
+def test_a_thread_on_its_way_to_its_wait_is_not_busy():
+    """A busy machine lets it run late: here it works on for longer than the first look."""
+    ended = threading.Event()
+
+    def ends_up_waiting():
+        until = time.monotonic() + 1.5 * leftovers._LOOK_S
+        while time.monotonic() < until:
+            pass
+        ended.wait()
+
+    def polls():
+        while not ended.is_set():
+            time.sleep(0.001)
+
+    threads = [threading.Thread(target=each, daemon=True) for each in (ends_up_waiting, polls)]
+    for thread in threads:
+        thread.start()
+    try:
+        assert list(leftovers._busy(threads)) == threads[1:]
+    finally:
+        ended.set()

@@ -7,13 +7,14 @@ import gc
 import resource
 import threading
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 LEAK_BYTES = 1 << 30  # libraries keep some: workspaces, compiled code, the heap's own slack
-_WATCHED_S = 0.05
+_LOOKS, _LOOK_S = 5, 0.05
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,21 @@ def python_threads() -> frozenset[threading.Thread]:
     return frozenset(t for t in threads if not isinstance(t, threading._DummyThread))
 
 
-def _busy(threads: frozenset[threading.Thread]) -> list[threading.Thread]:
-    """Those that take time while nobody asks them to. One that waits, as the monitor of a progress
-    bar or an idle pool does, takes none from anyone."""
-    before = {thread: _ran_ns(thread) for thread in threads}
-    time.sleep(_WATCHED_S)
-    return [t for t in threads if t.is_alive() and (before[t] is None or _ran_ns(t) != before[t])]
+def _busy(threads: Collection[threading.Thread]) -> Collection[threading.Thread]:
+    """Those that take time while nobody asks them to, however often one looks. One that waits, as
+    the monitor of a progress bar or an idle pool does, takes none from anyone, once it is there."""
+    for _ in range(_LOOKS):
+        before = {thread: _ran_ns(thread) for thread in threads}
+        time.sleep(_LOOK_S)
+        threads = [t for t in threads if t.is_alive() and _ran_since(t, before[t])]
+        if not threads:
+            break
+    return threads
+
+
+def _ran_since(thread: threading.Thread, before_ns: int | None) -> bool:
+    """Taken for granted where the system does not say."""
+    return before_ns is None or _ran_ns(thread) != before_ns
 
 
 def _ran_ns(thread: threading.Thread) -> int | None:
