@@ -302,6 +302,51 @@ def test_a_spill_budget_holds_for_compiled_kernels(tmp_path):
     assert done.returncode == 1 and check["figure"] == "max_spill_bytes"
 
 
+@pytest.mark.parametrize(
+    ("limits", "code"),
+    [('impls = ["fla_chunk"]', 0), ('dtypes = ["fp16"]', 0), ('impls = ["triton_chunked"]', 1),
+     ('dtypes = ["bf16"]', 1)],
+)  # fmt: skip
+def test_a_spill_budget_holds_for_the_kernels_that_it_names(tmp_path, limits, code):
+    rows = atlas_json(tmp_path / "rows.json", atlas_row(spill_store_bytes=8))
+    config = tmp_path / "own.toml"
+    budget = BUDGETS.format(f"max_spill_bytes = 0\n{limits}")
+    config.write_text((ROOT / "bench.toml").read_text() + budget)
+    done, _ = gated(tmp_path, rows, "--baseline", rows, "--config", config)
+    assert done.returncode == code, done.stdout
+
+
+CRASHED = {"outcome": "crash", "fits": None, "reason": "ptxas died", "regs": None,
+           "smem_bytes": None, "spill_store_bytes": None, "spill_load_bytes": None,
+           "ctas_per_sm": None, "tensor_core": None}  # fmt: skip
+
+
+def test_a_new_kernel_that_crashes_the_compiler_is_listed_as_that(tmp_path):
+    then = atlas_json(tmp_path / "then.json", atlas_row())
+    now = atlas_json(tmp_path / "now.json", atlas_row(), atlas_row(kernel="_new", **CRASHED))
+    done, [check] = gated(tmp_path, now, "--baseline", then)
+    assert done.returncode == 0 and check["outcome"] == "new"
+    assert (check["after"], check["reason"]) == ("crash", "ptxas died")
+
+
+def test_every_kernel_of_a_baseline_is_checked(tmp_path):
+    crashed = atlas_json(tmp_path / "crashed.json", atlas_row(**CRASHED))
+    done, loud = gated(tmp_path, crashed, "--baseline", crashed)
+    assert done.returncode == 0 and loud == []
+    [check] = json.loads(done.stdout)["points"]
+    assert (check["figure"], check["before"], check["after"]) == ("outcome", "crash", "crash")
+    good = atlas_json(tmp_path / "good.json", atlas_row())
+    done, [check] = gated(tmp_path, good, "--baseline", crashed)
+    assert done.returncode == 0 and check["outcome"] == "better"
+    assert check["reason"] == "it was crash"
+
+
+def test_a_gate_of_no_figures_does_not_pass(tmp_path):
+    nothing = atlas_json(tmp_path / "a.json", atlas_row(**{**CRASHED, "outcome": "ok"}))
+    done, _ = gated(tmp_path, nothing, "--baseline", nothing)
+    assert done.returncode == 4 and "has no figure to hold" in done.stderr
+
+
 def test_another_triton_asks_for_a_new_baseline(tmp_path):
     then = atlas_json(tmp_path / "then.json", atlas_row(triton="3.6.0"))
     now = atlas_json(tmp_path / "now.json", atlas_row())
@@ -331,6 +376,16 @@ def test_a_baseline_of_another_machine_is_none(gate, changes, words):
     other = other.model_copy(update={k: v for k, v in changes.items() if k == "versions"})
     done, _ = gate([timed()], [timed()], run=other)
     assert done.returncode == 4 and words in done.stderr
+
+
+@pytest.mark.parametrize("outcome", ["skipped", "timeout", "oom"])
+def test_a_busy_round_settles_nothing(outcome):
+    """What was measured stands; that it ran out of memory now is something else."""
+    point, taken = timed()
+    before = sources.Entry("a", point, taken, point.device)
+    found = again._together(before, make_failure(outcome, "busy"), [])
+    assert (found is before) == (outcome != "oom")
+    assert found.outcome == ("ok" if found is before else "oom")
 
 
 def test_another_card_of_the_model_is_said(gate):

@@ -122,6 +122,28 @@ def test_a_gate_in_turns():
     assert found == ["wrong", "failed"]
 
 
+@pytest.mark.parametrize(
+    ("then", "now", "outcome", "reason"),
+    [
+        ("wrong", None, "better", "before: wrong: no"),
+        ("crash", None, "better", "before: crash: no"),
+        ("skipped", "skipped", "passed", None),
+        ("skipped", "oom", "failed", "before: skipped: no; after: oom: so"),
+        ("oom", "wrong", "wrong", "before: oom: no; after: wrong: so"),
+        ("wrong", "wrong", "wrong", "before: wrong: no; after: wrong: so"),
+    ],
+)
+def test_a_gate_in_turns_asks_the_second_side_where_the_first_fails(then, now, outcome, reason):
+    a, b, diary = seats([100.0], [100.0])
+    a.fails = {"take" if now is None else "hold": (then, "no")}
+    b.fails = {} if now is None else {"hold": (now, "so")}
+    taken = live.in_turns(a, b, [PAIR], live.clear_of(lambda evidence: 1.05, 1), budget_s=5)
+    [check] = live_checks(["point"], taken, Rules(Limit(0.05, 0.0), NOISE))
+    assert (check.outcome, check.reason) == (outcome, reason)
+    assert check.figure == "outcome" and (check.before, check.after) == (then, now or "ok")
+    assert diary[-1] == ("B", "let go")
+
+
 def test_no_such_revision():
     with pytest.raises(UsageError, match="no implementation of what is selected, and no revision"):
         with live.checkouts(["no-such-thing"]):
@@ -156,6 +178,38 @@ def test_two_implementations_side_by_side(tmp_path):
     [row] = found["points"]
     assert found["mode"] == "live" and row["verdict"] == "slower" and row["ratio"] > 5
     assert row["name"] == "linear_attention/fwd/fp32/B1-T256-H2-K16-V16"
+
+
+SLOW = """
+import time
+from chela_bench.reference import linear_attention
+
+def chunked(q, k, v):
+    time.sleep({})
+    return linear_attention.chunked(q, k, v)[0]
+"""
+
+
+@pytest.mark.parametrize(
+    "sides",
+    [("mine.py:chunked", "chunked"), ("mine.py:chunked", "sub/mine.py:chunked"),
+     ("sub/mine.py:chunked", "mine.py:chunked")],
+)  # fmt: skip
+def test_a_file_is_not_taken_for_what_ends_like_it(tmp_path, sides):
+    """Each side is measured as itself: names that end alike are not one."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "mine.py").write_text(SLOW.format(0.05))
+    (tmp_path / "sub" / "mine.py").write_text(SLOW.format(0.2))
+    done = in_this_process(
+        "compare", "--live", *sides, "--config", tiny_config(tmp_path), "--op",
+        "linear_attention", "--device", "cpu", "--budget", 2, "--json", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    [row] = json.loads(done.stdout)["points"]
+    times = {"mine.py:chunked": (0.05, 0.2), "sub/mine.py:chunked": (0.2, 60.0)}
+    for side, figure in zip(sides, ("before_ns", "after_ns"), strict=True):
+        low, high = times.get(side, (0.0, 0.05))
+        assert low <= row[figure] * 1e-9 < high, (side, row)
 
 
 def test_a_wrong_side_is_found_before_it_is_timed(tmp_path):

@@ -133,6 +133,8 @@ def session_of(measured: Measured, device: str, limits: Limits) -> Session:
 
 
 def _together(before: Entry, point: Point, samples: Sequence[float]) -> Entry:
+    if point.outcome in ("skipped", "timeout"):
+        return before  # the machine was busy this time: that settles nothing
     if point.outcome != "ok" or before.point is None:
         return Entry(before.name, point, list(samples), point.device)
     pooled = [*before.samples_ns, *samples]

@@ -111,7 +111,7 @@ class Budget(_Table):
     """Measured HBM bytes as a multiple of the modelled ones."""
     max_spill_bytes: Whole | None = None
     """Registers spilled, stores and loads, bytes a thread; of compiled kernels too, whatever
-    their shape."""
+    their shape and direction."""
 
     @model_validator(mode="after")
     def _limits_something(self) -> Budget:

@@ -97,13 +97,18 @@ def _outcomes(before: Mapping[str, Entry], after: Mapping[str, Entry]) -> Iterat
 
 
 def _outcome(then: Entry, now: Entry) -> tuple[Outcome, str | None]:
-    if now.outcome == "wrong":
-        return "wrong", _reason(now)
-    if now.outcome == "ok":
-        return ("passed", None) if then.outcome == "ok" else ("better", f"it was {then.outcome}")
-    if now.outcome == then.outcome:
+    return _changed(then.outcome, now.outcome, _reason(now))
+
+
+def _changed(then: str, now: str, reason: str) -> tuple[Outcome, str | None]:
+    """From one outcome to another."""
+    if now == "wrong":
+        return "wrong", reason
+    if now == "ok":
+        return ("passed", None) if then == "ok" else ("better", f"it was {then}")
+    if now == then:
         return "passed", None
-    return "failed", f"newly {now.outcome}: {_reason(now)}"
+    return "failed", f"newly {now}: {reason}"
 
 
 def _reason(entry: Entry) -> str:
@@ -154,12 +159,24 @@ def live_checks(
     checks = []
     for name, one in zip(names, taken, strict=True):
         if isinstance(one, Refusal):
-            outcome: Outcome = "wrong" if one.wrong else "failed"
-            checks.append(Check(name=name, figure="time", outcome=outcome, reason=one.reason))
+            checks.append(_without_time(name, one))
             continue
         (within, p), threshold = next(judged)
         checks.append(_time_check(name, one, within, min(1.0, p * len(LOOKS)), threshold, rules))
     return sorted(checks, key=_worst_first)
+
+
+def _without_time(name: str, refusal: Refusal) -> Check:
+    """What the first side did not have, the second cannot lose."""
+    if refusal.outcomes is None:
+        outcome: Outcome = "wrong" if refusal.wrong else "failed"
+        return Check(name=name, figure="time", outcome=outcome, reason=refusal.reason)
+    then, now = refusal.outcomes
+    outcome, _ = _changed(then, now, refusal.reason)
+    return Check(
+        name=name, figure="outcome", outcome=outcome, before=then, after=now,
+        reason=None if outcome == "passed" else refusal.reason,
+    )  # fmt: skip
 
 
 def _worst_first(check: Check) -> tuple[int, str, str]:
@@ -291,11 +308,15 @@ def _static(before: Mapping[str, StaticRow], after: Mapping[str, StaticRow]) -> 
                 reason="missing: it is in the baseline and was not compiled",
             )  # fmt: skip
             continue
-        compiled = now.outcome in ("ok", "out_of_resources")
-        if not compiled and now.outcome != then.outcome:
+        compiled, was_compiled = (_is_compiled(row) for row in (now, then))
+        if not (compiled and was_compiled):
+            outcome, reason = _changed(
+                "ok" if was_compiled else then.outcome, "ok" if compiled else now.outcome,
+                now.reason or "no reason given",
+            )  # fmt: skip
             yield Check(
-                name=name, figure="outcome", outcome="failed", before=then.outcome,
-                after=now.outcome, reason=f"newly {now.outcome}: {now.reason or 'no reason given'}",
+                name=name, figure="outcome", outcome=outcome, before=then.outcome,
+                after=now.outcome, reason=reason,
             )  # fmt: skip
         elif then.fits and not now.fits:
             why = f": {now.reason}" if now.reason else ""
@@ -310,12 +331,17 @@ def _static(before: Mapping[str, StaticRow], after: Mapping[str, StaticRow]) -> 
             if figure == "tensor_core":
                 was, is_now = was or None, is_now or "none"
             yield from _exact(name, figure, was, is_now)
-    for name in after:
+    for name, now in after.items():
         if name not in before:
             yield Check(
-                name=name, figure="outcome", outcome="new", after="compiled",
-                reason="not in the baseline",
+                name=name, figure="outcome", outcome="new",
+                after="compiled" if _is_compiled(now) else now.outcome,
+                reason="not in the baseline" if _is_compiled(now) else now.reason or now.outcome,
             )  # fmt: skip
+
+
+def _is_compiled(row: StaticRow) -> bool:
+    return row.outcome in ("ok", "out_of_resources")
 
 
 def _models(baseline: Measured) -> Iterator[Check]:
@@ -348,7 +374,13 @@ def _budgets(candidate: Measured, config: Config) -> Iterator[Check]:
                     for figure, value, why in _budgeted(point):
                         yield from _within(name, figure, getattr(budget, figure), value, why)
             for name, row in candidate.static.items():
-                if row.op == op and budget.max_spill_bytes is not None and row.fits is not False:
+                if (
+                    row.op == op
+                    and (budget.impls is None or row.impl in (None, *budget.impls))
+                    and (budget.dtypes is None or row.dtype in (None, *budget.dtypes))
+                    and budget.max_spill_bytes is not None
+                    and row.fits is not False
+                ):
                     yield from _within(
                         name, "max_spill_bytes", budget.max_spill_bytes,
                         _sum(row.spill_store_bytes, row.spill_load_bytes), "the compiler told none",

@@ -39,11 +39,11 @@ Clear = Callable[[Evidence, int], bool]
 
 
 class Failed(Exception):
-    """A side has no time: outcome and reason."""
+    """A side has no time: outcome and reason, and of rounds which side it is."""
 
-    def __init__(self, outcome: str, reason: str) -> None:
+    def __init__(self, outcome: str, reason: str, *, is_after: bool = True) -> None:
         super().__init__(reason)
-        self.outcome, self.reason = outcome, reason
+        self.outcome, self.reason, self.is_after = outcome, reason, is_after
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,8 @@ def _named(is_after: bool, act: Callable[[], Any]) -> Any:
         return act()
     except Failed as failed:
         side = "after" if is_after else "before"
-        raise Failed(failed.outcome, f"{side}: {failed.outcome}: {failed.reason}") from None
+        reason = f"{side}: {failed.outcome}: {failed.reason}"
+        raise Failed(failed.outcome, reason, is_after=is_after) from None
 
 
 @dataclass(frozen=True)
@@ -215,6 +216,7 @@ class Refusal:
 
     reason: str
     wrong: bool = False  # a side's result is not right
+    outcomes: tuple[str, str] | None = None  # of both sides, where it is the first that has no time
 
 
 def in_turns(
@@ -234,10 +236,26 @@ def in_turns(
             evidence = rounds(before, after, pair, clear, budget_s=budget_s)
             found.append(Refusal(evidence) if isinstance(evidence, str) else evidence)
         except Failed as failed:
-            found.append(Refusal(failed.reason, wrong=failed.outcome == "wrong"))
             for seat in (before, after):
                 seat.let_go()
+            found.append(_refused(failed, after, pair))
     return found
+
+
+def _refused(failed: Failed, after: Seat, pair: Pair) -> Refusal:
+    """Where it is the first side that fails, how the second one fares: it may be the one mended."""
+    wrong = failed.outcome == "wrong"
+    if failed.is_after:
+        return Refusal(failed.reason, wrong=wrong)
+    try:
+        after.hold(pair.after)
+        now, reason = "ok", failed.reason
+    except Failed as other:
+        now = other.outcome
+        reason = f"{failed.reason}; after: {now}: {other.reason}"
+    finally:
+        after.let_go()
+    return Refusal(reason, wrong=wrong or now == "wrong", outcomes=(failed.outcome, now))
 
 
 def compare(

@@ -303,7 +303,7 @@ def _choose_impls(
 
 def _user_impls(texts: Sequence[str]) -> dict[str, str]:
     """Targets by name: `file.py:function`, with as many folders in front as tell files apart."""
-    targets = unique(_user_target(text) for text in texts)
+    targets = unique(user_target(text) for text in texts)
     names: dict[str, str] = {}
     for target in targets:
         path, _, function = target.rpartition(":")
@@ -316,7 +316,8 @@ def _user_impls(texts: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def _user_target(text: str) -> str:
+def user_target(text: str) -> str:
+    """`/whole/path/file.py:function` of what a user wrote."""
     file, colon, function = text.rpartition(":")
     path = Path(file if colon else text)
     if not colon or not function.isidentifier():

@@ -172,6 +172,11 @@ def _against_baseline(given: dict[str, Any], limit: Limit) -> Gating:
     rules = Rules(limit, noise, same_card=same_card)
     with interrupted_by_signals():
         checks, notes = _settled(baseline, candidate, rules, config, given)
+    if not checks:
+        raise BaselineProblem(
+            f"the baseline {baseline.label} has no figure to hold {candidate.label} against: save "
+            "one of a run that measured, or of an atlas that compiled"
+        )
     if not same_card:
         notes.append("the baseline is of another card of this model")
     return Gating(

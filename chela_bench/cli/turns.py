@@ -82,7 +82,7 @@ def _pairs_of_impls(
 
 def _resolved(settings: Settings, label: str) -> str:
     """The name that a user's file has in the plan."""
-    for name in settings.user_impls:
-        if label.endswith(name) or name.endswith(label):
-            return name
-    return label
+    if ".py:" not in label:
+        return label
+    target = plan.user_target(label)
+    return next(name for name, each in settings.user_impls.items() if each == target)
