@@ -66,6 +66,15 @@ def test_names_that_are_no_file_names_are_refused(tmp_path, run, name):
         assert not (tmp_path / "baselines").exists()
 
 
+def test_the_name_of_the_file_that_names_the_promoted_one_is_taken(tmp_path, run):
+    source = write_run(tmp_path / "run", [timed()])
+    done = run("save", source, "--name", "current.json")
+    assert done.returncode == 2 and "give another name" in done.stderr
+    assert not (tmp_path / "baselines").exists()
+    assert run("save", source, "--name", "current").returncode == 0
+    assert run("promote", "current").returncode == 0
+
+
 @pytest.mark.parametrize("text", ["", "{", '{"points": []}'])
 def test_what_holds_nothing_is_not_saved(tmp_path, run, text):
     source = tmp_path / "now.json"

@@ -152,6 +152,8 @@ def save(
     name = name or re.sub(r"[^A-Za-z0-9]", "", utc_now()[:19]) + f"-{measured.kind}"
     if not _NAME.fullmatch(name):
         raise UsageError(f"a baseline's name takes letters, digits and ._+-; got {name!r}")
+    if name == CURRENT:
+        raise UsageError(f"{CURRENT} is the file that names the promoted one; give another name")
     key = machine_key(measured.machine)
     target = folder / key / name
     if paths.exists(target, EnvironmentProblem):
