@@ -75,6 +75,19 @@ def test_the_name_of_the_file_that_names_the_promoted_one_is_taken(tmp_path, run
     assert run("promote", "current").returncode == 0
 
 
+def test_a_machine_whose_name_is_no_text_is_kept(tmp_path, run):
+    _, taken = timed()
+    source = tmp_path / "node.json"
+    benchmark = {"fullname": "test", "stats": {"data": [ns / 1e9 for ns in taken]}}
+    document = {"machine_info": {"node": "x\ud801"}, "benchmarks": [benchmark]}
+    source.write_text(json.dumps(document))
+    done = run("save", source, "--name", "first")
+    assert done.returncode == 0, done.stderr
+    [header] = (tmp_path / "baselines").glob("*/first/baseline.json")
+    assert json.loads(header.read_bytes())["machine"]["name"] == "x?"
+    assert run("promote", "first").returncode == 0
+
+
 @pytest.mark.parametrize("text", ["", "{", '{"points": []}'])
 def test_what_holds_nothing_is_not_saved(tmp_path, run, text):
     source = tmp_path / "now.json"

@@ -167,7 +167,7 @@ def save(
                 name=name,
                 kind=measured.kind,
                 saved_utc=utc_now(),
-                source=str(source).encode("utf-8", "replace").decode(),
+                source=_writable(str(source)),
                 machine=facts(measured.machine),
                 files={file: _sha256(half / file) for file in files},
             )
@@ -439,7 +439,13 @@ def _noise_path(folder: Path, machine: Machine) -> Path:
 def facts(machine: Machine) -> dict[str, str]:
     """As records keep it."""
     found = {"device": machine.device, "name": machine.name, "uuid": machine.uuid}
-    return {name: value for name, value in (found | machine.versions()).items() if value}
+    found |= machine.versions()
+    return {name: _writable(value) for name, value in found.items() if value}
+
+
+def _writable(text: str) -> str:
+    """`?` for what is no character."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _slug(text: str) -> str:
