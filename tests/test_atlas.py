@@ -25,7 +25,13 @@ from chela_bench.bench.plan import Flags
 from chela_bench.bench.sources import StaticRow
 from chela_bench.errors import EnvironmentProblem
 from chela_bench.records import AtlasRow
-from chela_bench.reports.atlas import atlas_frame, atlas_table, runs_on, runs_on_table
+from chela_bench.reports.atlas import (
+    atlas_frame,
+    atlas_table,
+    not_known_on,
+    runs_on,
+    runs_on_table,
+)
 from chela_bench.reports.atlas_maps import atlas_maps
 from chela_bench.reports.figures import render
 from chela_bench.reports.heat import HeatMap, Panel, draw_heat_map
@@ -426,6 +432,34 @@ def test_what_runs_on_a_card_are_the_configurations_whose_every_kernel_fits():
     assert "runs on sm_86: 8 of 9 configurations" in drawn(runs_on_table(ROWS, "sm_86"))
 
 
+def ended(outcome, t, v, **changes):
+    """A row of a compiler that did not get to say whether it fits."""
+    asked = {"BLOCK_T": t, "BLOCK_V": v}
+    settings = {
+        "arch": "sm_86", "config": {**asked, "num_warps": 4, "num_stages": 2}, "asked": [asked],
+        "outcome": outcome, "fits": False, "reason": "the compiler took longer than 6 s",
+    }  # fmt: skip
+    return make_row(**{**settings, **changes})
+
+
+def test_whether_a_call_runs_is_not_known_where_a_compiler_did_not_say():
+    known = [row for row in ROWS if row.config.get("BLOCK_V") != 32]
+    rows = [
+        *known, ended("timeout", 32, 32), ended("crash", 64, 32), ended("compile_error", 128, 32),
+        ended("crash", 128, 128, kernel="scan"),  # whose walk does not fit
+    ]  # fmt: skip
+    assert len(runs_on(rows, "sm_86")) == 5
+    call = {"op": "linear_attention", "impl": "triton_chunked"}
+    assert not_known_on(rows, "sm_86") == [
+        {**call, "config": {"BLOCK_T": 32, "BLOCK_V": 32}},
+        {**call, "config": {"BLOCK_T": 64, "BLOCK_V": 32}},
+    ]
+    assert not_known_on(rows, "sm_90") == []
+    text = drawn(runs_on_table(rows, "sm_86"))
+    assert "runs on sm_86: 5 of 9 configurations; 2 not known" in text
+    assert "not known: linear_attention/triton_chunked BLOCK_T=64, BLOCK_V=32" in text
+
+
 def test_a_row_is_a_line_of_csv():
     frame = atlas_frame(ROWS)
     assert list(frame.columns) == list(AtlasRow.model_fields)
@@ -521,6 +555,29 @@ def test_an_autotuner_is_kept_from_what_cannot_run(tmp_path, monkeypatch):
     assert kernel.prune_configs({"x_ptr": None, "n": 1}) == [small]
 
 
+@pytest.mark.parametrize("outcome", ["timeout", "crash"])
+def test_an_autotuner_tries_what_no_compiler_said_anything_of(tmp_path, outcome):
+    module = prune_of(
+        [
+            ended("out_of_resources", 128, 128), ended(outcome, 128, 128, constants={"K": 256}),
+            ended("out_of_resources", 64, 64), ended(outcome, 64, 64, kernel="scan"),
+            ended("out_of_resources", 32, 32), ended(outcome, 32, 64), make_row(arch="sm_90"),
+            ended(outcome, 64, 64, arch="sm_90"),
+        ],
+        tmp_path,
+    )  # fmt: skip
+    flags, kernels, never, one = configs = [
+        config(BLOCK_T=t, BLOCK_V=v) for t, v in ((128, 128), (64, 64), (32, 32), (32, 64))
+    ]
+    assert module.prune(arch="sm_86")(configs, {}) == [flags, kernels, one]
+    assert module.prune("walk", "sm_86")(configs, {}) == [flags, one]
+    assert module.prune("scan", "sm_86")(configs, {}) == configs
+    assert never not in module.prune("walk", "sm_86")(configs, {})
+    assert [row["BLOCK_T"] for row, _ in module.TABLE["walk"]["sm_86"]] == [64, 32]
+    assert module.TABLE["scan"] == {"sm_86": []}
+    assert [why for _, why in module.TABLE["walk"]["sm_90"]] == [None]
+
+
 def test_the_command_writes_all_of_it(tmp_path, monkeypatch):
     """Only the compiling is played."""
     found = atlas.Found("3.7.1", ROWS)
@@ -533,7 +590,7 @@ def test_the_command_writes_all_of_it(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert len(document["points"]) == len(ROWS)
-    assert len(document["fits_on"]["configs"]) == 8
+    assert len(document["fits_on"]["configs"]) == 8 and document["fits_on"]["not_known"] == []
     names = {path.name for path in out.iterdir()}
     assert {"atlas.csv", "atlas.json"} < names
     assert len([name for name in names if name.endswith(".png")]) == 3

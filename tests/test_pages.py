@@ -278,6 +278,18 @@ def test_several_runs_without_a_place_have_their_page_in_report(
 
 
 @pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize("file", [store.RUN, store.POINTS, store.SAMPLES, "atlas.json"])
+def test_nothing_is_reported_where_one_run_is_damaged(tmp_path: Path, file: str) -> None:
+    one, two = (run_folder(tmp_path / name, POINTS[:1]) for name in ("one", "two"))
+    (two / file).write_text("no record\n")
+    for place in ([], ["-o", tmp_path / "out"]):
+        done = invoke("report", one, two, *place)
+        assert isinstance(done.exception, RecordError) and done.stdout == ""
+        assert not (tmp_path / "out").exists() and not (one / "report").exists()
+        assert not (one / "results.csv").exists()
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_other_machines_are_compared_only_when_asked(tmp_path: Path) -> None:
     points = [make_point(T, time_ns=1e3 * T, floor_ns=500 * T) for T in LENGTHS]
     one = run_folder(tmp_path / "one", points)

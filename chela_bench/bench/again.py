@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import ValidationError
 
 from chela_bench.bench import plan, profiling, stats, store
-from chela_bench.bench.baseline import NoiseRecord, facts
+from chela_bench.bench.baseline import NoiseRecord, changes, facts, time_changes, typical
 from chela_bench.bench.cases import Case, Limits, Session
 from chela_bench.bench.plan import Settings
 from chela_bench.bench.registry import all_ops
@@ -167,6 +166,8 @@ class NoiseRuns:
     """Whose times or bytes doubled by themselves, in words; not in the record."""
     failed: list[Point] = field(default_factory=list)
     """Those that had no time."""
+    doubled: frozenset[str] = frozenset()
+    """Keys of the unsteady ones."""
 
 
 def measure_noise(settings: Settings, runs: int, *, heard: Heard) -> NoiseRuns:
@@ -208,8 +209,19 @@ def measure_noise(settings: Settings, runs: int, *, heard: Heard) -> NoiseRuns:
             f"nothing was measured {runs} times; {first.key}: {first.outcome}: {first.reason}"
         )
     counted = {key: moved for key, moved in bytes_.items() if key in whole and len(moved) == runs}
-    record, unsteady = _noise_record(machine, whole, counted)
-    return NoiseRuns(machine, record, unsteady, list(failed.values()))
+    return noise_runs(machine, whole, counted, list(failed.values()))
+
+
+def noise_runs(
+    machine: Machine,
+    samples: Mapping[str, list[list[int]]],
+    moved: Mapping[str, list[int]],
+    failed: Sequence[Point] = (),
+) -> NoiseRuns:
+    """Times, and bytes, of points in every run."""
+    record, unsteady = _noise_record(machine, samples, moved)
+    doubled = (samples.keys() - record.by_key.keys()) | (moved.keys() - record.hbm_by_key.keys())
+    return NoiseRuns(machine, record, unsteady, list(failed), frozenset(doubled))
 
 
 def _noise_record(
@@ -227,18 +239,19 @@ def _noise_record(
                 unsteady.append(f"the {what} of {key} differ by {size * 100:.0f} %")
         return {key: size for key, size in largest.items() if size < 1}
 
-    times = {key: _changes([stats.median(run) for run in runs]) for key, runs in samples.items()}
+    times = {key: time_changes(runs) for key, runs in samples.items()}
     by_key = steady("times", times)
     counts = {key: counts for key, counts in (moved or {}).items() if key in by_key}
-    hbm_by_key = steady("bytes", {key: _changes(counted) for key, counted in counts.items()})
+    hbm_by_key = steady("bytes", {key: changes(counted) for key, counted in counts.items()})
     if not by_key:
         raise EnvironmentProblem(too_unsteady(unsteady))
+    steady_ns = {key: samples[key] for key in by_key}
     record = NoiseRecord(
         measured_utc=utc_now(),
         machine=facts(machine),
-        typical=round(float(np.quantile([x for key in by_key for x in times[key]], 0.95)), 6),
+        typical=typical(steady_ns),
         by_key=by_key,
-        samples_ns={key: samples[key] for key in by_key},
+        samples_ns=steady_ns,
         hbm_by_key=hbm_by_key,
         hbm_bytes={key: counts[key] for key in hbm_by_key},
     )
@@ -251,12 +264,6 @@ def too_unsteady(unsteady: Sequence[str]) -> str:
         f"{'; '.join(unsteady)} between runs of the same code, too much to keep: measure again on "
         "a quieter machine, or leave it out"
     )
-
-
-def _changes(values: Sequence[float]) -> list[float]:
-    """Between any two, relative to the smaller one."""
-    pairs = [(a, b) for i, a in enumerate(values) for b in values[i + 1 :]]
-    return [max(pair) / min(pair) - 1 for pair in pairs]
 
 
 def machine_info(machine: Machine) -> dict[str, Any]:

@@ -15,14 +15,15 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, TypeVar
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from chela_bench.bench import paths, sources, store
+from chela_bench.bench import paths, sources, stats, store
 from chela_bench.bench.cases import Case
 from chela_bench.bench.comparing import Noise, assumed_noise
 from chela_bench.bench.runner import utc_now
@@ -101,7 +102,7 @@ class NoiseRecord(_Record):
     schema_version: int = SCHEMA_VERSION
     """Version of this schema; others are refused."""
     measured_utc: str
-    """ISO 8601."""
+    """ISO 8601, of the points measured last: those not measured again are kept from before."""
     machine: dict[str, str]
     """As a baseline's."""
     typical: Share
@@ -152,6 +153,8 @@ def save(
     name = name or re.sub(r"[^A-Za-z0-9]", "", utc_now()[:19]) + f"-{measured.kind}"
     if not _NAME.fullmatch(name):
         raise UsageError(f"a baseline's name takes letters, digits and ._+-; got {name!r}")
+    if name == CURRENT:
+        raise UsageError(f"{CURRENT} is the file that names the promoted one; give another name")
     key = machine_key(measured.machine)
     target = folder / key / name
     if paths.exists(target, EnvironmentProblem):
@@ -165,7 +168,7 @@ def save(
                 name=name,
                 kind=measured.kind,
                 saved_utc=utc_now(),
-                source=str(source).encode("utf-8", "replace").decode(),
+                source=_writable(str(source)),
                 machine=facts(measured.machine),
                 files={file: _sha256(half / file) for file in files},
             )
@@ -406,6 +409,64 @@ def _read(path: Path, model: type[_R]) -> _R:
         raise BaselineProblem(f"{path}: {problem}; {model.way_out}") from None
 
 
+def with_older(
+    folder: Path, machine: Machine, record: NoiseRecord, doubled: Collection[str] = ()
+) -> NoiseRecord:
+    """And what the file has from before, of points whose times, or bytes, were not measured now. As
+    it is where the file is damaged, or of another machine or versions.
+
+    `doubled`: points that were measured now, and are too unsteady to be in the record.
+    """
+    old = _sound_noise(_noise_path(folder, machine))
+    if old is None or old.machine != record.machine:
+        return record
+    times = old.by_key.keys() - record.by_key.keys() - set(doubled)
+    by_key = {key: size for key, size in old.by_key.items() if key in times} | record.by_key
+    bytes_ = (old.hbm_by_key.keys() & by_key.keys()) - record.hbm_by_key.keys() - set(doubled)
+    samples = {key: runs for key, runs in old.samples_ns.items() if key in times}
+    moved = {key: counted for key, counted in old.hbm_bytes.items() if key in bytes_}
+    hbm_by_key = {key: size for key, size in old.hbm_by_key.items() if key in bytes_}
+    samples |= record.samples_ns
+    return record.model_copy(
+        update={
+            "typical": typical(samples) if times else record.typical,
+            "by_key": by_key,
+            "samples_ns": samples,
+            "hbm_by_key": hbm_by_key | record.hbm_by_key,
+            "hbm_bytes": moved | record.hbm_bytes,
+        }
+    )
+
+
+def _sound_noise(path: Path) -> NoiseRecord | None:
+    """The file's record; None where there is none, or one that is damaged."""
+    try:
+        old = _read(path, NoiseRecord)
+    except BaselineProblem:
+        return None
+    if not all(run for runs in old.samples_ns.values() for run in runs):
+        return None
+    steady = all(x < 1 for runs in old.samples_ns.values() for x in time_changes(runs))
+    return old if steady else None
+
+
+def typical(samples_ns: Mapping[str, Sequence[Sequence[float]]]) -> float:
+    """Relative change that 95 of 100 pairs of runs stay within."""
+    pairs = [change for runs in samples_ns.values() for change in time_changes(runs)]
+    return round(float(np.quantile(pairs, 0.95)), 6)
+
+
+def time_changes(runs: Sequence[Sequence[float]]) -> list[float]:
+    """Of the runs' medians."""
+    return changes([stats.median(run) for run in runs])
+
+
+def changes(values: Sequence[float]) -> list[float]:
+    """Between any two, relative to the smaller one."""
+    pairs = [(a, b) for i, a in enumerate(values) for b in values[i + 1 :]]
+    return [max(pair) / min(pair) - 1 for pair in pairs]
+
+
 def write_noise(folder: Path, machine: Machine, record: NoiseRecord) -> Path:
     path = _noise_path(folder, machine)
     try:
@@ -437,7 +498,13 @@ def _noise_path(folder: Path, machine: Machine) -> Path:
 def facts(machine: Machine) -> dict[str, str]:
     """As records keep it."""
     found = {"device": machine.device, "name": machine.name, "uuid": machine.uuid}
-    return {name: value for name, value in (found | machine.versions()).items() if value}
+    found |= machine.versions()
+    return {name: _writable(value) for name, value in found.items() if value}
+
+
+def _writable(text: str) -> str:
+    """`?` for what is no character."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _slug(text: str) -> str:

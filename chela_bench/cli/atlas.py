@@ -123,7 +123,7 @@ def atlas(ctx: click.Context, /, **given: Any) -> None:
             _print(found, archs, given["fits_on"])
     if nothing:
         raise UsageError(f"nothing was compiled: {found.refused[0].reason}")
-    ctx.exit(1 if any(row.outcome in ("crash", "timeout") for row in found.rows) else 0)
+    ctx.exit(0 if all(row.known for row in found.rows) else 1)
 
 
 def _refuse_places(prune: Path | None, out: Path | None) -> None:
@@ -164,7 +164,7 @@ def _print(found: bench.Found, archs: Sequence[str], fits_on: str | None) -> Non
 
 
 def _document(found: bench.Found, archs: Sequence[str], fits_on: str | None) -> str:
-    from chela_bench.reports.atlas import runs_on
+    from chela_bench.reports.atlas import not_known_on, runs_on
 
     document: dict[str, Any] = {
         "triton": found.triton,
@@ -173,7 +173,11 @@ def _document(found: bench.Found, archs: Sequence[str], fits_on: str | None) -> 
         "refused": [each.model_dump(mode="json") for each in found.refused],
     }
     if fits_on is not None:
-        document["fits_on"] = {"arch": fits_on, "configs": runs_on(found.rows, fits_on)}
+        document["fits_on"] = {
+            "arch": fits_on,
+            "configs": runs_on(found.rows, fits_on),
+            "not_known": not_known_on(found.rows, fits_on),
+        }
     return json.dumps(document, indent=2)
 
 

@@ -10,7 +10,7 @@ import click
 
 from chela_bench.bench import plan
 from chela_bench.bench.again import NoiseRuns, measure_noise, too_unsteady
-from chela_bench.bench.baseline import write_noise
+from chela_bench.bench.baseline import NoiseRecord, with_older, write_noise
 from chela_bench.bench.config import find_config, load_config
 from chela_bench.cli.choices import flags_of, selection_options
 from chela_bench.cli.lines import say
@@ -44,7 +44,7 @@ from chela_bench.reports.text import plain
 def noise(**given: Any) -> None:
     """Measure the same code several times over, each in a process of its own (A/A), and keep how
     far the times differ, and the bytes if they are counted: `compare` and `gate` allow so much on
-    this device.
+    this device. Points measured before, on the same machine and versions, are kept.
 
     \b
     Examples:
@@ -56,26 +56,31 @@ def noise(**given: Any) -> None:
     with interrupted_by_signals():
         found = measure_noise(settings, given["runs"], heard=say_progress)
     path: Path | None = None
+    whole = found.record
     problems = [too_unsteady(found.unsteady)] if found.unsteady else []
     try:
-        path = write_noise(given["baselines"], found.machine, found.record)
+        older = with_older(given["baselines"], found.machine, found.record, found.doubled)
+        path = write_noise(given["baselines"], found.machine, older)
+        whole = older
     except EnvironmentProblem as error:  # said last: what was measured is not lost for it
         problems.append(str(error))
-    _print(found, path, as_json=given["as_json"])
+    _print(found, whole, path, as_json=given["as_json"])
     if problems:
         raise EnvironmentProblem("\n".join(problems))
 
 
-def _print(found: NoiseRuns, path: Path | None, *, as_json: bool) -> None:
+def _print(found: NoiseRuns, whole: NoiseRecord, path: Path | None, *, as_json: bool) -> None:
+    """`whole`: what is in the file, with older points."""
     record = found.record
-    kept = None if path is None else str(path)
+    file = None if path is None else str(path)
+    kept = len(whole.by_key) - len(record.by_key)
     if as_json:
         rows = [
             {"key": key, "noise": size, "hbm_noise": record.hbm_by_key.get(key)}
             for key, size in record.by_key.items()
         ]
-        document = {"file": kept, "machine": record.machine, "typical": record.typical}
-        click.echo(json.dumps({**document, "points": rows}, indent=2))
+        document = {"file": file, "machine": record.machine, "typical": whole.typical}
+        click.echo(json.dumps({**document, "kept": kept, "points": rows}, indent=2))
         return
     for key, size in sorted(record.by_key.items(), key=lambda item: -item[1]):
         say(f"{size * 100:5.2f} %  {plain(key)}", hang=9)
@@ -83,6 +88,9 @@ def _print(found: NoiseRuns, path: Path | None, *, as_json: bool) -> None:
         say(f"{size * 100:5.2f} % of bytes  {plain(key)}", hang=9)
     for point in found.failed:
         say(f"no time  {plain(f'{point.key}: {point.outcome}: {point.reason}')}", hang=9)
-    where = "" if kept is None else f": {kept}"
-    typical = f"{record.typical * 100:.2f} %"
+    if kept:
+        points = "1 point that was" if kept == 1 else f"{kept} points that were"
+        say(f"{points} measured before {'is' if kept == 1 else 'are'} kept")
+    where = "" if file is None else f": {file}"
+    typical = f"{whole.typical * 100:.2f} %"
     say(f"95 of 100 pairs of runs stay within {typical} on {found.machine}{where}")

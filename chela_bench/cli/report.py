@@ -83,15 +83,16 @@ def report(
     if len(runs) > 1 and atlas_file is not None:
         raise UsageError("--atlas goes with one run; of several each has its own atlas.json")
     comparisons = compared(runs, baselines, across_machines=across_machines) if compare else []
+    loaded = [
+        (*load_run(folder), load_samples(folder), atlas_of(folder, atlas_file)) for folder in runs
+    ]  # all of them, before the first file is written
     found = []
-    for folder, name in zip(runs, names, strict=True):
-        run, points = load_run(folder)
+    for folder, name, (run, points, samples, atlas) in zip(runs, names, loaded, strict=True):
         if out is None:
             write_tables(folder, run, points)
             target = folder / "report"
         else:
             target = out if len(runs) == 1 else out / name
-        samples, atlas = load_samples(folder), atlas_of(folder, atlas_file)
         reported, files = report_files(run, points, samples, atlas, formats=kinds, look=look)
         write_files({target / file: data for file, data in files.items()})
         found.append(reported)

@@ -141,7 +141,7 @@ class AtlasRow(Record):
     outcome: Literal["ok", "out_of_resources", "compile_error", "timeout", "crash"]
     """ok; out_of_resources: it compiles and does not fit; or how its compiler ended."""
     fits: bool
-    """Whether a block of it runs there."""
+    """Whether a block of it runs there; false where its compiler did not get to say."""
     reason: str | None = None
     """Why it does not: what it needs and what there is. Null: it fits."""
     smem_bytes: Count | None = None
@@ -176,6 +176,11 @@ class AtlasRow(Record):
     @property
     def spill_bytes(self) -> int:
         return (self.spill_store_bytes or 0) + (self.spill_load_bytes or 0)
+
+    @property
+    def known(self) -> bool:
+        """Whether its compiler got to say that it fits, or that it does not."""
+        return self.outcome not in ("timeout", "crash")
 
 
 class Refused(Record):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -200,11 +200,6 @@ def tally(rows: Sequence[AtlasRow]) -> str:
 def runs_on(rows: Sequence[AtlasRow], arch: str) -> list[dict[str, object]]:
     """The configurations of calls whose every kernel fits there, by op, with the most shared memory
     that one takes and the fewest blocks an SM holds of one."""
-    calls: dict[tuple[str, str, Config], list[AtlasRow]] = {}
-    for row in rows:
-        if row.arch == arch:
-            for asked in row.asked:
-                calls.setdefault((row.op, row.impl, tuple(asked.items())), []).append(row)
     return [
         {
             "op": op,
@@ -214,13 +209,33 @@ def runs_on(rows: Sequence[AtlasRow], arch: str) -> list[dict[str, object]]:
             "ctas_per_sm": min((row.ctas_per_sm or 0 for row in used), default=None),
             "spill_bytes": max(row.spill_bytes for row in used),
         }
-        for (op, impl, config), used in calls.items()
+        for (op, impl, config), used in _calls(rows, arch).items()
         if all(row.fits for row in used)
     ]
 
 
+def not_known_on(rows: Sequence[AtlasRow], arch: str) -> list[dict[str, object]]:
+    """The configurations of calls of which no kernel is known not to fit there, and a compiler
+    crashed or took too long for one."""
+    return [
+        {"op": op, "impl": impl, "config": dict(config)}
+        for (op, impl, config), used in _calls(rows, arch).items()
+        if not all(row.known for row in used) and all(row.fits for row in used if row.known)
+    ]
+
+
+def _calls(rows: Sequence[AtlasRow], arch: str) -> dict[tuple[str, str, Config], list[AtlasRow]]:
+    """The kernels that each call launches there."""
+    calls: dict[tuple[str, str, Config], list[AtlasRow]] = {}
+    for row in rows:
+        if row.arch == arch:
+            for asked in row.asked:
+                calls.setdefault((row.op, row.impl, tuple(asked.items())), []).append(row)
+    return calls
+
+
 def runs_on_table(rows: Sequence[AtlasRow], arch: str) -> RenderableType:
-    """`runs_on`, for a terminal."""
+    """`runs_on` and `not_known_on`, for a terminal."""
     return _RunsOn(tuple(rows), arch)
 
 
@@ -231,24 +246,26 @@ class _RunsOn:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         found = runs_on(self.rows, self.arch)
-        asked = {
-            (row.op, row.impl, tuple(each.items()))
-            for row in self.rows
-            if row.arch == self.arch
-            for each in row.asked
-        }
+        asked = len(_calls(self.rows, self.arch))
+        open_ = not_known_on(self.rows, self.arch)
+        rest = f"; {len(open_)} not known" if open_ else ""
         yield Text()
-        yield line(f"runs on {self.arch}: {len(found)} of {len(asked)} configurations", "bold")
+        yield line(f"runs on {self.arch}: {len(found)} of {asked} configurations{rest}", "bold")
         if found:
             cells: dict[str, list[Text]] = {"configuration": [], "KB": [], "x": [], "spills": []}
             for each in found:
-                config = each["config"]
-                assert isinstance(config, dict)
-                label = f"{each['op']}/{each['impl']} {config_label(config.items())}"
-                cells["configuration"].append(Text(plain(label)))
+                cells["configuration"].append(Text(_call_label(each)))
                 smem = each["smem_bytes"]
                 assert isinstance(smem, int)
                 cells["KB"].append(Text(f"{smem / 1024:.0f}"))
                 cells["x"].append(Text(str(each["ctas_per_sm"])))
                 cells["spills"].append(Text(str(each["spill_bytes"])))
             yield table(list(cells.items()), options.max_width)
+        for each in open_:
+            yield line(f"not known: {_call_label(each)}")
+
+
+def _call_label(call: Mapping[str, object]) -> str:
+    config = call["config"]
+    assert isinstance(config, dict)
+    return plain(f"{call['op']}/{call['impl']} {config_label(config.items())}")
