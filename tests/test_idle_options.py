@@ -37,6 +37,7 @@ FROM = "--from reads a capture as it is: leave OP and its options out, here"
         (("tune", "--resume", "run", "--seed", "0"), f"{OWN} --seed"),
         (("tune", "--resume", "run", "--device", "auto"), f"{OWN} --device"),
         (("tune", "long_conv", "--resume", "run", "--set", "H=1"), f"{OWN} OP, --set"),
+        (("tune", "long_conv", "--seed", "9" * 29), f"Invalid value for '--seed': {'9' * 29}"),
         (("atlas", "linear_attention", "--set", "H=1,H=2"), "--set gives H twice: 1 and 2"),
         (("atlas", "linear_attention", "--limit", "nan"), "'nan' is no number"),
     ],

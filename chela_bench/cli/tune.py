@@ -23,6 +23,7 @@ from chela_bench.cli.choices import (
     retried,
     retry_option,
     said,
+    seed_option,
     sizes_option,
     to_resume,
 )
@@ -52,7 +53,7 @@ _ALSO_RESUMED = ("resume", "retry", "budget", "write_table", "table", "as_json")
 @device_option
 @click.option("--timer", type=click.Choice(("event", "profiler")), help="How to time.")
 @click.option("--l2", type=click.Choice(("cold", "warm")), help="Evict the L2 cache, or leave it.")
-@click.option("--seed", type=int, help="Seed of inputs and of the order.")
+@seed_option
 @click.option(
     "--arch",
     help=f"Compile for it: {', '.join(ARCHS)}.  [default: the device's]",
