@@ -314,6 +314,10 @@ def test_times_are_not_held_against_kernels(tmp_path):
     rows, run = atlas_json(tmp_path / "rows.json"), write_run(tmp_path / "run", [timed()])
     assert gated(tmp_path, rows, "--baseline", run)[0].returncode == 4
     assert gated(tmp_path, run, "--baseline", rows)[0].returncode == 4
+    for one, other in ((rows, run), (run, rows)):
+        done, _ = gated(tmp_path, one, "--baseline", other)
+        assert f"the baseline {other} and what is held against it are not of one" in done.stderr
+        assert "new baseline" not in done.stderr
 
 
 @pytest.mark.parametrize(
