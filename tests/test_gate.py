@@ -433,6 +433,8 @@ def test_few_samples_do_not_pass(tmp_path, count, code):
     done, [check] = gated(tmp_path, run, "--baseline", run) if code else (None, [None])
     if code:
         assert done.returncode == code and check["outcome"] == "unclear"
+        text = in_this_process("gate", run, "--baseline", run, "--rounds", 0, cwd=tmp_path).stdout
+        assert "UNCLEAR: some times cannot be decided: 4 checks" in text
     else:
         assert gated(tmp_path, run, "--baseline", run)[0].returncode == 0
 
