@@ -359,6 +359,10 @@ def test_times_are_not_held_against_kernels(tmp_path):
     rows, run = atlas_json(tmp_path / "rows.json"), write_run(tmp_path / "run", [timed()])
     assert gated(tmp_path, rows, "--baseline", run)[0].returncode == 4
     assert gated(tmp_path, run, "--baseline", rows)[0].returncode == 4
+    for one, other in ((rows, run), (run, rows)):
+        done, _ = gated(tmp_path, one, "--baseline", other)
+        assert f"the baseline {other} and what is held against it are not of one" in done.stderr
+        assert "new baseline" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -484,6 +488,8 @@ def test_few_samples_do_not_pass(tmp_path, count, code):
     done, [check] = gated(tmp_path, run, "--baseline", run) if code else (None, [None])
     if code:
         assert done.returncode == code and check["outcome"] == "unclear"
+        text = in_this_process("gate", run, "--baseline", run, "--rounds", 0, cwd=tmp_path).stdout
+        assert "UNCLEAR: some times cannot be decided: 4 checks" in text
     else:
         assert gated(tmp_path, run, "--baseline", run)[0].returncode == 0
 

@@ -9,6 +9,8 @@ from tests.running import in_this_process, tiny_config
 
 SWEEP = ("sweep", "--config", "bench.toml", "--device", "cpu", "--impl", "chunked", "--dry-run")
 LIVE = "goes with --live: records are not measured again"
+OUT = "--resume goes on in the run's own folder: no --out"
+OWN = "--resume takes the run's own settings: leave the others out, here"
 FROM = "--from reads a capture as it is: leave OP and its options out, here"
 
 
@@ -29,6 +31,13 @@ FROM = "--from reads a capture as it is: leave OP and its options out, here"
         ((*SWEEP, "--hbm", "auto", "--ncu-report", "x"), "--ncu-report goes with --hbm ncu"),
         ((*SWEEP, "--set", "H=1,H=2"), "--set gives H twice: 1 and 2"),
         ((*SWEEP, "--set", "H=1", "--set", "K=8,H=1"), "--set gives H twice: 1 and 1"),
+        (("sweep", "--resume", "run", "--out", "elsewhere"), OUT),
+        (("sweep", "--resume", "run", "--out", "runs", "--dry-run"), OUT),  # the default, said
+        (("tune", "--resume", "run", "--out", "elsewhere"), OUT),
+        (("tune", "--resume", "run", "--seed", "0"), f"{OWN} --seed"),
+        (("tune", "--resume", "run", "--device", "auto"), f"{OWN} --device"),
+        (("tune", "long_conv", "--resume", "run", "--set", "H=1"), f"{OWN} OP, --set"),
+        (("tune", "long_conv", "--seed", "9" * 29), f"Invalid value for '--seed': {'9' * 29}"),
         (("atlas", "linear_attention", "--set", "H=1,H=2"), "--set gives H twice: 1 and 2"),
         (("atlas", "linear_attention", "--limit", "nan"), "'nan' is no number"),
     ],

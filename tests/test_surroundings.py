@@ -25,6 +25,7 @@ from chela_bench.bench.config import load_config
 from chela_bench.cli.derived import write_report
 from chela_bench.errors import EnvironmentProblem
 from tests.factories import make_point, make_run
+from tests.records import timed, write_run
 from tests.running import (
     FAULTS,
     ROOT,
@@ -34,6 +35,7 @@ from tests.running import (
     environment,
     gone,
     hear_signals,
+    in_this_process,
     played,
     tiny_config,
     wait_for_points,
@@ -185,6 +187,38 @@ def test_a_signal_that_is_ignored_stays_so(tmp_path):
     process.send_signal(signal.SIGHUP)
     assert process.wait(timeout=60) == 0
     assert len(store.load_points(folder)) == 8
+
+
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("words", "measuring"),
+    [
+        (("compare", "--live", "main", "."), "compare._live"),
+        (("gate", "--live", "main"), "gate._in_turns"),
+        (("gate", "run", "--baseline", "run"), "gate._settled"),
+        (("gate", "--baseline", "run"), "gate._measured_now"),
+        (("noise", "--device", "cpu", "--impl", "chunked"), "noise.measure_noise"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_every_command_ends_by_a_signal_with_its_code(
+    tmp_path, monkeypatch, words, measuring, signum
+):
+    def interrupted(*_, **__):
+        os.kill(os.getpid(), signum)
+        time.sleep(10)
+
+    write_run(tmp_path / "run", [timed()])
+    monkeypatch.setattr(f"chela_bench.cli.{measuring}", interrupted)
+    monkeypatch.setattr("os.isatty", lambda _: False)  # a terminal here stays ours
+    ctrl_c = signum == signal.SIGINT
+    before = signal.signal(signum, signal.default_int_handler if ctrl_c else signal.SIG_DFL)
+    try:
+        done = in_this_process(*words, cwd=tmp_path)
+    finally:
+        signal.signal(signum, before)
+    assert (done.returncode, done.stdout) == (128 + signum, "")
+    assert done.stderr.split("\n") == ["", "interrupted", ""]  # the first ends the line of a ^C
 
 
 def _assert_gone(workers):

@@ -296,6 +296,11 @@ def _promoted(folder: Path, machine: Machine) -> Measured:
 def _refuse_other_key(found: Measured, machine: Machine) -> None:
     """Another GPU model, driver, torch or Triton is another baseline's business, not a failure."""
     then, now = found.machine, machine
+    if (then.device == "static") != (now.device == "static"):
+        raise BaselineProblem(
+            f"the baseline {found.label} and what is held against it are not of one kind: compiled "
+            "kernels are held against compiled kernels, times against times"
+        )
     differing = [
         f"{what} {a or 'unknown'}, here {b or 'unknown'}"
         for what, a, b in (

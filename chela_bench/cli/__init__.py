@@ -14,6 +14,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from chela_bench import __version__
+from chela_bench.cli.signals import interruption_code
 from chela_bench.errors import ChelaBenchError, EnvironmentProblem
 
 COMMANDS = {  # name -> module:attribute, and the line that --help shows without importing it
@@ -105,8 +106,9 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except click.Abort:
-        sys.exit(130)
+    except click.Abort as abort:  # what click makes of a KeyboardInterrupt
+        click.echo("interrupted", err=True)
+        sys.exit(interruption_code(abort.__cause__))
     except ChelaBenchError as error:
         click.echo(f"chela-bench: {error}", err=True)
         sys.exit(error.exit_code)

@@ -9,12 +9,12 @@ from typing import Any, TypeVar, get_args
 import click
 from click.core import ParameterSource
 
-from chela_bench.bench import plan
+from chela_bench.bench import plan, store
 from chela_bench.bench.cases import Distribution
 from chela_bench.bench.load import is_file
 from chela_bench.cli import complete
 from chela_bench.errors import UsageError
-from chela_bench.records import DIRECTIONS, DTYPES, L2, OUTCOMES, Outcome, Timer
+from chela_bench.records import DIRECTIONS, DTYPES, L2, OUTCOMES, Outcome, Run, Timer
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -110,6 +110,17 @@ def said(ctx: click.Context) -> dict[str, str]:
         for each in ctx.command.params
         if each.name and ctx.get_parameter_source(each.name) is ParameterSource.COMMANDLINE
     }
+
+
+def to_resume(ctx: click.Context) -> tuple[Path, Run] | None:
+    """The run to go on with, and its folder, which is where its records go."""
+    folder: Path | None = ctx.params["resume"]
+    if folder is None:
+        return None
+    run = store.load_header(folder)
+    if "out" in said(ctx):
+        raise UsageError("--resume goes on in the run's own folder: no --out")
+    return folder, run
 
 
 def refuse_without_live(ctx: click.Context, *names: str) -> None:

@@ -157,11 +157,6 @@ def _against_baseline(given: dict[str, Any], limit: Limit) -> Gating:
     else:
         candidate = sources.read(given["candidate"])
         baseline = resolve(path, candidate.machine)
-    if (baseline.kind == "static") != (candidate.kind == "static"):
-        raise BaselineProblem(
-            f"{candidate.label} and the baseline {baseline.label} are not of one kind: compiled "
-            "kernels are held against compiled kernels, times against times"
-        )
     one = any(paths.exists(path / name, BaselineProblem) for name in (HEADER, RUN))
     is_folder = not one and paths.is_dir(path, BaselineProblem)
     noise = noise_of(path if is_folder else given["baselines"], candidate.machine)

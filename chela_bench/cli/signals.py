@@ -18,7 +18,8 @@ class Interrupted(KeyboardInterrupt):
         self.exit_code = 128 + signum  # as shells report it
 
 
-def interruption_code(stop: KeyboardInterrupt) -> int:
+def interruption_code(stop: BaseException | None) -> int:
+    """Of a KeyboardInterrupt; Ctrl-C's if nothing is known."""
     return stop.exit_code if isinstance(stop, Interrupted) else 128 + signal.SIGINT
 
 

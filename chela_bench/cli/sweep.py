@@ -18,6 +18,7 @@ from chela_bench.cli.choices import (
     retried,
     retry_option,
     selection_options,
+    to_resume,
 )
 from chela_bench.cli.options import (
     config_option,
@@ -71,8 +72,7 @@ def sweep(ctx: click.Context, /, **given: Any) -> None:
     """
     said = flags_of(given)
     retry = retried(given)
-    folder: Path | None = given["resume"]
-    resumed = None if folder is None else store.load_header(folder)
+    folder, resumed = to_resume(ctx) or (None, None)
     devices_given = given["device"] != "auto" or given["gpus"] is not None
     if given["device"] != "auto" and given["gpus"] is not None:
         raise UsageError("--device names one device and --gpus several: give one of them")

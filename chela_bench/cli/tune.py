@@ -22,7 +22,10 @@ from chela_bench.cli.choices import (
     resume_option,
     retried,
     retry_option,
+    said,
+    seed_option,
     sizes_option,
+    to_resume,
 )
 from chela_bench.cli.options import Seconds, config_option, device_option, json_option, out_option
 from chela_bench.cli.output import echo_rich, write_files
@@ -35,6 +38,7 @@ from chela_bench.profiles.occupancy import ARCHS
 from chela_bench.records import Point, Run, document
 
 FOLDER = "tune"  # in the run folder
+_ALSO_RESUMED = ("resume", "retry", "budget", "write_table", "table", "as_json")
 
 
 @click.command()
@@ -49,7 +53,7 @@ FOLDER = "tune"  # in the run folder
 @device_option
 @click.option("--timer", type=click.Choice(("event", "profiler")), help="How to time.")
 @click.option("--l2", type=click.Choice(("cold", "warm")), help="Evict the L2 cache, or leave it.")
-@click.option("--seed", type=int, help="Seed of inputs and of the order.")
+@seed_option
 @click.option(
     "--arch",
     help=f"Compile for it: {', '.join(ARCHS)}.  [default: the device's]",
@@ -85,9 +89,12 @@ def tune(ctx: click.Context, /, **given: Any) -> None:
       chela-bench tune long_conv --lens 4k --axis method=monarch,factors --axis N2=16,32,64
       chela-bench tune --resume runs/TUNED --write-table
     """
-    folder: Path | None = given["resume"]
     retry = retried(given)
-    settings, resumed = (_new(given), None) if folder is None else _resumed(folder, given)
+    folder, resumed = to_resume(ctx) or (None, None)
+    if folder is None or resumed is None:
+        settings = _new(given)
+    else:
+        settings = _settings_of(folder, resumed, ctx)
     if given["table"] is not None and not given["write_table"]:
         raise UsageError("--table goes with --write-table")
     importlib.import_module("chela_bench.cli.derived")  # slow or broken: now, not an hour later
@@ -129,15 +136,15 @@ def _new(given: dict[str, Any]) -> bench.TuneSettings:
     return bench.resolve(config, flags, device, arch=given["arch"])
 
 
-def _resumed(folder: Path, given: dict[str, Any]) -> tuple[bench.TuneSettings, Run]:
-    said = [name for name in ("op", "impl", "axes", "lens", "shape", "dtype", "direction", "sizes",
-                              "timer", "l2", "seed", "arch", "config") if given[name]]  # fmt: skip
-    if said or given["device"] != "auto":
-        raise UsageError("--resume takes the run's own settings: leave the others out")
-    run = store.load_header(folder)
+def _settings_of(folder: Path, run: Run, ctx: click.Context) -> bench.TuneSettings:
+    others = [flag for name, flag in said(ctx).items() if name not in _ALSO_RESUMED]
+    if others:
+        raise UsageError(
+            f"--resume takes the run's own settings: leave the others out, here {', '.join(others)}"
+        )
     if run.settings.get("command") != "tune":
         raise RecordError(f"{folder} is no run of tune; go on with: chela-bench sweep --resume")
-    return own_settings(folder, run, bench.TuneSettings), run
+    return own_settings(folder, run, bench.TuneSettings)
 
 
 def _conclude(

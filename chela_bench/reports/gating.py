@@ -21,7 +21,7 @@ _ENDINGS = {
     0: "passed",
     1: "FAILED",
     3: "FAILED: a result is wrong",
-    5: "UNCLEAR: too noisy to decide",
+    5: "UNCLEAR: some times cannot be decided",
 }
 
 
