@@ -191,8 +191,9 @@ def _measured_now(given: dict[str, Any], path: Path) -> tuple[Measured, Measured
     device = choose_device(given["device"])
     baseline = resolve(path, again.here(device))
     if baseline.kind != "run":
-        what = "`atlas --json`" if baseline.kind == "static" else "pytest-benchmark's JSON"
-        raise UsageError(f"the baseline {baseline.label} is {what}: give today's as CANDIDATE")
+        raise UsageError(
+            f"the baseline {baseline.label} is pytest-benchmark's JSON: give today's as CANDIDATE"
+        )
     settings, _ = again.settings_of(baseline, device)
     folder = new_folder(given["out"])
     with SweepProgress() as progress:
