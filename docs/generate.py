@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from chela_bench import cli, records, verdicts
-from chela_bench.bench import baseline, config, store
+from chela_bench.bench import baseline, config, noise, store
 from chela_bench.bench.cases import Limits
 from chela_bench.bench.ops import OPS
 
@@ -115,7 +115,7 @@ def verdicts_page() -> Iterator[str]:
             yield f"### {part.__name__}\n\n{_about(part)}"
             yield from _record(part)
     yield f"## Baselines on disk\n\nSchema version {baseline.SCHEMA_VERSION}."
-    for model in (baseline.Header, baseline.Current, baseline.ModelledPoint, baseline.NoiseRecord):
+    for model in (baseline.Header, baseline.Current, baseline.ModelledPoint, noise.NoiseRecord):
         yield f"### {model.__name__}\n\n{_about(model)}"
         yield _fields(model)
 

@@ -1,25 +1,24 @@
-"""Measured now, for the gate and for noise: a baseline's points, unclear ones once more, A/A."""
+"""Measured now, for the gate: a baseline's points, and unclear ones once more."""
 
 from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from chela_bench.bench import plan, profiling, stats, store
-from chela_bench.bench.baseline import NoiseRecord, changes, facts, time_changes, typical
+from chela_bench.bench import plan, stats, store
+from chela_bench.bench.baseline import facts
 from chela_bench.bench.cases import Case, Limits, Session
 from chela_bench.bench.plan import Settings
 from chela_bench.bench.registry import all_ops
-from chela_bench.bench.runner import Runner, WorkerProcess, shuffled, utc_now
+from chela_bench.bench.runner import Runner, WorkerProcess
 from chela_bench.bench.sources import Entry, Machine, Measured, machine_of
 from chela_bench.errors import EnvironmentProblem, UsageError
-from chela_bench.records import Ceilings, Environment, Point
+from chela_bench.records import Environment, Point
 
 LONGER = 4  # times the time for samples, of a round that is to settle a verdict
 Heard = Callable[[str], None]
@@ -154,116 +153,6 @@ def _longer(session: Session) -> Session:
     phase_s = max(limits.phase_s, 4 * limits.call_s + sample_s)
     longer = limits.model_copy(update={"sample_s": sample_s, "phase_s": phase_s})
     return session.model_copy(update={"limits": longer})
-
-
-@dataclass(frozen=True)
-class NoiseRuns:
-    """What `measure_noise` found."""
-
-    machine: Machine
-    record: NoiseRecord
-    unsteady: list[str]
-    """Whose times or bytes doubled by themselves, in words; not in the record."""
-    failed: list[Point] = field(default_factory=list)
-    """Those that had no time."""
-    doubled: frozenset[str] = frozenset()
-    """Keys of the unsteady ones."""
-
-
-def measure_noise(settings: Settings, runs: int, *, heard: Heard) -> NoiseRuns:
-    """The same code, in `runs` processes one after another, and with `--hbm ncu` each time in one
-    more under the profiler."""
-    cases = plan.runnable(settings)
-    if not cases:
-        raise UsageError("nothing of what is selected can run here")
-    tool = profiling.usable_tool() if settings.hbm == "ncu" else None
-    session = settings.sessions(ncu=tool is not None)[0]
-    bytes_: dict[str, list[int]] = {}
-    samples: dict[str, list[list[int]]] = {}
-    failed: dict[str, Point] = {}
-    ceilings: dict[str, Ceilings] = {}
-    machine: Machine | None = None
-    with tempfile.TemporaryDirectory(prefix="chela-bench-") as folder:
-        for number in range(runs):
-            with Runner(session, Path(folder) / "worker.log", ceilings=ceilings) as runner:
-                ceilings = {runner.device: runner.ceilings}
-                machine = machine_of(runner.environment, runner.versions)
-                for case in shuffled(cases, settings.seed + number):
-                    heard(f"run {number + 1} of {runs}: {case.key}")
-                    point, times = runner.measure(case)
-                    if point.outcome != "ok":
-                        failed[case.key] = point
-                    else:
-                        samples.setdefault(case.key, []).append([round(ns) for ns in times])
-            if tool is not None:
-                heard(f"run {number + 1} of {runs}: under ncu {tool.version}")
-                way = profiling.Way(tool, session, runner.ceilings, Path(folder), heard)
-                good = [case for case in cases if case.key not in failed]
-                for key, moved in profiling.bytes_now(way, good, runner.environment).items():
-                    bytes_.setdefault(key, []).append(moved)
-    assert machine is not None
-    whole = {key: taken for key, taken in samples.items() if len(taken) == runs}
-    if not whole:
-        first = next(iter(failed.values()))
-        raise EnvironmentProblem(
-            f"nothing was measured {runs} times; {first.key}: {first.outcome}: {first.reason}"
-        )
-    counted = {key: moved for key, moved in bytes_.items() if key in whole and len(moved) == runs}
-    return noise_runs(machine, whole, counted, list(failed.values()))
-
-
-def noise_runs(
-    machine: Machine,
-    samples: Mapping[str, list[list[int]]],
-    moved: Mapping[str, list[int]],
-    failed: Sequence[Point] = (),
-) -> NoiseRuns:
-    """Times, and bytes, of points in every run."""
-    record, unsteady = _noise_record(machine, samples, moved)
-    doubled = (samples.keys() - record.by_key.keys()) | (moved.keys() - record.hbm_by_key.keys())
-    return NoiseRuns(machine, record, unsteady, list(failed), frozenset(doubled))
-
-
-def _noise_record(
-    machine: Machine,
-    samples: Mapping[str, list[list[int]]],
-    moved: Mapping[str, list[int]] | None = None,
-) -> tuple[NoiseRecord, list[str]]:
-    """And, in words, what doubles by itself: nothing can be held against that."""
-    unsteady: list[str] = []
-
-    def steady(what: str, changes: Mapping[str, list[float]]) -> dict[str, float]:
-        largest = {key: round(max(pairs), 6) for key, pairs in changes.items()}
-        for key, size in largest.items():
-            if size >= 1:
-                unsteady.append(f"the {what} of {key} differ by {size * 100:.0f} %")
-        return {key: size for key, size in largest.items() if size < 1}
-
-    times = {key: time_changes(runs) for key, runs in samples.items()}
-    by_key = steady("times", times)
-    counts = {key: counts for key, counts in (moved or {}).items() if key in by_key}
-    hbm_by_key = steady("bytes", {key: changes(counted) for key, counted in counts.items()})
-    if not by_key:
-        raise EnvironmentProblem(too_unsteady(unsteady))
-    steady_ns = {key: samples[key] for key in by_key}
-    record = NoiseRecord(
-        measured_utc=utc_now(),
-        machine=facts(machine),
-        typical=typical(steady_ns),
-        by_key=by_key,
-        samples_ns=steady_ns,
-        hbm_by_key=hbm_by_key,
-        hbm_bytes={key: counts[key] for key in hbm_by_key},
-    )
-    return record, unsteady
-
-
-def too_unsteady(unsteady: Sequence[str]) -> str:
-    """What is wrong with them, and what to do."""
-    return (
-        f"{'; '.join(unsteady)} between runs of the same code, too much to keep: measure again on "
-        "a quieter machine, or leave it out"
-    )
 
 
 def machine_info(machine: Machine) -> dict[str, Any]:

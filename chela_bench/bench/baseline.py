@@ -15,21 +15,19 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
-import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from chela_bench.bench import paths, sources, stats, store
+from chela_bench.bench import paths, sources, store
 from chela_bench.bench.cases import Case
-from chela_bench.bench.comparing import Noise, assumed_noise
 from chela_bench.bench.runner import utc_now
 from chela_bench.bench.sources import Kind, Machine, Measured
 from chela_bench.errors import BaselineProblem, ChelaBenchError, EnvironmentProblem, UsageError
-from chela_bench.records import Count, Modelled, Nanoseconds
+from chela_bench.records import Modelled
 
 SCHEMA_VERSION = 1
 HEADER, CURRENT, MODELS = "baseline.json", "current.json", "models.json"
@@ -44,18 +42,19 @@ _FILES: dict[Kind, tuple[str, ...]] = {
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 
 
-class _Record(BaseModel):
+class Kept(BaseModel):
+    """A JSON file in a folder of baselines."""
+
     model_config = ConfigDict(
         extra="ignore", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
     way_out: ClassVar[str] = "save the baseline anew"
 
 
-_R = TypeVar("_R", bound=_Record)
-Share = Annotated[float, Field(ge=0, lt=1)]
+_R = TypeVar("_R", bound=Kept)
 
 
-class Header(_Record):
+class Header(Kept):
     """baseline.json."""
 
     schema_version: int = SCHEMA_VERSION
@@ -74,7 +73,7 @@ class Header(_Record):
     """SHA-256 of each file beside it."""
 
 
-class Current(_Record):
+class Current(Kept):
     """current.json: the promoted baseline."""
 
     way_out = "promote a baseline: chela-bench baseline promote NAME"
@@ -85,36 +84,13 @@ class Current(_Record):
     """ISO 8601."""
 
 
-class ModelledPoint(_Record):
+class ModelledPoint(Kept):
     """One line of models.json."""
 
     case: Case
     """What moves the bytes."""
     model_bytes: Modelled
     """HBM bytes by its formula."""
-
-
-class NoiseRecord(_Record):
-    """DIR/noise/<device>.json: times, and bytes, of the same code in processes of their own."""
-
-    way_out = "measure it again: chela-bench noise"
-
-    schema_version: int = SCHEMA_VERSION
-    """Version of this schema; others are refused."""
-    measured_utc: str
-    """ISO 8601, of the points measured last: those not measured again are kept from before."""
-    machine: dict[str, str]
-    """As a baseline's."""
-    typical: Share
-    """Relative change that 95 of 100 pairs of runs stay within; for points not in by_key."""
-    by_key: dict[str, Share]
-    """Largest relative change between two runs, by point key."""
-    samples_ns: dict[str, list[list[Nanoseconds]]] = Field(default_factory=dict)
-    """Time samples of each run, by point key, in the order taken."""
-    hbm_by_key: dict[str, Share] = Field(default_factory=dict)
-    """The same as by_key of the bytes through HBM, where they were counted."""
-    hbm_bytes: dict[str, list[Count]] = Field(default_factory=dict)
-    """Bytes counted in each run, by point key."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +113,7 @@ def machine_key(machine: Machine) -> str:
         machine.torch and f"torch-{machine.torch}",
         machine.triton and f"triton-{machine.triton}",
     ]
-    return "_".join(_slug(part) for part in parts if part)
+    return "_".join(slug(part) for part in parts if part)
 
 
 def save(
@@ -378,21 +354,22 @@ def _models(path: Path) -> dict[str, tuple[Case, int]]:
 
 
 def _header(path: Path) -> Header:
-    return _read(path / HEADER, Header)
+    return read_kept(path / HEADER, Header)
 
 
 def _current(machine: Path) -> str | None:
     path = machine / CURRENT
     if not paths.exists(path, BaselineProblem):
         return None
-    current = _read(path, Current)
+    current = read_kept(path, Current)
     header = machine / current.name / HEADER
     if not _NAME.fullmatch(current.name) or not paths.is_file(header, BaselineProblem):
         raise BaselineProblem(f"{path} names {current.name!r}, which is not there; promote another")
     return current.name
 
 
-def _read(path: Path, model: type[_R]) -> _R:
+def read_kept(path: Path, model: type[_R]) -> _R:
+    """Raises BaselineProblem, with the way out, if it is not there or damaged."""
     try:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -414,92 +391,6 @@ def _read(path: Path, model: type[_R]) -> _R:
         raise BaselineProblem(f"{path}: {problem}; {model.way_out}") from None
 
 
-def with_older(
-    folder: Path, machine: Machine, record: NoiseRecord, doubled: Collection[str] = ()
-) -> NoiseRecord:
-    """And what the file has from before, of points whose times, or bytes, were not measured now. As
-    it is where the file is damaged, or of another machine or versions.
-
-    `doubled`: points that were measured now, and are too unsteady to be in the record.
-    """
-    old = _sound_noise(_noise_path(folder, machine))
-    if old is None or old.machine != record.machine:
-        return record
-    times = old.by_key.keys() - record.by_key.keys() - set(doubled)
-    by_key = {key: size for key, size in old.by_key.items() if key in times} | record.by_key
-    bytes_ = (old.hbm_by_key.keys() & by_key.keys()) - record.hbm_by_key.keys() - set(doubled)
-    samples = {key: runs for key, runs in old.samples_ns.items() if key in times}
-    moved = {key: counted for key, counted in old.hbm_bytes.items() if key in bytes_}
-    hbm_by_key = {key: size for key, size in old.hbm_by_key.items() if key in bytes_}
-    samples |= record.samples_ns
-    return record.model_copy(
-        update={
-            "typical": typical(samples) if times else record.typical,
-            "by_key": by_key,
-            "samples_ns": samples,
-            "hbm_by_key": hbm_by_key | record.hbm_by_key,
-            "hbm_bytes": moved | record.hbm_bytes,
-        }
-    )
-
-
-def _sound_noise(path: Path) -> NoiseRecord | None:
-    """The file's record; None where there is none, or one that is damaged."""
-    try:
-        old = _read(path, NoiseRecord)
-    except BaselineProblem:
-        return None
-    if not all(run for runs in old.samples_ns.values() for run in runs):
-        return None
-    steady = all(x < 1 for runs in old.samples_ns.values() for x in time_changes(runs))
-    return old if steady else None
-
-
-def typical(samples_ns: Mapping[str, Sequence[Sequence[float]]]) -> float:
-    """Relative change that 95 of 100 pairs of runs stay within."""
-    pairs = [change for runs in samples_ns.values() for change in time_changes(runs)]
-    return round(float(np.quantile(pairs, 0.95)), 6)
-
-
-def time_changes(runs: Sequence[Sequence[float]]) -> list[float]:
-    """Of the runs' medians."""
-    return changes([stats.median(run) for run in runs])
-
-
-def changes(values: Sequence[float]) -> list[float]:
-    """Between any two, relative to the smaller one."""
-    pairs = [(a, b) for i, a in enumerate(values) for b in values[i + 1 :]]
-    return [max(pair) / min(pair) - 1 for pair in pairs]
-
-
-def write_noise(folder: Path, machine: Machine, record: NoiseRecord) -> Path:
-    path = _noise_path(folder, machine)
-    try:
-        paths.make_folder(path.parent)
-        store.write_atomically(path, record.model_dump_json().encode() + b"\n")
-    except OSError as error:
-        raise EnvironmentProblem(f"cannot write {path}: {error.strerror}") from error
-    return path
-
-
-def noise_of(folder: Path | None, machine: Machine, *, live: bool = False) -> Noise:
-    """What `noise` measured on this very device, else what is assumed. Of rounds side by side no
-    more than is assumed of them: `noise` measures whole runs."""
-    path = None if folder is None else _noise_path(folder, machine)
-    if path is None or not paths.exists(path, BaselineProblem):
-        return assumed_noise(machine, live=live)
-    record = _read(path, NoiseRecord)
-    source = f"measured {record.measured_utc[:10]}: {path}"
-    assumed = assumed_noise(machine, live=live)
-    if live:
-        return assumed if assumed.typical <= record.typical else Noise(record.typical, source)
-    return Noise(record.typical, source, record.by_key, record.hbm_by_key)
-
-
-def _noise_path(folder: Path, machine: Machine) -> Path:
-    return folder / NOISE / f"{_slug(machine.uuid or machine.name)}.json"
-
-
 def facts(machine: Machine) -> dict[str, str]:
     """As records keep it."""
     found = {"device": machine.device, "name": machine.name, "uuid": machine.uuid}
@@ -512,7 +403,7 @@ def _writable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.+-]+", "-", text).strip("-.")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from chela_bench.bench import comparing, live, sources
-from chela_bench.bench.baseline import noise_of
+from chela_bench.bench.noise import noise_of
 from chela_bench.bench.plan import Flags
 from chela_bench.cli.choices import flags_of, refuse_without_live, selection_options
 from chela_bench.cli.figure_options import figure_files, figure_options

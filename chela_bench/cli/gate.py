@@ -10,9 +10,10 @@ from typing import Any
 import click
 
 from chela_bench.bench import again, gating, live, paths, sources
-from chela_bench.bench.baseline import HEADER, noise_of, resolve
+from chela_bench.bench.baseline import HEADER, resolve
 from chela_bench.bench.config import Config, find_config, load_config
 from chela_bench.bench.gating import Rules
+from chela_bench.bench.noise import noise_of
 from chela_bench.bench.plan import Flags
 from chela_bench.bench.sources import Measured, alike
 from chela_bench.bench.store import RUN

@@ -9,9 +9,15 @@ from typing import Any
 import click
 
 from chela_bench.bench import plan
-from chela_bench.bench.again import NoiseRuns, measure_noise, too_unsteady
-from chela_bench.bench.baseline import NoiseRecord, with_older, write_noise
 from chela_bench.bench.config import find_config, load_config
+from chela_bench.bench.noise import (
+    NoiseRecord,
+    NoiseRuns,
+    measure_noise,
+    too_unsteady,
+    with_older,
+    write_noise,
+)
 from chela_bench.cli.choices import flags_of, selection_options
 from chela_bench.cli.lines import say
 from chela_bench.cli.options import baselines_option, config_option, device_option, json_option

@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from chela_bench.bench import comparing, paths, sources, store
-from chela_bench.bench.baseline import noise_of
+from chela_bench.bench.noise import noise_of
 from chela_bench.errors import RecordError
 from chela_bench.records import AtlasRow, Refused
 from chela_bench.reports import changes

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from chela_bench.bench import live, plan
-from chela_bench.bench.baseline import noise_of
 from chela_bench.bench.cases import Case
 from chela_bench.bench.comparing import Noise
 from chela_bench.bench.config import Config, find_config, load_config
 from chela_bench.bench.live import Pair, Seat
+from chela_bench.bench.noise import noise_of
 from chela_bench.bench.plan import Flags, Settings
 from chela_bench.bench.registry import all_ops
 from chela_bench.errors import UsageError
