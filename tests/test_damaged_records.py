@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from chela_bench.bench import baseline, paths, sources, store
-from chela_bench.bench.noise import noise_record, write_noise
+from chela_bench.bench.noise import noise_runs, write_noise
 from chela_bench.bench.sources import Machine
 from chela_bench.errors import BaselineProblem, EnvironmentProblem, RecordError
 from chela_bench.profiles.inventory import unwritable
@@ -170,7 +170,7 @@ def test_other_folders_are_no_baselines(tmp_path, run, command):
 def noise(tmp_path):
     """The file of the runs' card."""
     machine = Machine("cuda", "NVIDIA H100 80GB HBM3", "GPU-0")
-    record, _ = noise_record(machine, {"a": [[100], [103]]})
+    record = noise_runs(machine, {"a": [[100], [103]]}).record
     return write_noise(tmp_path / "baselines", machine, record)
 
 
@@ -191,12 +191,13 @@ def test_damaged_noise_is_measured_again(noise, run, command, text):
 
 def test_a_machine_whose_times_double_has_no_noise_to_keep():
     with pytest.raises(EnvironmentProblem, match="times of a differ by 150 % between runs"):
-        noise_record(Machine("cpu", "CPU"), {"a": [[100], [250]]})
+        noise_runs(Machine("cpu", "CPU"), {"a": [[100], [250]]})
 
 
 def test_what_is_steady_beside_them_is_kept():
     samples = {"a": [[100], [250]], "b": [[100], [101]], "c": [[100], [102]]}
-    record, unsteady = noise_record(Machine("cpu", "CPU"), samples, {"a": [1, 1], "b": [1, 2]})
+    found = noise_runs(Machine("cpu", "CPU"), samples, {"a": [1, 1], "b": [1, 2]})
+    record, unsteady = found.record, found.unsteady
     assert record.by_key == {"b": 0.01, "c": 0.02}
     assert list(record.samples_ns) == ["b", "c"]
     assert 0.01 < record.typical <= 0.02 and record.hbm_by_key == {}

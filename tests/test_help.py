@@ -24,7 +24,7 @@ from chela_bench.cli import derived
 from chela_bench.reports.figures import figures
 from tests.records import atlas_json, pytest_json, timed
 from tests.running import ROOT, TINY, in_this_process
-from tests.test_atlas import make_row
+from tests.test_atlas_reports import make_row
 from tests.test_ncu import install
 
 WORKER = (Path(__file__).resolve().parent / "steady_worker.py").read_text()

@@ -8,12 +8,12 @@ import json
 import pytest
 
 from chela_bench.bench import atlas
-from chela_bench.bench.noise import NoiseRuns, noise_record
+from chela_bench.bench.noise import noise_runs
 from chela_bench.bench.sources import Machine
 from chela_bench.records import Refused
 from tests.records import timed, write_run
 from tests.running import in_this_process
-from tests.test_atlas import ROWS
+from tests.test_atlas_reports import ROWS
 
 ATLAS = ("atlas", "linear_attention", "--arch", "sm_90,sm_86")
 
@@ -66,7 +66,7 @@ def test_compare_says_its_verdict_and_what_is_unwritten(places):
 def test_noise_says_its_figures_and_what_is_unwritten(places, monkeypatch, as_json):
     machine = Machine("cpu", "some CPU")
     samples = {"a": [[100], [103]], "b": [[100], [300]]}
-    found = NoiseRuns(machine, *noise_record(machine, samples))
+    found = noise_runs(machine, samples)
     monkeypatch.setattr("chela_bench.cli.noise.measure_noise", lambda *_, **__: found)
     words = ("noise", "--device", "cpu", "--impl", "chunked", "--baselines", "file")
     done = in_this_process(*words, *as_json, cwd=places)

@@ -7,19 +7,19 @@ from dataclasses import replace
 
 import pytest
 
-from chela_bench.bench.noise import noise_record, noise_runs
+from chela_bench.bench.noise import noise_runs
 from chela_bench.bench.sources import Machine
 from tests.running import in_this_process, tiny_config
 
 
 def test_noise_is_the_largest_change_between_two_runs():
     machine = Machine("cuda", "NVIDIA H100", "GPU-0")
-    record, _ = noise_record(
+    record = noise_runs(
         machine, {"a": [[100, 100], [103, 103], [101]], "b": [[50], [50], [50]]}
-    )
+    ).record
     assert record.by_key == {"a": 0.03, "b": 0.0}
     assert 0.0 < record.typical <= 0.03
-    again, _ = noise_record(machine, {"a": [[100], [100]]}, {"a": [1000, 1010, 990]})
+    again = noise_runs(machine, {"a": [[100], [100]]}, {"a": [1000, 1010, 990]}).record
     assert again.by_key == {"a": 0.0} and again.hbm_by_key == {"a": pytest.approx(0.020202)}
 
 
@@ -46,7 +46,7 @@ def told(tmp_path, monkeypatch):
     monkeypatch.setattr("chela_bench.cli.noise.choose_device", lambda wanted: "cpu")
 
     def run(samples, moved=None, *, machine=HERE, as_json=False):
-        found = noise_runs(machine, samples, moved or {})
+        found = noise_runs(machine, samples, moved)
         monkeypatch.setattr("chela_bench.cli.noise.measure_noise", lambda *_, **__: found)
         words = ("--device", "cpu", "--impl", "chunked", *(["--json"] if as_json else []))
         return in_this_process("noise", *words, cwd=tmp_path)
@@ -67,7 +67,7 @@ def test_noise_of_a_smaller_selection_keeps_the_others(tmp_path, told):
     assert record["samples_ns"] == {**OLD, "a": [[100], [101]]}
     assert record["hbm_by_key"] == {"a": 0.0, "b": 0.2, "c": 0.3}
     assert record["hbm_bytes"] == {"a": [10, 10], "b": [10, 12], "c": [10, 13]}
-    every, _ = noise_record(HERE, record["samples_ns"])
+    every = noise_runs(HERE, record["samples_ns"]).record
     assert record["typical"] == every.typical > 0.1
     assert "2 points that were measured before are kept" in done.stdout
     assert f"stay within {every.typical * 100:.2f} % on" in done.stdout

@@ -24,7 +24,7 @@ from chela_bench.verdicts import Change, Comparison, Side
 from tests.factories import SWEEPS, contenders, h100_sweep, make_point, make_run
 from tests.records import timed, write_run
 from tests.running import ROOT, in_this_process
-from tests.test_atlas import ARCHS, ROWS
+from tests.test_atlas_reports import ARCHS, ROWS
 from tests.test_figures import drawn_labels, nothing_overlaps_or_leaves
 from tests.test_tune import tuning
 

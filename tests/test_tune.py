@@ -26,7 +26,7 @@ from chela_bench.reports.tune import (
 )
 from tests.factories import make_cpu_run, make_failure, make_point, make_run
 from tests.running import ROOT, Silent, in_this_process, tiny_config
-from tests.test_atlas import make_row
+from tests.test_atlas_reports import make_row
 
 pytestmark = pytest.mark.usefixtures("forked_workers")
 

@@ -6,8 +6,8 @@ DIR/noise/<device>.json    times, and bytes where they were counted, of every ru
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -58,10 +58,10 @@ class NoiseRuns:
     record: NoiseRecord
     unsteady: list[str]
     """Whose times or bytes doubled by themselves, in words; not in the record."""
-    failed: list[Point] = field(default_factory=list)
-    """Those that had no time."""
-    doubled: frozenset[str] = frozenset()
+    doubled: frozenset[str]
     """Keys of the unsteady ones."""
+    failed: list[Point]
+    """Those that had no time."""
 
 
 def measure_noise(settings: Settings, runs: int, *, heard: Heard) -> NoiseRuns:
@@ -109,28 +109,19 @@ def measure_noise(settings: Settings, runs: int, *, heard: Heard) -> NoiseRuns:
 def noise_runs(
     machine: Machine,
     samples: Mapping[str, list[list[int]]],
-    moved: Mapping[str, list[int]],
+    moved: Mapping[str, list[int]] | None = None,
     failed: Sequence[Point] = (),
 ) -> NoiseRuns:
-    """Times, and bytes, of points in every run."""
-    record, unsteady = noise_record(machine, samples, moved)
-    doubled = (samples.keys() - record.by_key.keys()) | (moved.keys() - record.hbm_by_key.keys())
-    return NoiseRuns(machine, record, unsteady, list(failed), frozenset(doubled))
-
-
-def noise_record(
-    machine: Machine,
-    samples: Mapping[str, list[list[int]]],
-    moved: Mapping[str, list[int]] | None = None,
-) -> tuple[NoiseRecord, list[str]]:
-    """And, in words, what doubles by itself: nothing can be held against that."""
+    """Of times, and bytes, of points in every run. Nothing can be held against what doubles."""
     unsteady: list[str] = []
+    doubled: set[str] = set()
 
     def steady(what: str, changes: Mapping[str, list[float]]) -> dict[str, float]:
         largest = {key: round(max(pairs), 6) for key, pairs in changes.items()}
         for key, size in largest.items():
             if size >= 1:
                 unsteady.append(f"the {what} of {key} differ by {size * 100:.0f} %")
+                doubled.add(key)
         return {key: size for key, size in largest.items() if size < 1}
 
     times = {key: _time_changes(runs) for key, runs in samples.items()}
@@ -149,7 +140,7 @@ def noise_record(
         hbm_by_key=hbm_by_key,
         hbm_bytes={key: counts[key] for key in hbm_by_key},
     )
-    return record, unsteady
+    return NoiseRuns(machine, record, unsteady, frozenset(doubled), list(failed))
 
 
 def too_unsteady(unsteady: Sequence[str]) -> str:
@@ -177,20 +168,16 @@ def _changes(values: Sequence[float]) -> list[float]:
     return [max(pair) / min(pair) - 1 for pair in pairs]
 
 
-def with_older(
-    folder: Path, machine: Machine, record: NoiseRecord, doubled: Collection[str] = ()
-) -> NoiseRecord:
-    """And what the file has from before, of points whose times, or bytes, were not measured now. As
-    it is where the file is damaged, or of another machine or versions.
-
-    `doubled`: points that were measured now, and are too unsteady to be in the record.
-    """
-    old = _sound_noise(_noise_path(folder, machine))
+def with_older(folder: Path, found: NoiseRuns) -> NoiseRecord:
+    """The record, and what the file has from before, of points whose times, or bytes, were not
+    measured now. As it is where the file is damaged, or of another machine or versions."""
+    record, doubled = found.record, found.doubled
+    old = _sound_noise(_noise_path(folder, found.machine))
     if old is None or old.machine != record.machine:
         return record
-    times = old.by_key.keys() - record.by_key.keys() - set(doubled)
+    times = old.by_key.keys() - record.by_key.keys() - doubled
     by_key = {key: size for key, size in old.by_key.items() if key in times} | record.by_key
-    bytes_ = (old.hbm_by_key.keys() & by_key.keys()) - record.hbm_by_key.keys() - set(doubled)
+    bytes_ = (old.hbm_by_key.keys() & by_key.keys()) - record.hbm_by_key.keys() - doubled
     samples = {key: runs for key, runs in old.samples_ns.items() if key in times}
     moved = {key: counted for key, counted in old.hbm_bytes.items() if key in bytes_}
     hbm_by_key = {key: size for key, size in old.hbm_by_key.items() if key in bytes_}

@@ -65,7 +65,7 @@ def noise(**given: Any) -> None:
     whole = found.record
     problems = [too_unsteady(found.unsteady)] if found.unsteady else []
     try:
-        older = with_older(given["baselines"], found.machine, found.record, found.doubled)
+        older = with_older(given["baselines"], found)
         path = write_noise(given["baselines"], found.machine, older)
         whole = older
     except EnvironmentProblem as error:  # said last: what was measured is not lost for it

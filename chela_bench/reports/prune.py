@@ -6,7 +6,6 @@ import pprint
 from collections.abc import Sequence
 
 from chela_bench.records import AtlasRow
-from chela_bench.reports.atlas import Config, config_of
 
 _HEAD = '''"""Which configurations cannot run, by kernel and architecture, found by compiling them.
 
@@ -27,21 +26,15 @@ other ones may need more or less.
 a compiler crashed on or took too long for.
 """
 
-# kernel -> architecture -> [(configuration, None or why it cannot run)]
+# kernel -> architecture -> [(configuration, why it cannot run; None if it can, or nobody knows)]
 TABLE = '''
-
-_UNKNOWN = """
-
-# kernel -> architecture -> [configuration whose compiler crashed or took too long]
-UNKNOWN = """
 
 _CODE = '''
 
 def prune(kernel=None, arch=None):
     """An early_config_prune for a kernel (None: all of the table) on an architecture (None: that of
     the current GPU)."""
-    kernels = list(TABLE) if kernel is None else [kernel]
-    tables, unknown = ([table[each] for each in kernels] for table in (TABLE, UNKNOWN))
+    tables = list(TABLE.values()) if kernel is None else [TABLE[kernel]]
 
     def early_config_prune(configs, named_args, **kwargs):
         name = arch or current_arch()
@@ -49,14 +42,10 @@ def prune(kernel=None, arch=None):
         for config in configs:
             asked = {**config.kwargs, "num_warps": config.num_warps,
                      "num_stages": config.num_stages}
-
-            def meant(row):
-                return set(config.kwargs) <= set(row) and all(
-                    row[key] == asked[key] for key in row if key in asked)
-
-            known = [why for table in tables for row, why in table.get(name, ()) if meant(row)]
-            open_ = any(meant(row) for table in unknown for row in table.get(name, ()))
-            if known and not open_ and all(why is not None for why in known):
+            known = [why for table in tables for row, why in table.get(name, ())
+                     if set(config.kwargs) <= set(row)
+                     and all(row[key] == asked[key] for key in row if key in asked)]
+            if known and all(why is not None for why in known):
                 dropped.append(f"{config}: {known[0]}")
             else:
                 kept.append(config)
@@ -83,30 +72,18 @@ early_config_prune = prune()
 def prune_module(rows: Sequence[AtlasRow], module: str) -> str:
     """The module's text; `module` is the name that it is imported by."""
     table: dict[str, dict[str, list[tuple[dict[str, object], str | None]]]] = {}
-    unknown: dict[str, dict[str, list[dict[str, object]]]] = {}
-    for (kernel, arch, config), same in _by_config(rows).items():
-        known = table.setdefault(kernel, {}).setdefault(arch, [])
-        not_known = unknown.setdefault(kernel, {}).setdefault(arch, [])
-        if any(row.fits for row in same):  # with some of its flags
-            known.append((dict(config), None))
-        elif all(row.known for row in same):
-            known.append((dict(config), same[0].reason or same[0].outcome))
-        else:
-            not_known.append(dict(config))
+    for row in rows:
+        known = table.setdefault(row.kernel, {}).setdefault(row.arch, [])
+        config: dict[str, object] = dict(row.config)
+        reason = None if row.fits or not row.known else row.reason or row.outcome
+        at = next((i for i, (other, _) in enumerate(known) if other == config), None)
+        if at is None:
+            known.append((config, reason))
+        elif reason is None:  # it runs with some of its flags, or may
+            known[at] = (config, None)
     head = _HEAD.format(
         triton=rows[0].triton if rows else "none",
         dtype=" and ".join(dict.fromkeys(row.dtype for row in rows)),
         module=module,
     )
-    return f"{head}{_literal(table)}{_UNKNOWN}{_literal(unknown)}{_CODE}"
-
-
-def _by_config(rows: Sequence[AtlasRow]) -> dict[tuple[str, str, Config], list[AtlasRow]]:
-    found: dict[tuple[str, str, Config], list[AtlasRow]] = {}
-    for row in rows:
-        found.setdefault((row.kernel, row.arch, config_of(row)), []).append(row)
-    return found
-
-
-def _literal(table: object) -> str:
-    return pprint.pformat(table, width=100, sort_dicts=False) + "\n"
+    return head + pprint.pformat(table, width=100, sort_dicts=False) + "\n" + _CODE
