@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from chela_bench.bench import live
-from chela_bench.bench.cases import Case
+from chela_bench.bench.cases import Case, Limits, Session
 from chela_bench.bench.comparing import Noise
 from chela_bench.bench.gating import Rules, live_checks
 from chela_bench.bench.live import Failed, Pair, Refusal
@@ -22,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("forked_workers")
 
 CASE = Case(op="linear_attention", impl="chunked", direction="fwd", dtype="fp32",
             shape={"B": 1, "T": 64, "H": 1, "K": 16, "V": 16})  # fmt: skip
+SESSION = Session(device="cpu", timer="event", l2="cold", seed=0, inputs="randn", limits=Limits())
 PAIR = Pair("point", CASE, CASE)
 NOISE = Noise(0.006, "assumed")
 
@@ -142,6 +143,23 @@ def test_a_gate_in_turns_asks_the_second_side_where_the_first_fails(then, now, o
     assert (check.outcome, check.reason) == (outcome, reason)
     assert check.figure == "outcome" and (check.before, check.after) == (then, now or "ok")
     assert diary[-1] == ("B", "let go")
+
+
+@pytest.mark.parametrize("when", ["take", "release"])
+def test_the_second_side_is_right_only_after_its_turn(when):
+    a, b, _ = seats([100.0], [100.0], fails={when: ("wrong", "after timing")})
+    a.fails = {"hold": ("wrong", "no")}
+    [taken] = live.in_turns(a, b, [PAIR], live.clear_of(lambda evidence: 1.05, 1), budget_s=5)
+    [check] = live_checks(["point"], [taken], Rules(Limit(0.05, 0.0), NOISE))
+    assert taken.wrong and check.outcome == "wrong"
+    assert check.reason == "before: wrong: no; after: wrong: after timing"
+
+
+def test_to_let_go_of_nothing_costs_no_worker(tmp_path):
+    with live.Seat(SESSION, tmp_path / "worker.log") as seat:
+        worker = seat._worker
+        seat.let_go()
+        assert seat._worker is worker
 
 
 def test_no_such_revision():

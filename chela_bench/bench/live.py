@@ -243,12 +243,15 @@ def in_turns(
 
 
 def _refused(failed: Failed, after: Seat, pair: Pair) -> Refusal:
-    """Where it is the first side that fails, how the second one fares: it may be the one mended."""
+    """Where it is the first side that fails, how the second one fares: it may be the one mended,
+    which both its judgements have to say."""
     wrong = failed.outcome == "wrong"
     if failed.is_after:
         return Refusal(failed.reason, wrong=wrong)
     try:
         after.hold(pair.after)
+        after.take(TURN_S)
+        after.release()
         now, reason = "ok", failed.reason
     except Failed as other:
         now = other.outcome
