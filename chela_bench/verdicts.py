@@ -91,7 +91,8 @@ class Check(_Record):
     """`time`, `outcome`, or the name of an exact figure (`smem_bytes`) or budget (`max_ms`)."""
     outcome: Outcome
     """passed; failed; wrong (a result that is not right); unclear; better (an exact figure that
-    improved); new (not in the baseline); unchecked (a budget's figure was not measured)."""
+    improved); new (not in the baseline); unchecked (it has no figure: as before it has no
+    result, or a budget's figure was not measured)."""
     before: float | str | bool | None = None
     """The baseline's figure, or the budget's limit; times in nanoseconds. Null: it has none."""
     after: float | str | bool | None = None
@@ -124,13 +125,14 @@ class Gating(_Record):
 
     @property
     def exit_code(self) -> int:
-        """3 if a result is wrong, 1 if a check failed, 5 if one is unclear, else 0."""
+        """3 if a result is wrong, 1 if a check failed, 5 if one is unclear or none could be made,
+        else 0."""
         outcomes = {check.outcome for check in self.points}
         if "wrong" in outcomes:
             return 3
         if "failed" in outcomes:
             return 1
-        return 5 if "unclear" in outcomes else 0
+        return 5 if "unclear" in outcomes or outcomes <= {"unchecked"} else 0
 
 
 def document(record: Comparison | Gating) -> str:

@@ -115,9 +115,21 @@ def test_what_lost_its_result_fails_with_the_name(gate, after, code, words):
 
 def test_what_never_ran_still_does_not(gate):
     skipped = (make_failure("skipped", "needs a GPU"), [])
-    assert gate([skipped, timed(2048)], [skipped, timed(2048)])[0].returncode == 0
-    done, [check] = gate([skipped], [timed()])
+    done, [check] = gate([skipped, timed(2048)], [skipped, timed(2048)])
+    assert done.returncode == 0 and check["outcome"] == "unchecked"
+    assert check["reason"] == "skipped, as in the baseline: needs a GPU"
+    done, [check] = gate([skipped, timed(2048)], [timed(), timed(2048)])
     assert done.returncode == 0 and check["outcome"] == "better"
+
+
+@pytest.mark.parametrize("outcome", ["skipped", "crash", "wrong"])
+def test_a_baseline_of_failures_is_none(gate, tmp_path, outcome):
+    """Held against it, whatever fails as it did would pass."""
+    failed = (make_failure(outcome, "no luck"), [])
+    done, _ = gate([failed], [failed])
+    assert done.returncode == 4 and "or all failed" in done.stderr
+    done = in_this_process("baseline", "save", tmp_path / "baseline", cwd=tmp_path)
+    assert done.returncode == 2 and "no point of it has a figure" in done.stderr
 
 
 def test_a_new_benchmark_is_listed(gate):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from tests.records import atlas_json, atlas_row, timed, write_run
@@ -99,15 +97,19 @@ def test_a_new_kernel_that_crashes_the_compiler_is_listed_as_that(tmp_path):
 
 
 def test_every_kernel_of_a_baseline_is_checked(tmp_path):
-    crashed = atlas_json(tmp_path / "crashed.json", atlas_row(**CRASHED))
-    done, loud = gated(tmp_path, crashed, "--baseline", crashed)
-    assert done.returncode == 0 and loud == []
-    [check] = json.loads(done.stdout)["points"]
+    other = atlas_row(kernel="_other")
+    crashed = atlas_json(tmp_path / "crashed.json", atlas_row(**CRASHED), other)
+    done, [check] = gated(tmp_path, crashed, "--baseline", crashed)
+    assert done.returncode == 0 and check["outcome"] == "unchecked"
+    assert check["reason"] == "crash, as in the baseline: ptxas died"
     assert (check["figure"], check["before"], check["after"]) == ("outcome", "crash", "crash")
-    good = atlas_json(tmp_path / "good.json", atlas_row())
+    good = atlas_json(tmp_path / "good.json", atlas_row(), other)
     done, [check] = gated(tmp_path, good, "--baseline", crashed)
     assert done.returncode == 0 and check["outcome"] == "better"
     assert check["reason"] == "it was crash"
+    alone = atlas_json(tmp_path / "alone.json", atlas_row(**CRASHED))
+    done, _ = gated(tmp_path, alone, "--baseline", alone)
+    assert done.returncode == 4 and "or all failed" in done.stderr
 
 
 def test_a_gate_of_no_figures_does_not_pass(tmp_path):

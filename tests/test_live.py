@@ -118,17 +118,22 @@ def test_a_gate_in_turns():
         taken = live.in_turns(a, b, [PAIR], clear, budget_s=60)
         [check] = live_checks(["point"], taken, rules)
         assert check.outcome == outcome and check.name == "point"
-    refused = [Refusal("after: wrong: no", wrong=True), Refusal("after: crash: no")]
-    found = [c.outcome for c in live_checks(["a", "b"], refused, rules)]
-    assert found == ["wrong", "failed"]
+    refused = [Refusal("after: wrong: no", ("ok", "wrong")),
+               Refusal("after: crash: no", ("ok", "crash")), Refusal("two clocks")]  # fmt: skip
+    found = [c.outcome for c in live_checks(["a", "b", "c"], refused, rules)]
+    assert found == ["wrong", "failed", "unclear"]
 
 
 @pytest.mark.parametrize(
     ("then", "now", "outcome", "reason"),
     [
         ("wrong", None, "better", "before: wrong: no"),
-        ("crash", None, "better", "before: crash: no"),
-        ("skipped", "skipped", "passed", None),
+        ("compile_error", None, "better", "before: compile_error: no"),
+        ("crash", None, "unclear", "before: crash: no"),
+        ("timeout", None, "unclear", "before: timeout: no"),
+        ("skipped", "skipped", "unchecked", "before: skipped: no; after: skipped: so"),
+        ("crash", "crash", "unchecked", "before: crash: no; after: crash: so"),
+        ("crash", "timeout", "failed", "before: crash: no; after: timeout: so"),
         ("skipped", "oom", "failed", "before: skipped: no; after: oom: so"),
         ("oom", "wrong", "wrong", "before: oom: no; after: wrong: so"),
         ("wrong", "wrong", "wrong", "before: wrong: no; after: wrong: so"),
@@ -160,6 +165,24 @@ def test_to_let_go_of_nothing_costs_no_worker(tmp_path):
         worker = seat._worker
         seat.let_go()
         assert seat._worker is worker
+
+
+BROKEN = """
+def attention(q, k, v):
+    raise RuntimeError("no luck")
+"""
+
+
+def test_a_gate_that_could_check_nothing_does_not_pass(tmp_path):
+    """Both sides fail alike."""
+    (tmp_path / "mine.py").write_text(BROKEN)
+    done = in_this_process(
+        "gate", "--live", "HEAD", "--config", tiny_config(tmp_path), "--op", "linear_attention",
+        "--impl", "mine.py:attention", "--device", "cpu", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 5, done.stderr
+    assert "RuntimeError: no luck" in done.stdout
+    assert "UNCLEAR: nothing could be checked: 1 check of 1 benchmark: 1 unchecked" in done.stdout
 
 
 def test_no_such_revision():

@@ -124,8 +124,8 @@ def save(
     `models` are kept with compiled kernels.
     """
     measured = sources.read(source)
-    if not measured.entries and not measured.static:
-        raise UsageError(f"{source} holds nothing to keep")
+    if not measured.has_figures:
+        raise UsageError(f"{source} holds nothing to keep: no point of it has a figure")
     name = name or re.sub(r"[^A-Za-z0-9]", "", utc_now()[:19]) + f"-{measured.kind}"
     if not _NAME.fullmatch(name):
         raise UsageError(f"a baseline's name takes letters, digits and ._+-; got {name!r}")
@@ -333,10 +333,10 @@ def _read_records(path: Path) -> Measured:
         found = sources.read(path)
     except ChelaBenchError as error:
         raise BaselineProblem(str(error)) from error
-    if not found.entries and not found.static:
+    if not found.has_figures:
         raise BaselineProblem(
-            f"the baseline {path} holds no points to hold against: they were lost, or never "
-            "measured; give another"
+            f"the baseline {path} holds no points to hold against: they were lost, never measured, "
+            "or all failed; give another"
         )
     return found
 

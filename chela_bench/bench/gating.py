@@ -31,6 +31,8 @@ _STATIC = (
     "fits", "smem_bytes", "regs", "spill_store_bytes", "spill_load_bytes", "ctas_per_sm",
     "tensor_core",
 )  # fmt: skip
+# Of these the code is the cause; a crash, a timeout and a full memory may be the machine's doing.
+_THE_CODES_OWN = ("wrong", "compile_error", "out_of_resources", "skipped")
 _POINT = ("launches", "peak_bytes")
 _POINT_STATIC = ("smem_bytes", "regs", "spill_store_bytes", "spill_load_bytes", "ctas_per_sm")
 
@@ -101,13 +103,13 @@ def _outcome(then: Entry, now: Entry) -> tuple[Outcome, str | None]:
 
 
 def _changed(then: str, now: str, reason: str) -> tuple[Outcome, str | None]:
-    """From one outcome to another."""
+    """From one outcome to another. Two failures alike say nothing of either's figures."""
     if now == "wrong":
         return "wrong", reason
     if now == "ok":
         return ("passed", None) if then == "ok" else ("better", f"it was {then}")
     if now == then:
-        return "passed", None
+        return "unchecked", f"{now}, as in the baseline: {reason}"
     return "failed", f"newly {now}: {reason}"
 
 
@@ -167,16 +169,19 @@ def live_checks(
 
 
 def _without_time(name: str, refusal: Refusal) -> Check:
-    """What the first side did not have, the second cannot lose."""
-    if refusal.outcomes is None:
-        outcome: Outcome = "wrong" if refusal.wrong else "failed"
-        return Check(name=name, figure="time", outcome=outcome, reason=refusal.reason)
+    """What the first side did not have, the second cannot lose; but it counts as mended only where
+    the first one's failure was the code's."""
     then, now = refusal.outcomes
-    outcome, _ = _changed(then, now, refusal.reason)
+    outcome: Outcome
+    if now == "wrong":
+        outcome = "wrong"
+    elif now != "ok":
+        outcome = "unchecked" if now == then else "failed"
+    else:
+        outcome = "better" if then in _THE_CODES_OWN else "unclear"
     return Check(
-        name=name, figure="outcome", outcome=outcome, before=then, after=now,
-        reason=None if outcome == "passed" else refusal.reason,
-    )  # fmt: skip
+        name=name, figure="outcome", outcome=outcome, before=then, after=now, reason=refusal.reason
+    )
 
 
 def _worst_first(check: Check) -> tuple[int, str, str]:
@@ -308,7 +313,7 @@ def _static(before: Mapping[str, StaticRow], after: Mapping[str, StaticRow]) -> 
                 reason="missing: it is in the baseline and was not compiled",
             )  # fmt: skip
             continue
-        compiled, was_compiled = (_is_compiled(row) for row in (now, then))
+        compiled, was_compiled = now.is_compiled, then.is_compiled
         if not (compiled and was_compiled):
             outcome, reason = _changed(
                 "ok" if was_compiled else then.outcome, "ok" if compiled else now.outcome,
@@ -335,13 +340,9 @@ def _static(before: Mapping[str, StaticRow], after: Mapping[str, StaticRow]) -> 
         if name not in before:
             yield Check(
                 name=name, figure="outcome", outcome="new",
-                after="compiled" if _is_compiled(now) else now.outcome,
-                reason="not in the baseline" if _is_compiled(now) else now.reason or now.outcome,
+                after="compiled" if now.is_compiled else now.outcome,
+                reason="not in the baseline" if now.is_compiled else now.reason or now.outcome,
             )  # fmt: skip
-
-
-def _is_compiled(row: StaticRow) -> bool:
-    return row.outcome in ("ok", "out_of_resources")
 
 
 def _models(baseline: Measured) -> Iterator[Check]:

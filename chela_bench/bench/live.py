@@ -215,8 +215,12 @@ class Refusal:
     """Why a pair has no ratio."""
 
     reason: str
-    wrong: bool = False  # a side's result is not right
-    outcomes: tuple[str, str] | None = None  # of both sides, where it is the first that has no time
+    outcomes: tuple[str, str] = ("ok", "ok")  # of both sides, as far as each was looked at
+
+    @property
+    def wrong(self) -> bool:
+        """Whether a side's result is not right."""
+        return "wrong" in self.outcomes
 
 
 def in_turns(
@@ -245,9 +249,8 @@ def in_turns(
 def _refused(failed: Failed, after: Seat, pair: Pair) -> Refusal:
     """Where it is the first side that fails, how the second one fares: it may be the one mended,
     which both its judgements have to say."""
-    wrong = failed.outcome == "wrong"
     if failed.is_after:
-        return Refusal(failed.reason, wrong=wrong)
+        return Refusal(failed.reason, ("ok", failed.outcome))
     try:
         after.hold(pair.after)
         after.take(TURN_S)
@@ -258,7 +261,7 @@ def _refused(failed: Failed, after: Seat, pair: Pair) -> Refusal:
         reason = f"{failed.reason}; after: {now}: {other.reason}"
     finally:
         after.let_go()
-    return Refusal(reason, wrong=wrong or now == "wrong", outcomes=(failed.outcome, now))
+    return Refusal(reason, (failed.outcome, now))
 
 
 def compare(

@@ -74,6 +74,11 @@ class StaticRow(BaseModel):
     reason: str | None = None
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether the compiler came to an end, be it that it does not fit."""
+        return self.outcome in ("ok", "out_of_resources")
+
+    @property
     def name(self) -> str:
         """Kernel, what it was compiled for, configuration and architecture. Constants that are not
         in the configuration stand in it by their sizes and a short hash, types in the hash."""
@@ -129,6 +134,13 @@ class Measured:
     @property
     def machine(self) -> Machine:
         return self.machines[0]
+
+    @property
+    def has_figures(self) -> bool:
+        """Whether anything of it can be held against: a baseline of failures lets all pass."""
+        return any(entry.outcome == "ok" for entry in self.entries.values()) or any(
+            row.is_compiled for row in self.static.values()
+        )
 
     def side(self) -> Side:
         names = ", ".join(dict.fromkeys(map(str, self.machines)))

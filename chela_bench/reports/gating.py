@@ -69,6 +69,8 @@ def decision(gating: Gating) -> str:
     names = {check.name for check in gating.points}
     each = ", ".join(f"{counts[o]} {o}" for o in (*_SAID, "passed") if counts[o])
     ending = _ENDINGS[gating.exit_code]
+    if set(counts) <= {"unchecked"}:
+        ending = "UNCLEAR: nothing could be checked"
     checks, benchmarks = _count(len(gating.points), "check"), _count(len(names), "benchmark")
     return f"{ending}: {checks} of {benchmarks}" + (f": {each}" if each else "")
 
