@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import shutil
 import subprocess
+import tempfile
 from collections import Counter
 
 import pytest
@@ -198,6 +201,67 @@ def test_a_revision_before_live_comparison_is_refused_and_nothing_stays():
         with live.checkouts([".", first]):
             pass
     assert git("worktree", "list") == before
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """One that holds a package of ours, at `prefix`, and is taken for this one's."""
+
+    def made(prefix=""):
+        package = tmp_path / "repository" / prefix
+        (package / "chela_bench" / "bench").mkdir(parents=True)
+        (package / "chela_bench" / "bench" / "turns.py").touch()
+        me = ["-c", "user.name=me", "-c", "user.email=me@localhost"]
+        for words in (["init", "-q"], ["add", "."], [*me, "commit", "-qm", "All"]):
+            subprocess.run(["git", *words], cwd=tmp_path / "repository", check=True)
+        monkeypatch.setattr(live, "PACKAGE_ROOT", str(package))
+        return tmp_path / "repository"
+
+    return made
+
+
+def worktrees(repository):
+    return subprocess.check_output(["git", "worktree", "list"], cwd=repository, text=True)
+
+
+def test_a_signal_while_git_checks_out_leaves_nothing(tmp_path, monkeypatch, repository):
+    """git goes on to its end, and what it has made is removed."""
+    before = worktrees(repository())
+    slow = tmp_path / "bin" / "git"
+    slow.parent.mkdir()
+    slow.write_text(
+        '#!/bin/sh\ncase "$*" in *"worktree add"*) kill -INT $PPID; sleep 0.4;; esac\n'
+        f'exec {shutil.which("git")} "$@"\n'
+    )
+    slow.chmod(0o755)
+    monkeypatch.setenv("PATH", str(slow.parent), prepend=os.pathsep)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        with live.checkouts(["HEAD"]):
+            pass
+    assert worktrees(tmp_path / "repository") == before
+    assert not list(tmp_path.glob("chela-bench-*"))
+
+
+def test_a_package_in_a_folder_of_its_repository(repository):
+    repository("python")
+    with live.checkouts(["HEAD", "."]) as (root, here):
+        assert root.endswith("/0/python") and here.endswith("/repository/python")
+
+
+@pytest.mark.parametrize("revision", ["^HEAD", "no-such-thing"])
+def test_what_is_no_revision_is_refused(repository, revision):
+    repository()
+    with pytest.raises(UsageError, match="no revision of"):
+        with live.checkouts([revision]):
+            pass
+
+
+def test_there_are_no_revisions_outside_git(tmp_path, monkeypatch):
+    monkeypatch.setattr(live, "PACKAGE_ROOT", str(tmp_path))
+    with pytest.raises(UsageError, match="is no git checkout"):
+        with live.checkouts(["HEAD"]):
+            pass
 
 
 def git(*words):

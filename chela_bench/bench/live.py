@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -313,27 +314,44 @@ def clear_of(thresholds: Callable[[Evidence], float], pairs: int) -> Clear:
 def checkouts(revisions: Sequence[str]) -> Iterator[list[str]]:
     """A worktree of the package's repository for every revision; `.` is the tree as it stands."""
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chela-bench-")))
+        folder = Path(
+            stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="chela-bench-", ignore_cleanup_errors=True)
+            )
+        )
+        # Signals reach the main thread alone: a git that is cut short leaves its worktree locked.
+        thread = stack.enter_context(ThreadPoolExecutor(1))
+
+        def git(*command: str) -> str | None:
+            return thread.submit(_git, *command).result()
+
         roots = []
         for number, revision in enumerate(revisions):
             if revision == ".":
                 roots.append(PACKAGE_ROOT)
                 continue
-            commit = _git("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
-            if commit is None:
+            prefix = git("rev-parse", "--show-prefix")  # of the package in its repository
+            if prefix is None:
+                raise UsageError(
+                    f"{revision!r} is no implementation of what is selected, and no revision: "
+                    f"{PACKAGE_ROOT} is no git checkout; there, `.` is all there is"
+                )
+            commit = git("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
+            if commit is None or commit.startswith("^"):  # all that is not of the revision
                 raise UsageError(
                     f"{revision!r} is no implementation of what is selected, and no revision of "
                     f"{PACKAGE_ROOT}; there, `.` is the tree as it stands"
                 )
             root = folder / f"{number}"
-            if _git("worktree", "add", "--detach", str(root), commit) is None:
+            stack.callback(git, "worktree", "remove", "--force", "--force", str(root))
+            if git("worktree", "add", "--detach", str(root), commit) is None:
                 raise EnvironmentProblem(f"git cannot check {revision} out into {root}")
-            stack.callback(_git, "worktree", "remove", "--force", str(root))
-            if not (root / "chela_bench" / "bench" / "turns.py").exists():
+            if not (root / prefix / "chela_bench" / "bench" / "turns.py").exists():
                 raise UsageError(
-                    f"{revision} is older than live comparison; compare sweeps of it instead"
+                    f"{revision} is older than live comparison, or the repository around "
+                    f"{PACKAGE_ROOT} is not chela-bench's; compare sweeps instead"
                 )
-            roots.append(str(root))
+            roots.append(str(root / prefix))
         yield roots
 
 
@@ -346,6 +364,7 @@ def _git(*command: str) -> str | None:
             text=True,
             check=True,
             timeout=120,
+            start_new_session=True,  # Ctrl-C reaches the parent alone
             env={k: v for k, v in os.environ.items() if not k.startswith("GIT_")},  # as in hooks
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
