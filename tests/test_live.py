@@ -12,14 +12,17 @@ from collections import Counter
 
 import pytest
 
-from chela_bench.bench import live
+from chela_bench.bench import live, plan
 from chela_bench.bench.cases import Case, Limits, Session
 from chela_bench.bench.comparing import Noise
+from chela_bench.bench.config import find_config, load_config
 from chela_bench.bench.gating import Rules, live_checks
 from chela_bench.bench.live import Failed, Pair, Refusal
+from chela_bench.bench.plan import Flags
 from chela_bench.bench.verdict import Limit
+from chela_bench.cli.turns import _as_in, _paired, _points
 from chela_bench.errors import UsageError
-from tests.running import ROOT, in_this_process, tiny_config
+from tests.running import FAULTS, ROOT, in_this_process, tiny_config
 
 pytestmark = pytest.mark.usefixtures("forked_workers")
 
@@ -170,22 +173,72 @@ def test_to_let_go_of_nothing_costs_no_worker(tmp_path):
         assert seat._worker is worker
 
 
-BROKEN = """
-def attention(q, k, v):
-    raise RuntimeError("no luck")
-"""
+MISSING, SKIPPED = ("missing", "HEAD has no such point"), ("skipped", "needs a GPU")
+
+
+@pytest.mark.parametrize(
+    ("lacks", "outcome", "reason"),
+    [
+        ((MISSING, None), "better", "before: missing: HEAD has no such point"),
+        ((None, MISSING), "failed", "newly missing: HEAD has no such point"),
+        ((None, SKIPPED), "failed", "newly skipped: needs a GPU"),
+        ((SKIPPED, SKIPPED), "unchecked",
+         "before: skipped: needs a GPU; after: skipped: needs a GPU"),
+    ],
+)  # fmt: skip
+def test_a_side_that_lacks_a_point_is_not_asked_for_it(lacks, outcome, reason):
+    a, b, diary = seats([100.0], [100.0])
+    pair = Pair("point", CASE, CASE, lacks)
+    taken = live.in_turns(a, b, [pair], live.clear_of(lambda evidence: 1.05, 1), budget_s=5)
+    [check] = live_checks(["point"], taken, Rules(Limit(0.05, 0.0), NOISE))
+    assert (check.outcome, check.reason) == (outcome, reason)
+    asked = {(name, what) for name, what in diary if what != "let go"}
+    right = {("B", "hold"), ("B", "take"), ("B", "release")}
+    assert asked == (right if outcome == "better" else set())
+
+
+def gated(folder, *flags):
+    return in_this_process(
+        "gate", "--live", "HEAD", "--config", tiny_config(folder), "--op", "linear_attention",
+        "--device", "cpu", *flags, cwd=folder,
+    )  # fmt: skip
 
 
 def test_a_gate_that_could_check_nothing_does_not_pass(tmp_path):
     """Both sides fail alike."""
-    (tmp_path / "mine.py").write_text(BROKEN)
-    done = in_this_process(
-        "gate", "--live", "HEAD", "--config", tiny_config(tmp_path), "--op", "linear_attention",
-        "--impl", "mine.py:attention", "--device", "cpu", cwd=tmp_path,
-    )  # fmt: skip
+    done = gated(tmp_path, "--impl", f"{FAULTS}:raises")
     assert done.returncode == 5, done.stderr
-    assert "RuntimeError: no luck" in done.stdout
+    assert "before: crash: RuntimeError: no luck" in done.stdout
     assert "UNCLEAR: nothing could be checked: 1 check of 1 benchmark: 1 unchecked" in done.stdout
+
+
+def test_a_gate_holds_no_file_against_itself(tmp_path):
+    (tmp_path / "mine.py").write_text(SLOW.format(0.05))
+    done = gated(tmp_path, "--impl", "mine.py:chunked")
+    assert done.returncode == 2 and "mine.py is the same on both sides" in done.stderr
+    done = in_this_process("gate", "--live", ".")
+    assert done.returncode == 2 and "against itself; give a git revision" in done.stderr
+
+
+def test_each_side_has_its_own_version_of_a_users_file(repository):
+    """One that the revision does not have is no point of its own."""
+    top = repository("python")
+    new, old = (str(top / file) for file in ("mine.py", "python/chela_bench/bench/turns.py"))
+    (top / "mine.py").touch()
+    flags = Flags(ops=["linear_attention"], impls=[f"{new}:f", f"{old}:f"])
+    settings = plan.resolve(load_config(find_config(None)), flags, ["cpu"])
+    with live.checkouts(["HEAD"]) as [root]:
+        theirs = _as_in(root, settings)
+        then = f"{root}/chela_bench/bench/turns.py:f"
+        assert theirs.user_impls == {"turns.py:f": then}
+        assert theirs.impls == {"linear_attention": ["turns.py:f"]}
+        assert theirs.user_files_sha256 == {"turns.py:f": settings.user_files_sha256["turns.py:f"]}
+        [lack] = {
+            pair.lacks
+            for pair in _paired([_points(theirs), _points(settings)], ("HEAD", "."))
+            if "mine.py" in pair.name
+        }
+        assert lack == (("missing", "HEAD has no such point"), None)
 
 
 def test_no_such_revision():

@@ -32,7 +32,7 @@ _STATIC = (
     "tensor_core",
 )  # fmt: skip
 # Of these the code is the cause; a crash, a timeout and a full memory may be the machine's doing.
-_THE_CODES_OWN = ("wrong", "compile_error", "out_of_resources", "skipped")
+_THE_CODES_OWN = ("wrong", "compile_error", "out_of_resources", "skipped", "missing")
 _POINT = ("launches", "peak_bytes")
 _POINT_STATIC = ("smem_bytes", "regs", "spill_store_bytes", "spill_load_bytes", "ctas_per_sm")
 
@@ -179,8 +179,11 @@ def _without_time(name: str, refusal: Refusal) -> Check:
         outcome = "unchecked" if now == then else "failed"
     else:
         outcome = "better" if then in _THE_CODES_OWN else "unclear"
+    reason = refusal.reason
+    if then == "ok" != now:
+        reason = f"newly {reason.removeprefix('after: ')}"
     return Check(
-        name=name, figure="outcome", outcome=outcome, before=then, after=now, reason=refusal.reason
+        name=name, figure="outcome", outcome=outcome, before=then, after=now, reason=reason
     )
 
 

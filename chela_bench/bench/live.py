@@ -20,6 +20,7 @@ from typing import Any
 from chela_bench.bench import stats, verdict
 from chela_bench.bench.cases import Case, Session
 from chela_bench.bench.comparing import Noise, row_of
+from chela_bench.bench.load import is_file
 from chela_bench.bench.runner import (
     PACKAGE_ROOT,
     START_LIMIT_S,
@@ -37,6 +38,7 @@ from chela_bench.verdicts import Change
 LOOKS = (10, 20, 40, 80, 160, 320, 640)  # rounds after which the verdict is looked at
 TURN_S = 0.05  # of samples, a side and round
 Clear = Callable[[Evidence, int], bool]
+Lack = tuple[str, str] | None  # outcome and reason of a side that cannot run a point
 
 
 class Failed(Exception):
@@ -54,6 +56,13 @@ class Pair:
     name: str
     before: Case
     after: Case
+    lacks: tuple[Lack, Lack] = (None, None)  # of both sides
+
+    def refuse(self, side: int) -> None:
+        """Raises Failed where it is known without trying that a side cannot run it."""
+        lack = self.lacks[side]
+        if lack is not None:
+            raise Failed(*lack)
 
 
 class Seat:
@@ -62,6 +71,7 @@ class Seat:
     def __init__(self, session: Session, log: Path, *, root: str = PACKAGE_ROOT) -> None:
         self._session, self._log, self._root = session, log, root
         self._worker: WorkerProcess | None = None
+        self._holds = False
         self.environment: Environment | None = None
         self.versions: dict[str, str] = {}
 
@@ -73,6 +83,7 @@ class Seat:
         if self._worker is not None:
             self._worker.kill()
             self._worker = None
+            self._holds = False
 
     @property
     def machine(self) -> Machine:
@@ -81,6 +92,7 @@ class Seat:
 
     def hold(self, case: Case) -> None:
         self._ask({"hold": case.model_dump(mode="json")}, "held")
+        self._holds = True
 
     def take(self, seconds: float) -> tuple[float, str]:
         """The median of a turn's samples, nanoseconds, and the clock."""
@@ -88,11 +100,12 @@ class Seat:
         return stats.median(taken["samples_ns"]), taken["clock"]
 
     def release(self) -> None:
+        self._holds = False
         self._ask({"release": None}, "released")
 
     def let_go(self) -> None:
         """After a failure: whatever is still held."""
-        if self._worker is not None:
+        if self._holds:
             with contextlib.suppress(Failed):
                 self.release()
 
@@ -151,15 +164,15 @@ class Seat:
 
 @contextlib.contextmanager
 def seats(
-    session: Session, log_folder: Path, roots: tuple[str, str]
+    sessions: Sequence[Session], log_folder: Path, roots: Sequence[str]
 ) -> Iterator[tuple[Seat, Seat]]:
     """Both sides, started, on one device that is locked for them."""
     with contextlib.ExitStack() as stack:
-        first = stack.enter_context(Seat(session, log_folder / "before.log", root=roots[0]))
+        first = stack.enter_context(Seat(sessions[0], log_folder / "before.log", root=roots[0]))
         assert first.environment is not None
         if first.environment.uuid is not None:
             stack.callback(gpu_lock(first.environment).close)
-        second = stack.enter_context(Seat(session, log_folder / "after.log", root=roots[1]))
+        second = stack.enter_context(Seat(sessions[1], log_folder / "after.log", root=roots[1]))
         if second.machine.identity != first.machine.identity:
             raise EnvironmentProblem(f"two devices: {first.machine} and {second.machine}")
         yield first, second
@@ -179,6 +192,8 @@ def rounds(
     `clear` is asked after each of LOOKS, with how many looks there can be at most.
     """
     sides = (before, after)
+    for side in (0, 1):
+        _named(side == 1, lambda s=side: pair.refuse(s))  # type: ignore[misc]
     for seat, case in zip(sides, (pair.before, pair.after), strict=True):
         _named(seat is after, lambda s=seat, c=case: s.hold(c))  # type: ignore[misc]
     taken: list[tuple[float, float]] = []
@@ -253,6 +268,7 @@ def _refused(failed: Failed, after: Seat, pair: Pair) -> Refusal:
     if failed.is_after:
         return Refusal(failed.reason, ("ok", failed.outcome))
     try:
+        pair.refuse(1)
         after.hold(pair.after)
         after.take(TURN_S)
         after.release()
@@ -353,6 +369,21 @@ def checkouts(revisions: Sequence[str]) -> Iterator[list[str]]:
                 )
             roots.append(str(root / prefix))
         yield roots
+
+
+def there(target: str, root: str) -> str | None:
+    """A user's `/path/file.py:function` as the checkout in `root` has it; None if it has no such
+    file. Raises UsageError for a file outside the repository, which no revision has of its own."""
+    file, _, function = target.rpartition(":")
+    top = _git("rev-parse", "--show-toplevel")
+    if top is None or not Path(file).is_relative_to(top):
+        raise UsageError(
+            f"{file} is the same on both sides of a comparison of revisions: it lies outside "
+            f"{top or PACKAGE_ROOT}. Keep both versions and time them: chela-bench compare --live "
+            f"A.py:{function} B.py:{function}"
+        )
+    other = os.path.normpath(Path(root, os.path.relpath(file, PACKAGE_ROOT)))
+    return f"{other}:{function}" if is_file(Path(other)) else None
 
 
 def _git(*command: str) -> str | None:

@@ -243,9 +243,14 @@ def unavailable(settings: Settings, case: Case) -> str | None:
     )
 
 
+def planned(settings: Settings) -> list[tuple[Case, str | None]]:
+    """Its cases, and why one cannot run here."""
+    return [(case, unavailable(settings, case)) for case in cases(settings)]
+
+
 def runnable(settings: Settings) -> list[Case]:
     """Those of its cases that are available."""
-    return [case for case in cases(settings) if unavailable(settings, case) is None]
+    return [case for case, why_not in planned(settings) if why_not is None]
 
 
 def parse_axis(text: str) -> tuple[str, list[ConfigValue]]:

@@ -201,8 +201,7 @@ class Worker:
                 samples_ns, clock = self.held.take(command["take"])
                 self.answer({"taken": {"samples_ns": samples_ns, "clock": clock}})
             else:
-                if self.held is not None:  # after a failure there may be nothing to let go
-                    self.held.release()
+                self.held.release()
                 self.answer({"released": {}})
         except (Exception, SystemExit) as error:  # what an implementation raises is an outcome
             self.answer({"failed": failure_of(error)})

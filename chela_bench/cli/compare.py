@@ -104,10 +104,12 @@ def compare(ctx: click.Context, /, **given: Any) -> None:
 def _live(given: dict[str, Any], flags: Flags) -> Comparison:
     labels: tuple[str, str] = (given["before"], given["after"])
     with two_sides(given, flags, labels) as sides:
+        if not sides.timed:
+            raise UsageError("nothing of what is selected can run here on both sides")
         rows = live.compare(
             sides.before,
             sides.after,
-            sides.pairs,
+            sides.timed,
             sides.noise,
             budget_s=given["budget_s"],
             on_pair=lambda pair: say_progress(pair.name),
@@ -122,6 +124,8 @@ def _live(given: dict[str, Any], flags: Flags) -> Comparison:
         after=after,
         noise=sides.noise.typical,
         points=rows,
+        missing=[pair.name for pair in sides.pairs if pair.lacks[0] is None is not pair.lacks[1]],
+        added=[pair.name for pair in sides.pairs if pair.lacks[1] is None is not pair.lacks[0]],
         notes=[f"noise: {sides.noise.source}"],
     )
 

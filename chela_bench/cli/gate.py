@@ -104,6 +104,10 @@ def gate(ctx: click.Context, /, **given: Any) -> None:
     if given["live_against"] is not None:
         if given["candidate"] is not None:
             raise UsageError("--live measures the tree as it stands: no CANDIDATE")
+        if given["live_against"] == ".":
+            raise UsageError(
+                "--live . would hold the tree as it stands against itself; give a git revision"
+            )
         if "rounds" in said(ctx):
             raise UsageError("--rounds goes with --baseline: --live goes on until --budget ends")
         with interrupted_by_signals():
@@ -133,7 +137,7 @@ def _in_turns(given: dict[str, Any], flags: Flags, limit: Limit) -> Gating:
             sides.before,
             sides.after,
             sides.pairs,
-            live.clear_of(threshold, len(sides.pairs)),
+            live.clear_of(threshold, max(1, len(sides.timed))),
             budget_s=given["budget_s"],
             on_pair=lambda pair: say_progress(pair.name),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,18 @@ from typing import Any
 from chela_bench.bench import live, plan
 from chela_bench.bench.cases import Case
 from chela_bench.bench.comparing import Noise
-from chela_bench.bench.config import Config, find_config, load_config
-from chela_bench.bench.live import Pair, Seat
+from chela_bench.bench.config import find_config, load_config
+from chela_bench.bench.live import Lack, Pair, Seat
+from chela_bench.bench.load import sha256_of_files
 from chela_bench.bench.noise import noise_of
 from chela_bench.bench.plan import Flags, Settings
 from chela_bench.bench.registry import all_ops
+from chela_bench.bench.runner import PACKAGE_ROOT
 from chela_bench.errors import UsageError
 from chela_bench.profiles.machine import choose_device
 from chela_bench.records import shape_label
+
+Points = dict[str, tuple[Case, str | None]]  # by name; and why one cannot run here
 
 
 @dataclass(frozen=True)
@@ -32,27 +36,35 @@ class TwoSides:
     pairs: list[Pair]
     noise: Noise
 
+    @property
+    def timed(self) -> list[Pair]:
+        """Those that both sides can run."""
+        return [pair for pair in self.pairs if pair.lacks == (None, None)]
+
 
 @contextlib.contextmanager
 def two_sides(given: dict[str, Any], flags: Flags, labels: tuple[str, str]) -> Iterator[TwoSides]:
     """Two implementations, or two revisions of the package. `given` are the command's options."""
     config = load_config(find_config(given["config"]))
     device = choose_device(given["device"])
-    revisions = labels
-    if all(map(_is_implementation, labels)):
-        if flags.impls:
-            raise UsageError(f"--live {' '.join(labels)} are the implementations: no --impl")
-        settings, pairs = _pairs_of_impls(config, flags, device, labels)
-        revisions = (".", ".")
-    else:
-        settings = plan.resolve(config, flags, [device])
-        pairs = [Pair(case.key, case, case) for case in plan.runnable(settings)]
-    if not pairs:
-        raise UsageError("nothing of what is selected can run here on both sides")
+    impls = all(map(_is_implementation, labels))
+    if impls and flags.impls:
+        raise UsageError(f"--live {' '.join(labels)} are the implementations: no --impl")
+    chosen = dataclasses.replace(flags, impls=labels) if impls else flags
+    settings = plan.resolve(config, chosen, [device])
     with tempfile.TemporaryDirectory(prefix="chela-bench-") as folder:
-        with live.checkouts(revisions) as (first, second):
-            session = settings.sessions()[0]
-            with live.seats(session, Path(folder), (first, second)) as (before, after):
+        with live.checkouts((".", ".") if impls else labels) as roots:
+            theirs = [_as_in(root, settings) for root in roots]
+            points = (
+                [_points_of(settings, label) for label in labels]
+                if impls
+                else [_points(each) for each in theirs]
+            )
+            pairs = _paired(points, labels)
+            if all(None not in pair.lacks for pair in pairs):
+                raise UsageError("nothing of what is selected can run here")
+            sessions = [each.sessions()[0] for each in theirs]
+            with live.seats(sessions, Path(folder), roots) as (before, after):
                 noise = noise_of(given["baselines"], after.machine, live=True)
                 yield TwoSides(before, after, pairs, noise)
 
@@ -61,28 +73,50 @@ def _is_implementation(name: str) -> bool:
     return ".py:" in name or any(name == impl.name for op in all_ops() for impl in op.impls)
 
 
-def _pairs_of_impls(
-    config: Config, flags: Flags, device: str, labels: tuple[str, str]
-) -> tuple[Settings, list[Pair]]:
-    settings = plan.resolve(config, dataclasses.replace(flags, impls=labels), [device])
-    names = [_resolved(settings, label) for label in labels]
-    sides: list[dict[tuple[str, ...], Case]] = [{}, {}]
-    for case in plan.runnable(settings):
-        point = (case.op, case.direction, case.dtype, shape_label(case.shape))
-        for side, name in zip(sides, names, strict=True):
-            if case.impl == name:
-                config_words = [f"{k}={v}" for k, v in sorted(case.config.items())]
-                side[*point, *config_words] = case
-    return settings, [
-        Pair("/".join(point), case, sides[1][point])
-        for point, case in sides[0].items()
-        if point in sides[1]
-    ]
+def _as_in(root: str, settings: Settings) -> Settings:
+    """With a user's files as the checkout in `root` has them, those that it has."""
+    if root == PACKAGE_ROOT:
+        return settings
+    targets = {name: live.there(target, root) for name, target in settings.user_impls.items()}
+    kept = {name: target for name, target in targets.items() if target is not None}
+    lost = targets.keys() - kept.keys()
+    impls = {op: [n for n in names if n not in lost] for op, names in settings.impls.items()}
+    changes = {"impls": impls, "user_impls": kept, "user_files_sha256": sha256_of_files(kept)}
+    return settings.model_copy(update=changes)
 
 
-def _resolved(settings: Settings, label: str) -> str:
-    """The name that a user's file has in the plan."""
-    if ".py:" not in label:
-        return label
-    target = plan.user_target(label)
-    return next(name for name, each in settings.user_impls.items() if each == target)
+def _points(settings: Settings) -> Points:
+    return {case.key: (case, why_not) for case, why_not in plan.planned(settings)}
+
+
+def _points_of(settings: Settings, label: str) -> Points:
+    """Those of an implementation, by what is common to several."""
+    name = label
+    if ".py:" in label:  # what a user's file is called in the plan
+        target = plan.user_target(label)
+        name = next(name for name, each in settings.user_impls.items() if each == target)
+    points: Points = {}
+    for case, why_not in plan.planned(settings):
+        if case.impl == name:
+            words = [f"{k}={v}" for k, v in sorted(case.config.items())]
+            point = [case.op, case.direction, case.dtype, shape_label(case.shape), *words]
+            points["/".join(point)] = case, why_not
+    return points
+
+
+def _paired(sides: Sequence[Points], labels: Sequence[str]) -> list[Pair]:
+    """What either side has, in the first one's order."""
+    pairs = []
+    for name in dict.fromkeys(name for side in sides for name in side):
+        cases = [side[name][0] for side in sides if name in side]
+        before, after = (
+            _lack(side.get(name), label) for side, label in zip(sides, labels, strict=True)
+        )
+        pairs.append(Pair(name, cases[0], cases[-1], (before, after)))
+    return pairs
+
+
+def _lack(found: tuple[Case, str | None] | None, label: str) -> Lack:
+    if found is None:
+        return "missing", f"{'the tree as it stands' if label == '.' else label} has no such point"
+    return None if found[1] is None else ("skipped", found[1])
