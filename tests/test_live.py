@@ -16,9 +16,10 @@ from chela_bench.bench import live, plan
 from chela_bench.bench.cases import Case, Limits, Session
 from chela_bench.bench.comparing import Noise
 from chela_bench.bench.config import find_config, load_config
-from chela_bench.bench.gating import Rules, live_checks
+from chela_bench.bench.gating import Rules, live_budgets, live_checks
 from chela_bench.bench.live import Failed, Pair, Refusal
 from chela_bench.bench.plan import Flags
+from chela_bench.bench.sources import Machine
 from chela_bench.bench.verdict import Limit
 from chela_bench.cli.turns import _as_in, _paired, _points
 from chela_bench.errors import UsageError
@@ -197,15 +198,48 @@ def test_a_side_that_lacks_a_point_is_not_asked_for_it(lacks, outcome, reason):
     assert asked == (right if outcome == "better" else set())
 
 
+LIMITS = """
+[budgets.linear_attention.tiny]
+max_ms = {}
+max_peak_bytes = 4096
+"""
+
+
+@pytest.mark.parametrize("first_fails", [False, True])
+def test_a_budget_holds_for_the_second_sides_time(tmp_path, first_fails):
+    path = tiny_config(tmp_path)
+    path.write_text(path.read_text() + LIMITS.format(0.00015))
+    case = CASE.model_copy(update={"shape": {"B": 1, "T": 64, "H": 2, "K": 16, "V": 16}})
+    a, b, _ = seats([100.0], [160.0])
+    a.fails = {"hold": ("wrong", "no")} if first_fails else {}
+    pair = Pair("point", case, case)
+    taken = live.in_turns(a, b, [pair], live.clear_of(lambda evidence: 1.05, 1), budget_s=5)
+    found = live_budgets([pair], taken, load_config(path), Machine("cpu", "a CPU"))
+    checks = {check.figure: check for check in found}
+    assert {name: check.outcome for name, check in checks.items()} == {
+        "max_ms": "failed", "max_peak_bytes": "unchecked"
+    }  # fmt: skip
+    assert checks["max_ms"].reason == "0.00016, above the budget max_ms = 0.00015"
+
+
+def test_a_live_gate_fails_above_a_budget(tmp_path):
+    path = tiny_config(tmp_path)
+    path.write_text(path.read_text() + LIMITS.format(0.00001))
+    done = gated(tmp_path, "--impl", "chunked")
+    assert done.returncode == 1, done.stderr
+    assert "above the budget max_ms = 1e-05" in done.stdout
+
+
 def gated(folder, *flags):
     return in_this_process(
-        "gate", "--live", "HEAD", "--config", tiny_config(folder), "--op", "linear_attention",
+        "gate", "--live", "HEAD", "--config", folder / "bench.toml", "--op", "linear_attention",
         "--device", "cpu", *flags, cwd=folder,
     )  # fmt: skip
 
 
 def test_a_gate_that_could_check_nothing_does_not_pass(tmp_path):
     """Both sides fail alike."""
+    tiny_config(tmp_path)
     done = gated(tmp_path, "--impl", f"{FAULTS}:raises")
     assert done.returncode == 5, done.stderr
     assert "before: crash: RuntimeError: no luck" in done.stdout
@@ -213,6 +247,7 @@ def test_a_gate_that_could_check_nothing_does_not_pass(tmp_path):
 
 
 def test_a_gate_holds_no_file_against_itself(tmp_path):
+    tiny_config(tmp_path)
     (tmp_path / "mine.py").write_text(SLOW.format(0.05))
     done = gated(tmp_path, "--impl", "mine.py:chunked")
     assert done.returncode == 2 and "mine.py is the same on both sides" in done.stderr

@@ -6,16 +6,16 @@ above the machine's own noise. What is not known well enough is unclear, never p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from chela_bench.bench import verdict
 from chela_bench.bench.comparing import Noise, look, row_of, time_of
 from chela_bench.bench.config import Config
-from chela_bench.bench.live import LOOKS, Refusal
+from chela_bench.bench.live import LOOKS, Pair, Refusal
 from chela_bench.bench.modelled import modelled_now
-from chela_bench.bench.sources import Entry, Measured, StaticRow
+from chela_bench.bench.sources import Entry, Machine, Measured, StaticRow
 from chela_bench.bench.verdict import Evidence, Limit
 from chela_bench.records import Point
 from chela_bench.verdicts import Check, Outcome
@@ -48,15 +48,16 @@ class Rules:
 
 def gate(baseline: Measured, candidate: Measured, rules: Rules, config: Config) -> list[Check]:
     """Every check, worst first."""
-    checks = [
-        *_outcomes(baseline.entries, candidate.entries),
-        *_times(baseline.entries, candidate.entries, rules),
-        *_figures(baseline.entries, candidate.entries, rules),
-        *_static(baseline.static, candidate.static),
-        *_models(baseline),
-        *_budgets(candidate, config),
-    ]
-    return sorted(checks, key=_worst_first)
+    return worst_first(
+        [
+            *_outcomes(baseline.entries, candidate.entries),
+            *_times(baseline.entries, candidate.entries, rules),
+            *_figures(baseline.entries, candidate.entries, rules),
+            *_static(baseline.static, candidate.static),
+            *_models(baseline),
+            *_budgets(candidate, config),
+        ]
+    )
 
 
 def unclear_times(checks: Sequence[Check]) -> list[str]:
@@ -165,7 +166,26 @@ def live_checks(
             continue
         (within, p), threshold = next(judged)
         checks.append(_time_check(name, one, within, min(1.0, p * len(LOOKS)), threshold, rules))
-    return sorted(checks, key=_worst_first)
+    return worst_first(checks)
+
+
+def live_budgets(
+    pairs: Sequence[Pair], taken: Sequence[Evidence | Refusal], config: Config, machine: Machine
+) -> list[Check]:
+    """Of the second side's times: live there is no other figure."""
+    entries = {}
+    for pair, one in zip(pairs, taken, strict=True):
+        if one.after_ns is not None:
+            point = Point(
+                **pair.after.model_dump(), device=machine.uuid or "cpu", outcome="ok",
+                wall_ns=max(1, round(one.after_ns)),
+            )  # fmt: skip
+            entries[pair.name] = Entry(pair.name, point, [])
+    return list(_budgets(Measured("live", "run", (machine,), entries), config))
+
+
+def worst_first(checks: Iterable[Check]) -> list[Check]:
+    return sorted(checks, key=lambda one: (_ORDER.index(one.outcome), one.name, one.figure))
 
 
 def _without_time(name: str, refusal: Refusal) -> Check:
@@ -185,10 +205,6 @@ def _without_time(name: str, refusal: Refusal) -> Check:
     return Check(
         name=name, figure="outcome", outcome=outcome, before=then, after=now, reason=reason
     )
-
-
-def _worst_first(check: Check) -> tuple[int, str, str]:
-    return _ORDER.index(check.outcome), check.name, check.figure
 
 
 def _time_check(

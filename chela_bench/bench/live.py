@@ -232,6 +232,7 @@ class Refusal:
 
     reason: str
     outcomes: tuple[str, str] = ("ok", "ok")  # of both sides, as far as each was looked at
+    after_ns: float | None = None  # of one turn, where it is the first side alone that has no time
 
     @property
     def wrong(self) -> bool:
@@ -270,15 +271,14 @@ def _refused(failed: Failed, after: Seat, pair: Pair) -> Refusal:
     try:
         pair.refuse(1)
         after.hold(pair.after)
-        after.take(TURN_S)
+        after_ns, _ = after.take(TURN_S)
         after.release()
-        now, reason = "ok", failed.reason
     except Failed as other:
-        now = other.outcome
-        reason = f"{failed.reason}; after: {now}: {other.reason}"
+        reason = f"{failed.reason}; after: {other.outcome}: {other.reason}"
+        return Refusal(reason, (failed.outcome, other.outcome))
     finally:
         after.let_go()
-    return Refusal(reason, (failed.outcome, now))
+    return Refusal(failed.reason, (failed.outcome, "ok"), after_ns)
 
 
 def compare(

@@ -127,6 +127,7 @@ def gate(ctx: click.Context, /, **given: Any) -> None:
 
 def _in_turns(given: dict[str, Any], flags: Flags, limit: Limit) -> Gating:
     """Times only; there is no noise between days in them, and nothing stored to go stale."""
+    config = load_config(find_config(given["config"]))
     with two_sides(given, flags, (given["live_against"], ".")) as sides:
         rules = Rules(limit, sides.noise)
 
@@ -141,15 +142,20 @@ def _in_turns(given: dict[str, Any], flags: Flags, limit: Limit) -> Gating:
             budget_s=given["budget_s"],
             on_pair=lambda pair: say_progress(pair.name),
         )
-        machine = str(sides.after.machine)
+        machine = sides.after.machine
     return Gating(
         baseline=given["live_against"],
         candidate="the tree as it stands",
-        machine=machine,
+        machine=str(machine),
         limit=str(limit),
         noise=sides.noise.typical,
         noise_source=sides.noise.source,
-        points=gating.live_checks([pair.name for pair in sides.pairs], taken, rules),
+        points=gating.worst_first(
+            [
+                *gating.live_checks([pair.name for pair in sides.pairs], taken, rules),
+                *gating.live_budgets(sides.pairs, taken, config, machine),
+            ]
+        ),
     )
 
 
