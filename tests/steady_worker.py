@@ -31,6 +31,12 @@ def key(case):
     return Case.model_validate(case).key
 
 
+def planned(wanted):
+    from chela_bench.bench.plan import planned_here
+
+    return [(case.model_dump(mode="json"), why_not) for case, why_not in planned_here(**wanted)]
+
+
 def main():
     for line in sys.stdin:
         command = json.loads(line)
@@ -42,6 +48,8 @@ def main():
         elif "interleave" in command:
             samples = {key(case): NS for case in command["interleave"]["cases"]}
             answer({"samples_ns": samples, "rounds": len(NS), "spoilt": False})
+        elif "plan" in command:
+            answer({"planned": planned(command["plan"])})
         elif "hold" in command:
             answer({"held": {}})
         elif "take" in command:

@@ -1,13 +1,10 @@
-"""Two sides in turns: the order, when it ends, what a failing side leaves, git revisions."""
+"""Two sides in turns: the order, when it ends, what a side leaves that fails or lacks a point."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
-import os
-import shutil
-import subprocess
-import tempfile
 from collections import Counter
 
 import pytest
@@ -21,9 +18,7 @@ from chela_bench.bench.live import Failed, Pair, Refusal
 from chela_bench.bench.plan import Flags
 from chela_bench.bench.sources import Machine
 from chela_bench.bench.verdict import Limit
-from chela_bench.cli.turns import _as_in, _paired, _points
-from chela_bench.errors import UsageError
-from tests.running import FAULTS, ROOT, in_this_process, tiny_config
+from tests.running import FAULTS, in_this_process, tiny_config
 
 pytestmark = pytest.mark.usefixtures("forked_workers")
 
@@ -198,6 +193,17 @@ def test_a_side_that_lacks_a_point_is_not_asked_for_it(lacks, outcome, reason):
     assert asked == (right if outcome == "better" else set())
 
 
+@pytest.fixture
+def both_here(monkeypatch):
+    """The revision is the tree as it stands, without a checkout of its own."""
+
+    @contextlib.contextmanager
+    def checkouts(revisions):
+        yield [live.PACKAGE_ROOT for _ in revisions]
+
+    monkeypatch.setattr(live, "checkouts", checkouts)
+
+
 LIMITS = """
 [budgets.linear_attention.tiny]
 max_ms = {}
@@ -222,12 +228,112 @@ def test_a_budget_holds_for_the_second_sides_time(tmp_path, first_fails):
     assert checks["max_ms"].reason == "0.00016, above the budget max_ms = 0.00015"
 
 
-def test_a_live_gate_fails_above_a_budget(tmp_path):
+def test_a_live_gate_fails_above_a_budget(tmp_path, both_here):
     path = tiny_config(tmp_path)
     path.write_text(path.read_text() + LIMITS.format(0.00001))
     done = gated(tmp_path, "--impl", "chunked")
     assert done.returncode == 1, done.stderr
     assert "above the budget max_ms = 1e-05" in done.stdout
+
+
+def asked(monkeypatch, answers):
+    """`answers(seat, points)` are what a side says that it has."""
+    honest = live.Seat.planned
+
+    def planned(seat, settings, *, every_impl):
+        return answers(seat._log.stem, honest(seat, settings, every_impl=every_impl))
+
+    monkeypatch.setattr(live.Seat, "planned", planned)
+
+
+def test_what_the_tree_has_no_more_fails_by_name(tmp_path, monkeypatch, both_here):
+    """One was removed, one needs something now, and one is new."""
+
+    def answers(side, points):
+        for case, why_not in points:
+            if (side, case.impl) == ("after", "recurrent"):
+                yield case, "needs more"
+            elif case.impl == {"before": "chunked", "after": "quadratic"}[side]:
+                continue
+            elif case.impl in ("chunked", "quadratic", "recurrent", "triton_chunked"):
+                yield case, why_not
+
+    asked(monkeypatch, answers)
+    tiny_config(tmp_path)
+    done = gated(tmp_path, "--json")
+    found = {c["name"].split("/")[1]: (c["outcome"], c["reason"])
+             for c in json.loads(done.stdout)["points"]}  # fmt: skip
+    assert done.returncode == 1 and found == {
+        "quadratic": ("failed", "newly missing: the tree as it stands has no such point"),
+        "recurrent": ("failed", "newly skipped: needs more"),
+        "triton_chunked": ("unchecked",
+                           "before: skipped: needs a GPU; after: skipped: needs a GPU"),
+        "chunked": ("better", "before: missing: HEAD has no such point"),
+    }  # fmt: skip
+
+
+def test_what_was_asked_for_by_name_is_not_dropped(tmp_path, both_here):
+    tiny_config(tmp_path)
+    done = gated(tmp_path, "--impl", "chunked,triton_chunked", "--json")
+    found = {c["name"].split("/")[1]: c["outcome"] for c in json.loads(done.stdout)["points"]}
+    assert done.returncode == 0, done.stderr
+    assert found == {"chunked": "passed", "triton_chunked": "unchecked"}
+
+
+def test_a_revision_that_cannot_say_what_it_has_is_asked_for_what_the_tree_has(
+    tmp_path, monkeypatch, both_here
+):
+    def answers(side, points):
+        if side == "before":
+            raise Failed("crash", "AttributeError")
+        return points
+
+    asked(monkeypatch, answers)
+    tiny_config(tmp_path)
+    done = gated(tmp_path, "--impl", "chunked", "--json")
+    found = json.loads(done.stdout)
+    assert [check["outcome"] for check in found["points"]] == ["passed"]
+    assert found["notes"] == [
+        "HEAD is too old to say what it has: what is gone since is not looked for"
+    ]
+
+
+def test_a_side_says_what_it_has_of_anothers_settings(tmp_path):
+    flags = Flags(ops=["linear_attention"], impls=["chunked"], lens="64", dtypes=["fp32"])
+    settings = plan.resolve(load_config(find_config(None)), flags, ["cpu"])
+    others = {"linear_attention": ["chunked", "gone"], "no_op": ["chunked"]}
+    shapes = {**settings.shapes, "no_op": {}}
+    other = settings.model_copy(update={"impls": others, "shapes": shapes})
+    with live.Seat(SESSION, tmp_path / "worker.log") as seat:
+        assert seat.planned(other, every_impl=False) == plan.planned(settings)
+        every = {case.impl for case, _ in seat.planned(other, every_impl=True)}
+        assert {"chunked", "quadratic", "triton_chunked"} <= every and "gone" not in every
+        with pytest.raises(Failed):
+            seat.planned(settings.model_copy(update={"lens": [0]}), every_impl=False)
+
+
+@pytest.mark.parametrize(
+    ("sides", "missing", "added"),
+    [(("chunked", "quadratic"), 1, 0), (("quadratic", "chunked"), 0, 1)],
+)
+def test_a_point_that_one_of_two_has_is_listed(tmp_path, monkeypatch, sides, missing, added):
+    honest = plan.planned
+
+    def planned(settings):
+        for case, why_not in honest(settings):
+            lacks = (case.impl, case.direction) == ("quadratic", "bwd")
+            yield case, "it has no bwd" if lacks else why_not
+
+    monkeypatch.setattr(plan, "planned", planned)
+    done = in_this_process(
+        "compare", "--live", *sides, "--config", tiny_config(tmp_path), "--op",
+        "linear_attention", "--direction", "fwd,bwd", "--device", "cpu", "--budget", 1, "--json",
+    )  # fmt: skip
+    found = json.loads(done.stdout)
+    [row], point = found["points"], "linear_attention/{}/fp32/B1-T256-H2-K16-V16"
+    assert row["name"] == point.format("fwd")
+    assert found["missing"] == [point.format("bwd")] * missing
+    assert found["added"] == [point.format("bwd")] * added
 
 
 def gated(folder, *flags):
@@ -237,126 +343,13 @@ def gated(folder, *flags):
     )  # fmt: skip
 
 
-def test_a_gate_that_could_check_nothing_does_not_pass(tmp_path):
+def test_a_gate_that_could_check_nothing_does_not_pass(tmp_path, both_here):
     """Both sides fail alike."""
     tiny_config(tmp_path)
     done = gated(tmp_path, "--impl", f"{FAULTS}:raises")
     assert done.returncode == 5, done.stderr
     assert "before: crash: RuntimeError: no luck" in done.stdout
     assert "UNCLEAR: nothing could be checked: 1 check of 1 benchmark: 1 unchecked" in done.stdout
-
-
-def test_a_gate_holds_no_file_against_itself(tmp_path):
-    tiny_config(tmp_path)
-    (tmp_path / "mine.py").write_text(SLOW.format(0.05))
-    done = gated(tmp_path, "--impl", "mine.py:chunked")
-    assert done.returncode == 2 and "mine.py is the same on both sides" in done.stderr
-    done = in_this_process("gate", "--live", ".")
-    assert done.returncode == 2 and "against itself; give a git revision" in done.stderr
-
-
-def test_each_side_has_its_own_version_of_a_users_file(repository):
-    """One that the revision does not have is no point of its own."""
-    top = repository("python")
-    new, old = (str(top / file) for file in ("mine.py", "python/chela_bench/bench/turns.py"))
-    (top / "mine.py").touch()
-    flags = Flags(ops=["linear_attention"], impls=[f"{new}:f", f"{old}:f"])
-    settings = plan.resolve(load_config(find_config(None)), flags, ["cpu"])
-    with live.checkouts(["HEAD"]) as [root]:
-        theirs = _as_in(root, settings)
-        then = f"{root}/chela_bench/bench/turns.py:f"
-        assert theirs.user_impls == {"turns.py:f": then}
-        assert theirs.impls == {"linear_attention": ["turns.py:f"]}
-        assert theirs.user_files_sha256 == {"turns.py:f": settings.user_files_sha256["turns.py:f"]}
-        [lack] = {
-            pair.lacks
-            for pair in _paired([_points(theirs), _points(settings)], ("HEAD", "."))
-            if "mine.py" in pair.name
-        }
-        assert lack == (("missing", "HEAD has no such point"), None)
-
-
-def test_no_such_revision():
-    with pytest.raises(UsageError, match="no implementation of what is selected, and no revision"):
-        with live.checkouts(["no-such-thing"]):
-            pass
-
-
-def test_a_revision_before_live_comparison_is_refused_and_nothing_stays():
-    first = git("rev-list", "--max-parents=0", "HEAD").split()[0]
-    before = git("worktree", "list")
-    with pytest.raises(UsageError, match="older than live comparison"):
-        with live.checkouts([".", first]):
-            pass
-    assert git("worktree", "list") == before
-
-
-@pytest.fixture
-def repository(tmp_path, monkeypatch):
-    """One that holds a package of ours, at `prefix`, and is taken for this one's."""
-
-    def made(prefix=""):
-        package = tmp_path / "repository" / prefix
-        (package / "chela_bench" / "bench").mkdir(parents=True)
-        (package / "chela_bench" / "bench" / "turns.py").touch()
-        me = ["-c", "user.name=me", "-c", "user.email=me@localhost"]
-        for words in (["init", "-q"], ["add", "."], [*me, "commit", "-qm", "All"]):
-            subprocess.run(["git", *words], cwd=tmp_path / "repository", check=True)
-        monkeypatch.setattr(live, "PACKAGE_ROOT", str(package))
-        return tmp_path / "repository"
-
-    return made
-
-
-def worktrees(repository):
-    return subprocess.check_output(["git", "worktree", "list"], cwd=repository, text=True)
-
-
-def test_a_signal_while_git_checks_out_leaves_nothing(tmp_path, monkeypatch, repository):
-    """git goes on to its end, and what it has made is removed."""
-    before = worktrees(repository())
-    slow = tmp_path / "bin" / "git"
-    slow.parent.mkdir()
-    slow.write_text(
-        '#!/bin/sh\ncase "$*" in *"worktree add"*) kill -INT $PPID; sleep 0.4;; esac\n'
-        f'exec {shutil.which("git")} "$@"\n'
-    )
-    slow.chmod(0o755)
-    monkeypatch.setenv("PATH", str(slow.parent), prepend=os.pathsep)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with pytest.raises(KeyboardInterrupt):
-        with live.checkouts(["HEAD"]):
-            pass
-    assert worktrees(tmp_path / "repository") == before
-    assert not list(tmp_path.glob("chela-bench-*"))
-
-
-def test_a_package_in_a_folder_of_its_repository(repository):
-    repository("python")
-    with live.checkouts(["HEAD", "."]) as (root, here):
-        assert root.endswith("/0/python") and here.endswith("/repository/python")
-
-
-@pytest.mark.parametrize("revision", ["^HEAD", "no-such-thing"])
-def test_what_is_no_revision_is_refused(repository, revision):
-    repository()
-    with pytest.raises(UsageError, match="no revision of"):
-        with live.checkouts([revision]):
-            pass
-
-
-def test_there_are_no_revisions_outside_git(tmp_path, monkeypatch):
-    monkeypatch.setattr(live, "PACKAGE_ROOT", str(tmp_path))
-    with pytest.raises(UsageError, match="is no git checkout"):
-        with live.checkouts(["HEAD"]):
-            pass
-
-
-def git(*words):
-    if not (ROOT / ".git").exists():
-        pytest.skip("not a checkout")
-    done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
-    return done.stdout
 
 
 def test_two_implementations_side_by_side(tmp_path):

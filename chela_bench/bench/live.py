@@ -17,10 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from chela_bench.bench import stats, verdict
 from chela_bench.bench.cases import Case, Session
 from chela_bench.bench.comparing import Noise, row_of
 from chela_bench.bench.load import is_file
+from chela_bench.bench.plan import Settings
 from chela_bench.bench.runner import (
     PACKAGE_ROOT,
     START_LIMIT_S,
@@ -89,6 +92,16 @@ class Seat:
     def machine(self) -> Machine:
         assert self.environment is not None, "enter the seat first"
         return machine_of(self.environment, self.versions)
+
+    def planned(self, settings: Settings, *, every_impl: bool) -> list[tuple[Case, str | None]]:
+        """The settings' points as this side's revision has them, of all implementations if asked,
+        and why one cannot run. Raises Failed where it is too old for the question."""
+        wanted = {"settings": settings.model_dump(mode="json"), "every_impl": every_impl}
+        found = self._ask({"plan": wanted}, "planned")
+        try:
+            return [(Case.model_validate(case), why_not) for case, why_not in found]
+        except ValidationError as error:
+            raise Failed("crash", f"it plans otherwise: {error}") from None
 
     def hold(self, case: Case) -> None:
         self._ask({"hold": case.model_dump(mode="json")}, "held")

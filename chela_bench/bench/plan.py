@@ -16,7 +16,7 @@ from chela_bench.bench.config import LARGEST, Config, Size
 from chela_bench.bench.lengths import parse_lengths
 from chela_bench.bench.load import is_file, sha256_of_files
 from chela_bench.bench.ops import Impl, Op, user_impl
-from chela_bench.bench.registry import get_op
+from chela_bench.bench.registry import all_ops, get_op
 from chela_bench.errors import EnvironmentProblem, UsageError
 from chela_bench.records import (
     DIRECTIONS,
@@ -246,6 +246,23 @@ def unavailable(settings: Settings, case: Case) -> str | None:
 def planned(settings: Settings) -> list[tuple[Case, str | None]]:
     """Its cases, and why one cannot run here."""
     return [(case, unavailable(settings, case)) for case in cases(settings)]
+
+
+def planned_here(settings: Mapping[str, Any], *, every_impl: bool) -> list[tuple[Case, str | None]]:
+    """As `planned`, of settings that another revision has made: of its implementations those that
+    there are here, or all of its ops'."""
+    ops = {op.name: op for op in all_ops() if op.name in settings["impls"]}
+    impls = {
+        name: _with_some_of(op, settings["directions"])
+        if every_impl
+        else [
+            impl for impl in settings["impls"][name]
+            if impl in settings["user_impls"] or any(impl == known.name for known in op.impls)
+        ]
+        for name, op in ops.items()
+    }  # fmt: skip
+    shapes = {name: shapes for name, shapes in settings["shapes"].items() if name in ops}
+    return planned(Settings.model_validate({**settings, "impls": impls, "shapes": shapes}))
 
 
 def runnable(settings: Settings) -> list[Case]:

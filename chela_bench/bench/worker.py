@@ -8,6 +8,7 @@ belong to whatever the implementations print and go to the run's worker.log.
     -> {"begin": ceilings}     <- {"ready": {"ceilings": ...}}      (null: measure them)
     -> {"case": {...}}         <- {"phase": "build"} ... {"point", "samples_ns", "spoilt"}
     -> {"interleave": {...}}   <- {"phase": "build"} ... {"samples_ns", "rounds", "spoilt"}
+    -> {"plan": {...}}         <- {"planned": [[case, why it cannot run], ...]}, or {"failed": ...}
     -> {"hold": {...}}         <- {"phase": "build"} ... {"held": {}}, or {"failed": [outcome, why]}
     -> {"take": seconds}       <- {"taken": {"samples_ns", "clock"}}, or {"failed": ...}
     -> {"release": null}       <- {"phase": "check"} ... {"released": {}}, or {"failed": ...}
@@ -189,12 +190,18 @@ class Worker:
         return spoilt is not None
 
     def turn(self, command: dict[str, Any]) -> None:
-        """Two workers in turns: a case is held ready, sampled now and again, and let go."""
+        """Two workers in turns: what each has is told, then a case is held ready, sampled now and
+        again, and let go."""
+        from chela_bench.bench import plan
         from chela_bench.bench.leftovers import release_memory
         from chela_bench.bench.turns import Held
 
         try:
-            if "hold" in command:
+            if "plan" in command:
+                found = plan.planned_here(**command["plan"])
+                rows = [(case.model_dump(mode="json"), why_not) for case, why_not in found]
+                self.answer({"planned": rows})
+            elif "hold" in command:
                 self.held = Held(self.bench, Case.model_validate(command["hold"]), self.user_impls)
                 self.answer({"held": {}})
             elif "take" in command:

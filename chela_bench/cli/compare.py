@@ -126,7 +126,7 @@ def _live(given: dict[str, Any], flags: Flags) -> Comparison:
         points=rows,
         missing=[pair.name for pair in sides.pairs if pair.lacks[0] is None is not pair.lacks[1]],
         added=[pair.name for pair in sides.pairs if pair.lacks[1] is None is not pair.lacks[0]],
-        notes=[f"noise: {sides.noise.source}"],
+        notes=[f"noise: {sides.noise.source}", *sides.notes],
     )
 
 

@@ -89,7 +89,7 @@ def gate(ctx: click.Context, /, **given: Any) -> None:
 
     \b
     Exit codes: 0 passed, 1 a regression, 3 a wrong result, 4 no baseline for this machine,
-    5 unclear after measuring again.
+    5 unclear after measuring again, or nothing that could be checked.
 
     \b
     Examples:
@@ -156,6 +156,7 @@ def _in_turns(given: dict[str, Any], flags: Flags, limit: Limit) -> Gating:
                 *gating.live_budgets(sides.pairs, taken, config, machine),
             ]
         ),
+        notes=sides.notes,
     )
 
 

@@ -14,7 +14,7 @@ from chela_bench.bench import live, plan
 from chela_bench.bench.cases import Case
 from chela_bench.bench.comparing import Noise
 from chela_bench.bench.config import find_config, load_config
-from chela_bench.bench.live import Lack, Pair, Seat
+from chela_bench.bench.live import Failed, Lack, Pair, Seat
 from chela_bench.bench.load import sha256_of_files
 from chela_bench.bench.noise import noise_of
 from chela_bench.bench.plan import Flags, Settings
@@ -35,6 +35,7 @@ class TwoSides:
     after: Seat
     pairs: list[Pair]
     noise: Noise
+    notes: list[str]
 
     @property
     def timed(self) -> list[Pair]:
@@ -55,18 +56,21 @@ def two_sides(given: dict[str, Any], flags: Flags, labels: tuple[str, str]) -> I
     with tempfile.TemporaryDirectory(prefix="chela-bench-") as folder:
         with live.checkouts((".", ".") if impls else labels) as roots:
             theirs = [_as_in(root, settings) for root in roots]
-            points = (
-                [_points_of(settings, label) for label in labels]
-                if impls
-                else [_points(each) for each in theirs]
-            )
-            pairs = _paired(points, labels)
-            if all(None not in pair.lacks for pair in pairs):
-                raise UsageError("nothing of what is selected can run here")
             sessions = [each.sessions()[0] for each in theirs]
             with live.seats(sessions, Path(folder), roots) as (before, after):
+                notes: list[str] = []
+                if impls:
+                    points = [_points_of(settings, label) for label in labels]
+                else:
+                    points = [
+                        _asked(seat, each, label, notes, every_impl=not flags.impls)
+                        for seat, each, label in zip((before, after), theirs, labels, strict=True)
+                    ]
+                pairs = _paired(points, labels)
+                if all(None not in pair.lacks for pair in pairs):
+                    raise UsageError("nothing of what is selected can run here")
                 noise = noise_of(given["baselines"], after.machine, live=True)
-                yield TwoSides(before, after, pairs, noise)
+                yield TwoSides(before, after, pairs, noise, notes)
 
 
 def _is_implementation(name: str) -> bool:
@@ -85,8 +89,19 @@ def _as_in(root: str, settings: Settings) -> Settings:
     return settings.model_copy(update=changes)
 
 
-def _points(settings: Settings) -> Points:
-    return {case.key: (case, why_not) for case, why_not in plan.planned(settings)}
+def _asked(
+    seat: Seat, settings: Settings, label: str, notes: list[str], *, every_impl: bool
+) -> Points:
+    """What a side's own revision has; of one that cannot say, what this one would have, and a
+    note."""
+    try:
+        found = seat.planned(settings, every_impl=every_impl)
+    except Failed:
+        if label == ".":
+            raise
+        notes.append(f"{label} is too old to say what it has: what is gone since is not looked for")
+        found = plan.planned(settings)
+    return {case.key: (case, why_not) for case, why_not in found}
 
 
 def _points_of(settings: Settings, label: str) -> Points:
