@@ -95,9 +95,10 @@ def test_drift_and_one_jump_of_the_clock_are_no_change():
 
 
 def test_two_clocks_are_not_mixed():
-    a, b, _ = seats([100.0], [100.0], clock="wall")
+    a, b, diary = seats([100.0], [100.0], clock="wall")
     [row] = live.compare(a, b, [PAIR], NOISE, budget_s=5)
     assert row.verdict == "unclear" and "event and wall" in row.reason and row.ratio is None
+    assert diary[-2:] == [("A", "release"), ("B", "release")]
 
 
 @pytest.mark.parametrize("when", ["hold", "take", "release"])
@@ -160,6 +161,16 @@ def test_the_second_side_is_right_only_after_its_turn(when):
     [check] = live_checks(["point"], [taken], Rules(Limit(0.05, 0.0), NOISE))
     assert taken.wrong and check.outcome == "wrong"
     assert check.reason == "before: wrong: no; after: wrong: after timing"
+
+
+def test_the_second_side_is_judged_where_the_first_one_ends_its_turns():
+    """By what it held then: another turn need not show it."""
+    a, b, _ = seats([100.0], [100.0])
+    a.fails = {"take": ("wrong", "no")}
+    b.let_go = lambda: Failed("wrong", "after timing")
+    [taken] = live.in_turns(a, b, [PAIR], live.clear_of(lambda evidence: 1.05, 1), budget_s=5)
+    assert taken.outcomes == ("wrong", "wrong")
+    assert taken.reason == "before: wrong: no; after: wrong: after timing"
 
 
 def test_to_let_go_of_nothing_costs_no_worker(tmp_path):

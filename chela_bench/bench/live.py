@@ -116,11 +116,14 @@ class Seat:
         self._holds = False
         self._ask({"release": None}, "released")
 
-    def let_go(self) -> None:
-        """After a failure: whatever is still held."""
+    def let_go(self) -> Failed | None:
+        """After a failure: whatever is still held. Returns what its last judgement finds."""
         if self._holds:
-            with contextlib.suppress(Failed):
+            try:
                 self.release()
+            except Failed as failed:
+                return failed
+        return None
 
     def _start(self) -> WorkerProcess:
         try:
@@ -220,12 +223,14 @@ def rounds(
             known.add(clock)
         taken.append((times[0], times[1]))
         if len(known) > 1:
-            return f"timed by other means: {' and '.join(sorted(known))}"
+            break
         enough = len(taken) >= LOOKS[0] and time.monotonic() > deadline
         if enough or (len(taken) in LOOKS and clear(verdict.paired(taken), len(LOOKS))):
             break
     for seat in sides:
         _named(seat is after, seat.release)
+    if len(known) > 1:
+        return f"timed by other means: {' and '.join(sorted(known))}"
     return verdict.paired(taken)
 
 
@@ -270,18 +275,20 @@ def in_turns(
             evidence = rounds(before, after, pair, clear, budget_s=budget_s)
             found.append(Refusal(evidence) if isinstance(evidence, str) else evidence)
         except Failed as failed:
-            for seat in (before, after):
-                seat.let_go()
+            before.let_go()
             found.append(_refused(failed, after, pair))
     return found
 
 
 def _refused(failed: Failed, after: Seat, pair: Pair) -> Refusal:
     """Where it is the first side that fails, how the second one fares: it may be the one mended,
-    which both its judgements have to say."""
+    which every judgement has to say."""
+    last = after.let_go()
     if failed.is_after:
         return Refusal(failed.reason, ("ok", failed.outcome))
     try:
+        if last is not None:
+            raise last
         pair.refuse(1)
         after.hold(pair.after)
         after_ns, _ = after.take(TURN_S)
