@@ -115,6 +115,17 @@ def test_other_machines_are_refused_unless_asked_for(two):
     assert second["verdict"] == "unclear" and "no floor" in second["reason"]
 
 
+def test_another_model_has_clocks_of_its_own(two):
+    """Of multiples of each one's floor; two cards of one model are held to one clock."""
+    slow = Telemetry(**{**CLOCKS, "sm_clock_mhz": 1410, "mem_clock_mhz": 1593})
+    after = [timed(ns=2e6, floor_ns=1_000_000, telemetry=slow, device="GPU-1")]
+    for name, verdict in (("NVIDIA A100", "same"), (make_run().environment.name, "unclear")):
+        updates = {"uuid": "GPU-1", "name": name}
+        other = make_run(environment=make_run().environment.model_copy(update=updates))
+        _, rows = two([timed(floor_ns=500_000)], after, "--across-machines", run=other)
+        assert [row["verdict"] for row in rows.values()] == [verdict]
+
+
 def test_pytests_json_against_a_run_and_against_itself(tmp_path):
     points = [timed(1024), timed(2048)]
     run = write_run(tmp_path / "run", points)

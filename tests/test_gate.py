@@ -81,6 +81,12 @@ def test_noise_that_was_measured_here_is_allowed(tmp_path):
     [key] = [timed()[0].key]
     noise.write_text(json.dumps({**record, "by_key": {key: 0.12}}))
     assert gated(tmp_path, candidate, "--baseline", "baselines")[0].returncode == 0
+    for other in ({"triton": "1.0"}, {"name": "another CPU"}):
+        noise.write_text(json.dumps({**record, "typical": 0.12, "machine": other}))
+        done, _ = gated(tmp_path, candidate, "--baseline", "baselines")
+        [(fact, value)] = other.items()
+        source = json.loads(done.stdout)["noise_source"]
+        assert done.returncode == 1 and f"is of {fact} {value}" in source
     noise.write_text(noise.read_text()[:40])
     assert gated(tmp_path, candidate, "--baseline", "baselines")[0].returncode == 4
 
