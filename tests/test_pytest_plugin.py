@@ -10,9 +10,12 @@ from unittest import mock
 
 import pytest
 
+from chela_bench.bench import sources
+from chela_bench.bench.again import code_here
 from chela_bench.bench.pytest_fixture import _case
 from chela_bench.bench.stats import median
 from chela_bench.errors import UsageError
+from chela_bench.profiles.machine import source_sha256
 from tests.running import TINY, environment, in_this_process, ran_here
 
 pytest.importorskip("pytest_benchmark", reason="the extra [pytest] is not installed")
@@ -107,6 +110,13 @@ def test_machine_info_says_device_and_versions(session):
     _, _, found = session
     ours = found["machine_info"]["chela_bench"]
     assert ours["device"] == "cpu" and ours["torch"] and ours["name"]
+
+
+def test_commit_info_says_which_code_measured(session):
+    """So that the gate may measure the same again."""
+    folder, _, found = session
+    assert found["commit_info"]["chela_bench_source_sha256"] == source_sha256()
+    assert sources.read(folder / "now.json").code.is_known_as(code_here())
 
 
 def test_the_table_groups_implementations_by_shape(session):

@@ -19,9 +19,9 @@ from chela_bench.bench.cases import Case, Limits, Session
 from chela_bench.bench.config import Config, find_config, load_config
 from chela_bench.bench.registry import get_op
 from chela_bench.bench.runner import Runner
-from chela_bench.bench.sources import MACHINE_INFO, Machine, machine_of
+from chela_bench.bench.sources import MACHINE_INFO, SOURCE, Machine, machine_of
 from chela_bench.errors import ChelaBenchError, UsageError
-from chela_bench.profiles.machine import choose_device
+from chela_bench.profiles.machine import choose_device, source_sha256
 from chela_bench.records import ConfigValue, Direction, DType, Point, shape_label
 
 Measure = Callable[..., Point]
@@ -128,6 +128,11 @@ class Plugin:
     def pytest_benchmark_update_machine_info(self, machine_info: dict[str, Any]) -> None:
         if self.machine is not None:
             machine_info[MACHINE_INFO] = described(self.machine)
+
+    @pytest.hookimpl
+    def pytest_benchmark_update_commit_info(self, commit_info: dict[str, Any]) -> None:
+        if self.machine is not None:
+            commit_info[SOURCE] = source_sha256()
 
     @pytest.hookimpl(tryfirst=True)  # before pytest-benchmark's own, which compares both whole
     def pytest_benchmark_compare_machine_info(

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from chela_bench.records import ConfigValue, Count, Environment, Point, Run, con
 from chela_bench.verdicts import Side
 
 MACHINE_INFO = "chela_bench"  # our key in pytest-benchmark's machine_info
+SOURCE = "chela_bench_source_sha256"  # and in its commit_info, which is of the tests' repository
 Kind = Literal["run", "pytest", "static"]
 
 
@@ -47,6 +48,29 @@ class Machine:
     def versions(self) -> dict[str, str]:
         found = {"torch": self.torch, "triton": self.triton, "driver": self.driver}
         return {name: version for name, version in found.items() if version}
+
+
+@dataclass(frozen=True)
+class Code:
+    """Which code measured, as far as a record says."""
+
+    source_sha256: str | None = None  # of the package
+    commit: str | None = None
+    dirty: bool | None = None
+
+    def __str__(self) -> str:
+        parts = [
+            self.commit and f"commit {self.commit[:7]}{'+' if self.dirty else ''}",
+            self.source_sha256 and f"source {self.source_sha256[:7]}",
+        ]
+        return ", ".join(filter(None, parts)) or "unknown source"
+
+    def is_known_as(self, other: Code) -> bool:
+        """Whether both are surely the same: two changed trees of a commit need not be."""
+        if self.source_sha256 and other.source_sha256:
+            return self.source_sha256 == other.source_sha256
+        clean = self.dirty is False and other.dirty is False
+        return clean and self.commit is not None and self.commit == other.commit
 
 
 class StaticRow(BaseModel):
@@ -125,6 +149,7 @@ class Measured:
     models: dict[str, tuple[Case, int]] = field(default_factory=dict)  # modelled HBM bytes by key
     seed_and_inputs: tuple[int, str] | None = None
     settings: dict[str, Any] | None = None
+    code: Code = Code()
 
     @property
     def machine(self) -> Machine:
@@ -143,9 +168,7 @@ class Measured:
             for key, (name, entry) in zip(keys, self.entries.items(), strict=True)
         }
         named = {name: Entry(name, e.point, e.samples_ns, e.device) for name, e in entries.items()}
-        return Measured(
-            self.label, self.kind, self.machines, named, seed_and_inputs=self.seed_and_inputs
-        )
+        return replace(self, entries=named)
 
 
 def alike(before: Measured, after: Measured) -> tuple[Measured, Measured]:
@@ -196,6 +219,7 @@ def of_run(label: str, run: Run, points: list[Point], samples: Mapping[str, list
         entries,
         seed_and_inputs=(run.seed, run.inputs),
         settings=dict(run.settings),
+        code=Code(run.source_sha256, run.git_sha, run.git_dirty),
     )
 
 
@@ -238,7 +262,9 @@ def of_pytest(label: str, found: Mapping[str, Any]) -> Measured:
                 raise RecordError(f"{where} ({name}): {store.first_problem(error)}") from None
         entries[name] = Entry(name, point, samples, point.device if point else None)
         _refuse_other_times(label, entries[name])
-    return Measured(label, "pytest", (_machine_of_pytest(info, ours),), entries)
+    machine = _machine_of_pytest(info, ours)
+    code = _code_of_pytest(found.get("commit_info"))
+    return Measured(label, "pytest", (machine,), entries, code=code)
 
 
 def _machine_of_pytest(info: Any, ours: Any) -> Machine:
@@ -252,6 +278,16 @@ def _machine_of_pytest(info: Any, ours: Any) -> Machine:
     brand = cpu.get("brand_raw") if isinstance(cpu, dict) else None
     parts = [info.get("node"), brand or info.get("processor")]
     return Machine("cpu", " ".join(str(part) for part in parts if part) or "unknown")
+
+
+def _code_of_pytest(info: Any) -> Code:
+    info = info if isinstance(info, dict) else {}
+    source, commit, dirty = info.get(SOURCE), info.get("id"), info.get("dirty")
+    return Code(
+        source if isinstance(source, str) else None,
+        commit if isinstance(commit, str) else None,
+        dirty if isinstance(dirty, bool) else None,
+    )
 
 
 def of_atlas(label: str, rows: list[dict[str, Any]]) -> Measured:
