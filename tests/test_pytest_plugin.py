@@ -39,6 +39,13 @@ def test_a_dimension_short(chela_benchmark):
 def test_no_such_op(chela_benchmark):
     chela_benchmark("attention", "chunked", **SHAPE)
 
+def test_that_fails_after_it_measured(chela_benchmark):
+    chela_benchmark("linear_attention", "chunked", **{**SHAPE, "T": 128})
+    assert False, "on purpose"
+
+def test_that_fails_before_it_measures(chela_benchmark):
+    assert False, "on purpose"
+
 def test_of_another_plugin(benchmark):
     benchmark(sum, range(100))
 
@@ -81,7 +88,7 @@ def session(forked_workers, tmp_path_factory):
 
 def test_outcomes_of_tests(session):
     _, done, _ = session
-    assert "4 passed, 1 skipped" in done.stdout and "2 failed" in done.stdout, done.stdout
+    assert "4 passed, 1 skipped" in done.stdout and "4 failed" in done.stdout, done.stdout
     assert "needs a GPU" in done.stdout
     assert "the shape of linear_attention lacks H, K, V; it takes B, T, H, K, V" in done.stdout
     assert "no op 'attention'; there are: linear_attention" in done.stdout

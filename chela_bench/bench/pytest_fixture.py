@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from chela_bench.profiles.machine import choose_device, source_sha256
 from chela_bench.records import ConfigValue, Direction, DType, Point, shape_label
 
 Measure = Callable[..., Point]
+_BENCHMARK = pytest.StashKey[Any]()  # of a test: its `benchmark`, which we report to
 _FEWEST_S = 0.001  # of samples, where pytest-benchmark is disabled: the check is what counts
 
 
@@ -38,15 +39,16 @@ class Plugin:
         self._machine: Machine | None = None
 
     @pytest.fixture
-    def chela_benchmark(self, benchmark: Any) -> Measure:
+    def chela_benchmark(self, request: pytest.FixtureRequest, benchmark: Any) -> Measure:
         """Measures an implementation of an op and reports it as this test's benchmark.
 
         chela_benchmark(op, impl, *, direction="fwd", dtype=None, config=None, **shape) -> Point
 
         `shape` gives every dimension of the op. dtype: bf16 on a GPU and fp32 elsewhere unless
         given. The test fails if the result is not right or there is no time, and is skipped where
-        the implementation cannot run.
+        the implementation cannot run. Of a test that does not pass there is nothing in the JSON.
         """
+        request.node.stash[_BENCHMARK] = benchmark
         return functools.partial(self._measured, benchmark)
 
     def _measured(self, benchmark: Any, *names: str, **given: Any) -> Point:
@@ -123,6 +125,18 @@ class Plugin:
         for runner in self._runners.values():
             return machine_of(runner.environment, runner.versions)
         return self._machine
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)  # around pytest-benchmark's own
+    def pytest_runtest_makereport(
+        self, item: pytest.Item
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Whatever a test measured before it failed is not in the JSON: the gate finds it missing.
+        That one which failed earlier did not use its benchmark needs no warning."""
+        report = yield
+        if not report.passed and _BENCHMARK in item.stash:
+            benchmark = item.stash[_BENCHMARK]
+            benchmark.has_error = benchmark.skipped = True
+        return report
 
     @pytest.hookimpl
     def pytest_benchmark_update_machine_info(self, machine_info: dict[str, Any]) -> None:
