@@ -95,6 +95,30 @@ def test_what_holds_nothing_is_not_saved(tmp_path, run, text):
     assert not (tmp_path / "baselines").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "lost", "words"),
+    [
+        ({"finished_utc": None}, 0, "it did not finish, and 1 of 2 points are there; finish the"),
+        ({}, 0, "1 of 2 points are there; finish the run with chela-bench sweep --resume"),
+        ({"settings": {"command": "tune"}}, 0, "with chela-bench tune --resume"),
+        ({"planned_points": 0}, 1, "the last line of points.jsonl is torn"),
+    ],
+)
+def test_what_was_cut_off_is_no_baseline(tmp_path, run, changes, lost, words):
+    """The points that it lacks would be held against nothing."""
+    whole = write_run(tmp_path / "whole", [timed(), timed(2048)], make_run(planned_points=2))
+    source = write_run(tmp_path / "run", [timed()], make_run(**{"planned_points": 2, **changes}))
+    if lost:
+        with (source / "points.jsonl").open("ab") as handle:
+            handle.write(b'{"op": "line')
+    done = run("save", source)
+    assert done.returncode == 2 and words in done.stderr
+    assert not (tmp_path / "baselines").exists()
+    done = in_this_process("gate", whole, "--baseline", source, cwd=tmp_path)
+    assert done.returncode == 4 and words in done.stderr
+    assert run("save", whole).returncode == 0
+
+
 def test_every_kind_is_kept_and_read_back(tmp_path, run):
     sources = [
         write_run(tmp_path / "run", [timed()]),

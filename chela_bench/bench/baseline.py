@@ -126,6 +126,8 @@ def save(
     measured = sources.read(source)
     if not measured.entries and not measured.static:
         raise UsageError(f"{source} holds nothing to keep")
+    if measured.cut_off is not None:
+        raise UsageError(f"{source} was cut off: {measured.cut_off}")
     name = name or re.sub(r"[^A-Za-z0-9]", "", utc_now()[:19]) + f"-{measured.kind}"
     if not _NAME.fullmatch(name):
         raise UsageError(f"a baseline's name takes letters, digits and ._+-; got {name!r}")
@@ -328,7 +330,7 @@ def _load(path: Path) -> Measured:
 
 
 def _read_records(path: Path) -> Measured:
-    """Something to hold against: a baseline of nothing would let everything pass."""
+    """Something to hold against: what a baseline lacks may be lost without a word."""
     try:
         found = sources.read(path)
     except ChelaBenchError as error:
@@ -338,6 +340,8 @@ def _read_records(path: Path) -> Measured:
             f"the baseline {path} holds no points to hold against: they were lost, or never "
             "measured; give another"
         )
+    if found.cut_off is not None:
+        raise BaselineProblem(f"the baseline {path} was cut off: {found.cut_off}")
     return found
 
 

@@ -150,6 +150,7 @@ class Measured:
     seed_and_inputs: tuple[int, str] | None = None
     settings: dict[str, Any] | None = None
     code: Code = Code()
+    cut_off: str | None = None  # what a run that was interrupted or torn lacks
 
     @property
     def machine(self) -> Machine:
@@ -185,7 +186,8 @@ def read(path: Path) -> Measured:
     """A run folder, or a JSON file of pytest-benchmark, `atlas`, `sweep`. Raises RecordError."""
     if paths.is_dir(path):
         run, points = store.load_run(path)
-        return of_run(str(path), run, points, store.load_samples(path))
+        found = of_run(str(path), run, points, store.load_samples(path))
+        return replace(found, cut_off=store.cut_off(path, run, points))
     try:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:
