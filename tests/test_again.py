@@ -10,9 +10,10 @@ import pytest
 from chela_bench.bench import again, sources
 from chela_bench.bench.cases import Limits
 from chela_bench.bench.sources import Code
-from chela_bench.errors import EnvironmentProblem
+from chela_bench.errors import EnvironmentProblem, UsageError
 from tests.factories import make_run
-from tests.records import pytest_json, timed, write_run
+from tests.records import pytest_json, samples, timed, write_run
+from tests.running import in_this_process
 
 HERE = Code("a" * 64, "c" * 40, False)
 
@@ -94,6 +95,32 @@ def test_pytests_json_says_its_source_beside_the_commit(tmp_path, measured_again
         else:
             with pytest.raises(EnvironmentProblem, match=r"commit eeeeeee\+, source bbbbbbb; this"):
                 measured_again(path=path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"impls": [1]}, "settings.impls: Input should be a valid dictionary"),
+        ({"impls": {"linear_attention": 5}}, "settings.impls.linear_attention: Input should be a"),
+        ({"shapes": [1]}, "settings.shapes: Input should be a valid dictionary"),
+        ({"user_impls": 5}, "settings.user_impls: Input should be a valid dictionary"),
+    ],
+)
+def test_settings_that_were_edited_are_refused_by_name(tmp_path, settings, words):
+    run = write_run(tmp_path / "run", [timed()], make_run(settings=settings))
+    with pytest.raises(UsageError, match=words):
+        again.settings_of(sources.read(run), "cpu")
+
+
+def test_another_suites_benchmarks_are_for_it_to_measure(tmp_path):
+    """Unclear, with what to do: they are no points, and we cannot call them."""
+    for name, seed in (("then", 0), ("now", 1)):
+        data = [ns / 1e9 for ns in samples(1e6 * (1 + seed / 20), seed=seed)]
+        document = {"benchmarks": [{"fullname": "test_sum", "stats": {"data": data}}]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(document))
+    done = in_this_process("gate", "now.json", "--baseline", "then.json", cwd=tmp_path)
+    said = " ".join(done.stdout.split())
+    assert done.returncode == 5 and "now.json holds no points of ours; measure it again" in said
 
 
 def test_samples_of_another_card_are_not_mixed_in(measured_again):

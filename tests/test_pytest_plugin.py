@@ -199,6 +199,26 @@ def test_starting_pytest_imports_no_torch(tmp_path, there):
         assert "pip install -e '.[pytest]' in the checkout" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"op": 5}, "op: Input should be a valid string; got 5"),
+        ({"direction": "sideways"}, "direction: Input should be 'fwd', .*; got 'sideways'"),
+        ({"dtype": "float32"}, "dtype: Input should be 'fp32', .*; got 'float32'"),
+        ({"config": [1]}, r"config: Input should be a valid dictionary; got \[1\]"),
+        ({"config": {"BLOCK_T": 1.5}}, "config.BLOCK_T.*; got 1.5"),
+        ({"H": "x"}, "shape.H: Input should be a valid integer; got 'x'"),
+        ({"T": -64}, "shape.T: Input should be greater than or equal to 1; got -64"),
+    ],
+)
+def test_what_no_case_can_have_is_refused_in_a_sentence(changes, words):
+    given = {"op": "linear_attention", "impl": "chunked", "direction": "fwd", "dtype": "fp32",
+             "config": {}} | changes  # fmt: skip
+    shape = {name: given.pop(name) for name in list(given) if len(name) == 1}
+    with pytest.raises(UsageError, match=f"chela_benchmark: {words}"):
+        _case(**given, shape={"B": 1, "T": 64, "H": 2, "K": 16, "V": 16} | shape)
+
+
 def test_a_function_in_a_file_needs_a_name():
     with pytest.raises(UsageError, match=r"have a name, got 'mine\.py:attention': .*entry point"):
         _case("linear_attention", "mine.py:attention", "fwd", "fp32", {}, {})

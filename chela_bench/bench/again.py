@@ -6,8 +6,9 @@ import dataclasses
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from chela_bench.bench import plan, stats, store
 from chela_bench.bench.cases import Case, Limits, Session
@@ -22,6 +23,14 @@ from chela_bench.records import Environment, Point
 
 LONGER = 4  # times the time for samples, of a round that is to settle a verdict
 Heard = Callable[[str], None]
+
+
+class _Named(BaseModel):
+    """Settings that name what may be gone by now."""
+
+    impls: dict[str, list[str]] = Field(default_factory=dict)
+    user_impls: dict[str, str] = Field(default_factory=dict)
+    shapes: dict[str, Any] = Field(default_factory=dict)
 
 
 def here(device: str) -> Machine:
@@ -59,18 +68,18 @@ def settings_of(baseline: Measured, device: str) -> tuple[Settings, set[str]]:
             f"{command} again and give its run folder: chela-bench gate runs/RUN --baseline ..."
         )
     ops = {op.name: op for op in all_ops()}
-    user = given.get("user_impls") or {}
-    impls = {
-        name: [impl for impl in wanted
-               if impl in user or any(impl == known.name for known in ops[name].impls)]
-        for name, wanted in given.get("impls", {}).items() if name in ops
-    }  # fmt: skip
-    given["impls"] = {name: kept for name, kept in impls.items() if kept}
-    given["shapes"] = {k: v for k, v in given.get("shapes", {}).items() if k in given["impls"]}
-    given["devices"] = [device]
-    if not given["impls"]:
-        raise UsageError(f"nothing of {baseline.label} is left to measure: its ops are gone")
     try:
+        named = _Named.model_validate(given)
+        impls = {
+            name: [impl for impl in wanted if impl in named.user_impls
+                   or any(impl == known.name for known in ops[name].impls)]
+            for name, wanted in named.impls.items() if name in ops
+        }  # fmt: skip
+        given["impls"] = {name: kept for name, kept in impls.items() if kept}
+        given["shapes"] = {k: v for k, v in named.shapes.items() if k in given["impls"]}
+        given["devices"] = [device]
+        if not given["impls"]:
+            raise UsageError(f"nothing of {baseline.label} is left to measure: its ops are gone")
         settings = Settings.model_validate(given)
     except ValidationError as error:
         raise UsageError(f"{baseline.label}: {store.first_problem(error, 'settings')}") from None
@@ -134,7 +143,11 @@ def session_of(measured: Measured, device: str, limits: Limits) -> Session:
     """How its points were measured, to measure them again."""
     if measured.settings:
         return settings_of(measured, device)[0].sessions()[0]
-    point = next(entry.point for entry in measured.entries.values() if entry.point)
+    point = next((entry.point for entry in measured.entries.values() if entry.point), None)
+    if point is None:
+        raise UsageError(
+            f"{measured.label} holds no points of ours; measure it again and give the new JSON"
+        )
     return Session(
         device=device,
         timer=point.timer,

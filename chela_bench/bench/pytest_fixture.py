@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from chela_bench.bench import store
 from chela_bench.bench.cases import Case, Limits, Session
-from chela_bench.bench.config import Config, find_config, load_config
+from chela_bench.bench.config import Config, Size, find_config, load_config
 from chela_bench.bench.registry import get_op
 from chela_bench.bench.runner import Runner
 from chela_bench.bench.sources import MACHINE_INFO, SOURCE, Machine, machine_of
@@ -27,6 +29,19 @@ from chela_bench.records import ConfigValue, Direction, DType, Point, shape_labe
 Measure = Callable[..., Point]
 _BENCHMARK = pytest.StashKey[Any]()  # of a test: its `benchmark`, which we report to
 _FEWEST_S = 0.001  # of samples, where pytest-benchmark is disabled: the check is what counts
+
+
+class _Given(BaseModel):
+    """What a test asks for, before its op is asked."""
+
+    model_config = ConfigDict(frozen=True)
+
+    op: str
+    impl: str
+    direction: Direction
+    dtype: DType
+    config: dict[str, ConfigValue]
+    shape: dict[str, Size]
 
 
 class Plugin:
@@ -72,7 +87,8 @@ class Plugin:
     ) -> Point:
         device = choose_device(self._config.getoption("chela_device", "auto"))
         kind = device.partition(":")[0]
-        case = _case(op, impl, direction, dtype or _usual_dtype(kind), config or {}, shape)
+        usual = _usual_dtype(kind) if dtype is None else dtype
+        case = _case(op, impl, direction, usual, {} if config is None else config, shape)
         reason = (
             get_op(op)
             .impl(impl)
@@ -227,6 +243,13 @@ def _case(
     config: Mapping[str, ConfigValue],
     shape: Mapping[str, int],
 ) -> Case:
+    given = {"op": op, "impl": impl, "direction": direction, "dtype": dtype, "config": config,
+             "shape": shape}  # fmt: skip
+    try:
+        _Given.model_validate(given)
+    except ValidationError as error:
+        problem, came = store.first_problem(error), error.errors()[0]["input"]
+        raise UsageError(f"chela_benchmark: {problem}; got {came!r}") from None
     known = get_op(op)
     if ".py:" in impl:
         raise UsageError(

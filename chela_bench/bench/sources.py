@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from chela_bench.verdicts import Side
 
 MACHINE_INFO = "chela_bench"  # our key in pytest-benchmark's machine_info
 SOURCE = "chela_bench_source_sha256"  # and in its commit_info, which is of the tests' repository
+_SHORTEST_NS, _LONGEST_NS = 1e-6, 2.0**63  # beyond them the ratio of two times is no number
 Kind = Literal["run", "pytest", "static"]
 
 
@@ -245,7 +245,7 @@ def of_pytest(label: str, found: Mapping[str, Any]) -> Measured:
         where = f"{label}, benchmark {number}"
         try:
             name, data = str(one["fullname"]), one["stats"].get("data")
-            extra = one.get("extra_info") or {}
+            extra = {**(one.get("extra_info") or {})}
             samples = None if data is None else [float(seconds) * 1e9 for seconds in data]
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             raise RecordError(f"{where}: not as pytest-benchmark writes it") from None
@@ -313,7 +313,7 @@ def _refuse_other_times(label: str, entry: Entry) -> None:
     """Samples that are no times, or not those that the point's own time comes from."""
     where = f"{label}: {entry.name}"
     for ns in entry.samples_ns:
-        if not (math.isfinite(ns) and ns > 0):
+        if not _SHORTEST_NS <= ns < _LONGEST_NS:
             raise RecordError(f"{where} holds a time of {ns:g} ns; measure it again")
     point = entry.point
     shown = None if point is None else point.seconds
