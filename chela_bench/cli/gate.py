@@ -113,7 +113,8 @@ def gate(ctx: click.Context, /, **given: Any) -> None:
     else:
         refuse_without_live(ctx, "budget_s")
         result = _against_baseline(given, limit)
-    with files_first(*_files(result, given["junit"], given["summary"])):
+    files = _files(result, given["junit"], given["summary"])
+    with files_first(*files, exit_code=result.exit_code):
         if given["as_json"]:
             click.echo(document(result))
         else:

@@ -48,9 +48,9 @@ def write_files(files: Mapping[Path, bytes]) -> None:
 
 
 @contextlib.contextmanager
-def files_first(*writes: Callable[[], None]) -> Iterator[None]:
+def files_first(*writes: Callable[[], None], exit_code: int = 0) -> Iterator[None]:
     """Then what the block prints, since the terminal may be gone. What cannot be written is said
-    last: no result is lost for it."""
+    last: no result is lost for it, nor the exit code that the result has by itself."""
     problems = []
     for write in writes:
         try:
@@ -59,7 +59,9 @@ def files_first(*writes: Callable[[], None]) -> Iterator[None]:
             problems.append(str(error))
     yield
     if problems:
-        raise EnvironmentProblem("\n".join(problems))
+        problem = EnvironmentProblem("\n".join(problems))
+        problem.exit_code = exit_code or problem.exit_code
+        raise problem
 
 
 def refuse_unwritable(folder: Path) -> None:
