@@ -67,6 +67,14 @@ def test_an_unwritten_summary_hides_no_verdict(places, points, code):
     assert done.returncode == code and "cannot write" in done.stderr, done.stdout
 
 
+@pytest.mark.parametrize("command", ["gate", "compare", "show"])
+def test_a_terminal_of_no_width_is_told_all_the_same(places, command):
+    run = write_run(places / "run", [timed()])
+    words = {"gate": (run, "--baseline", run), "compare": (run, run), "show": (run,)}[command]
+    done = in_this_process(command, *words, cwd=places, COLUMNS="0", GITHUB_STEP_SUMMARY="")
+    assert done.returncode == 0 and "NVIDIA" in done.stdout
+
+
 def test_an_unwritten_file_hides_no_wrong_result_of_compare(places):
     run = write_run(places / "run", [(make_failure("wrong", "o is off"), [])])
     done = in_this_process("compare", run, run, "-o", "file", cwd=places)
