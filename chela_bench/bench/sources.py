@@ -121,6 +121,7 @@ class Entry:
     point: Point | None
     samples_ns: list[float]
     device: str | None = None
+    timer: str | None = None  # pytest-benchmark's, where it is another plugin's
 
     @property
     def outcome(self) -> str:
@@ -131,7 +132,7 @@ class Entry:
         """How its time was taken: samples of another clock do not compare."""
         point = self.point
         if point is None:
-            return "pytest-benchmark"
+            return f"pytest-benchmark's {self.timer or 'unknown timer'}"
         if point.time_ns is None:
             return "wall clock"
         return "CPU wall clock" if point.device == "cpu" else f"{point.timer}, {point.l2} L2"
@@ -168,7 +169,7 @@ class Measured:
             key if keys.count(key) == 1 else name: entry
             for key, (name, entry) in zip(keys, self.entries.items(), strict=True)
         }
-        named = {name: Entry(name, e.point, e.samples_ns, e.device) for name, e in entries.items()}
+        named = {name: replace(entry, name=name) for name, entry in entries.items()}
         return replace(self, entries=named)
 
 
@@ -262,7 +263,12 @@ def of_pytest(label: str, found: Mapping[str, Any]) -> Measured:
                 point = Point.model_validate(extra)
             except ValidationError as error:
                 raise RecordError(f"{where} ({name}): {store.first_problem(error)}") from None
-        entries[name] = Entry(name, point, samples, point.device if point else None)
+        if point is not None:
+            entries[name] = Entry(name, point, samples, point.device)
+        else:
+            options = one.get("options")
+            timer = options.get("timer") if isinstance(options, dict) else None
+            entries[name] = Entry(name, None, samples, timer=timer and str(timer))
         _refuse_other_times(label, entries[name])
     machine = _machine_of_pytest(info, ours)
     code = _code_of_pytest(found.get("commit_info"))
