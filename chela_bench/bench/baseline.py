@@ -408,7 +408,9 @@ def _writable(text: str) -> str:
 
 
 def slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.+-]+", "-", text).strip("-.")
+    """A file's name of a machine's; of one without such a letter a hash."""
+    letters = re.sub(r"[^A-Za-z0-9.+-]+", "-", text).strip("-.")
+    return letters or hashlib.sha256(_writable(text).encode()).hexdigest()[:8]
 
 
 def _sha256(path: Path) -> str:
