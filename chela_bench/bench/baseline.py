@@ -126,13 +126,13 @@ def save(
     measured = sources.read(source)
     if not measured.entries and not measured.static:
         raise UsageError(f"{source} holds nothing to keep")
-    if measured.cut_off is not None:
-        raise UsageError(f"{source} was cut off: {measured.cut_off}")
     name = name or re.sub(r"[^A-Za-z0-9]", "", utc_now()[:19]) + f"-{measured.kind}"
     if not _NAME.fullmatch(name):
         raise UsageError(f"a baseline's name takes letters, digits and ._+-; got {name!r}")
     if name == CURRENT:
         raise UsageError(f"{CURRENT} is the file that names the promoted one; give another name")
+    if measured.cut_off is not None:
+        raise UsageError(f"{source} was cut off: {measured.cut_off}")
     key = machine_key(measured.machine)
     target = folder / key / name
     if paths.exists(target, EnvironmentProblem):

@@ -318,6 +318,11 @@ def _static(before: Mapping[str, StaticRow], after: Mapping[str, StaticRow]) -> 
                 name=name, figure="outcome", outcome=outcome, before=then.outcome,
                 after=now.outcome, reason=reason,
             )  # fmt: skip
+        elif then.fits is None:
+            yield Check(
+                name=name, figure="fits", outcome="unchecked", after=now.fits,
+                reason=f"the baseline does not say whether it fits {then.arch}",
+            )  # fmt: skip
         elif then.fits and not now.fits:
             why = f": {now.reason}" if now.reason else ""
             yield Check(
@@ -330,6 +335,8 @@ def _static(before: Mapping[str, StaticRow], after: Mapping[str, StaticRow]) -> 
                 continue  # that it does not fit is said
             if figure == "tensor_core":
                 was, is_now = was or None, is_now or "none"
+                if was is True and is_now != "none":
+                    was = is_now  # the baseline says no more than that there is one
             yield from _exact(name, figure, was, is_now)
     for name, now in after.items():
         if name not in before:

@@ -169,7 +169,7 @@ def _against_baseline(given: dict[str, Any], limit: Limit) -> Gating:
     rules = Rules(limit, noise, same_card=same_card)
     with interrupted_by_signals():
         checks, notes = _settled(baseline, candidate, rules, config, given)
-    if not checks:
+    if all(check.outcome == "unchecked" for check in checks):
         raise BaselineProblem(
             f"the baseline {baseline.label} has no figure to hold {candidate.label} against: save "
             "one of a run that measured, or of an atlas that compiled"
