@@ -145,7 +145,8 @@ def _times(
             )  # fmt: skip
             continue
         (within, p), threshold = next(judged), next(limits)
-        yield _time_check(then.name, evidence, within, p, threshold, rules)
+        noise = rules.noise.of(now)
+        yield _time_check(then.name, evidence, within, p, threshold, rules, noise)
 
 
 def live_checks(
@@ -190,7 +191,9 @@ def _time_check(
     p: float,
     threshold: float,
     rules: Rules,
+    noise: float | None = None,
 ) -> Check:
+    """`noise`: of this point, where it is not the typical one."""
     outcome: Outcome = "unclear" if within is None else "passed" if within else "failed"
     change = row_of(name, evidence, p)
     slower = f"{evidence.ratio - 1:+.1%}, {(evidence.after_ns - evidence.before_ns) / 1000:+.3g} us"
@@ -204,8 +207,8 @@ def _time_check(
         )
     else:
         reason = (
-            f"{slower}: slower, where {rules.limit} and noise of {rules.noise.typical:.1%} allow "
-            f"{threshold - 1:.1%}"
+            f"{slower}: slower, where {rules.limit} and noise of "
+            f"{rules.noise.typical if noise is None else noise:.1%} allow {threshold - 1:.1%}"
         )
     return Check(
         name=name,
