@@ -28,14 +28,9 @@ class Compared(NamedTuple):
     name: str  # what they are called together
     shape: dict[str, int]
     direction: Direction | None = None  # forward, and forward with backward
-    forward: str | None = None  # another run folder that the forward is from
-    since: str | None = None  # a later run folder whose backward has faster kernels
 
     def directions(self) -> tuple[Direction, ...]:
         return ("fwd", "fwdbwd") if self.direction is None else (self.direction,)
-
-    def records_of(self, direction: Direction) -> str:
-        return self.forward if self.forward and direction == "fwd" else self.records
 
 
 _FLA = ("fla_chunk", "fla_fused_chunk")
@@ -45,7 +40,6 @@ _RFFT = ("torch_rfft",), "torch's rfft"
 _LAYER = "CHELA layer", "h100-layer", "chela-layer.md", "chela"
 _COMPOSED = ("composed",), "the same of torch and fla"
 _SOFTMAX = ("sdpa_cudnn",), "softmax layer (another function), cuDNN"
-_LATER = "h100-layer-forward"
 
 
 def _attention(records: str, **shape: int) -> Compared:
@@ -59,12 +53,12 @@ COMPARED = (
     _attention("peers", B=1, T=8192, H=96, K=128, V=128),
     _attention("many-heads", B=8, T=16384, H=16, K=64, V=64),
     Compared(*_CONVOLUTION, *_RFFT, {"B": 8, "T": 4096, "D": 1024}),
-    Compared(*_CONVOLUTION, *_RFFT, {"B": 1, "T": 16384, "D": 1024}, since="h100"),
+    Compared(*_CONVOLUTION, *_RFFT, {"B": 1, "T": 16384, "D": 1024}),
     Compared(*_CONVOLUTION, *_RFFT, {"B": 8, "T": 65536, "D": 1024}),
     Compared(*_LAYER, *_COMPOSED, {"B": 1, "T": 16384, "D": 1024}),
-    Compared(*_LAYER, *_SOFTMAX, {"B": 1, "T": 16384, "D": 1024}, forward=_LATER),
-    Compared(*_LAYER, *_SOFTMAX, {"B": 1, "T": 65536, "D": 1024}, forward=_LATER),
-    Compared(*_LAYER, *_SOFTMAX, {"B": 8, "T": 2048, "D": 1024}, forward=_LATER),
+    Compared(*_LAYER, *_SOFTMAX, {"B": 1, "T": 16384, "D": 1024}),
+    Compared(*_LAYER, *_SOFTMAX, {"B": 1, "T": 65536, "D": 1024}),
+    Compared(*_LAYER, *_SOFTMAX, {"B": 8, "T": 2048, "D": 1024}),
     Compared(
         "one step of decoding", "h100-layer-decode", "chela-layer.md", "chela", *_SOFTMAX,
         {"B": 64, "T": 16384, "D": 1024}, "decode",
@@ -78,8 +72,7 @@ Runs = dict[str, tuple[Run, list[Point]]]
 
 def marked() -> dict[Path, str]:
     """Each file with a table of results -> its text, the table written anew."""
-    folders = {row.records_of(one): None for row in COMPARED for one in row.directions()}
-    runs = {folder: load_run(HERE / "results" / folder) for folder in folders}
+    runs = {row.records: load_run(HERE / "results" / row.records) for row in COMPARED}
     texts = {}
     for path, folder in FILES.items():
         before, found, rest = path.read_text().partition(FIRST)
@@ -118,7 +111,7 @@ def _shape(row: Compared) -> str:
 
 def _sides(row: Compared, runs: Runs, direction: Direction) -> tuple[Point, Point]:
     """The fastest point of ours and of the peers."""
-    points = runs[row.records_of(direction)][1]
+    points = runs[row.records][1]
     ours, peer = (
         min(_timed(points, impls, row.shape, direction), key=_median)
         for impls in ((row.ours,), row.peers)
@@ -161,33 +154,8 @@ def _provenance(runs: list[Run]) -> str:
         f"Milliseconds of kernel time, bf16: {', '.join(conventions.pop())}, fla-core "
         f"{', '.join(sorted(map(str, fla)))}; {days[0]} to {days[-1]}. Both sides of a ratio in "
         "one run on one card; of several forms of a peer the faster; every result checked against "
-        f"float64 before its time counts.{_later_forward()}{_since()}"
+        "float64 before its time counts."
     )
-
-
-def _later_forward() -> str:
-    """Which rows take their forward from another run."""
-    rows = [row for row in COMPARED if row.forward]
-    if not rows:
-        return ""
-    named = sorted({f"{row.what} beside {row.name} ({row.forward})" for row in rows})
-    return f" A later run, with later kernels, gives the forward of: {', '.join(named)}."
-
-
-def _since() -> str:
-    """The rows whose kernels are faster by now, as a run with another convention has them."""
-    told = []
-    for row in COMPARED:
-        if row.since is not None:
-            run, points = load_run(HERE / "results" / row.since)
-            sides = _sides(row._replace(records=row.since), {row.since: (run, points)}, "fwdbwd")
-            ours, peer = map(_median, sides)
-            told.append(
-                f"{row.what}, {_shape(row)}, {WORDS['fwdbwd']}: {three_digits(ours / 1e6)}, "
-                f"{three_digits(peer / 1e6)}, {three_digits(peer / ours)} x ({row.since}: timer "
-                f"{run.settings['timer']}, {run.settings['l2']} L2)"
-            )
-    return f" Later kernels: {'; '.join(told)}." if told else ""
 
 
 def _clocks(runs: Runs) -> str:

@@ -73,17 +73,33 @@ def test_the_name_of_the_file_that_names_the_promoted_one_is_taken(tmp_path, run
     assert run("promote", "current").returncode == 0
 
 
-def test_a_machine_whose_name_is_no_text_is_kept(tmp_path, run):
+@pytest.mark.parametrize(("node", "kept"), [("x\ud801", "x?"), ("日本", "日本"), ("...", "...")])
+def test_a_machine_of_any_name_is_kept(tmp_path, run, node, kept):
     _, taken = timed()
     source = tmp_path / "node.json"
     benchmark = {"fullname": "test", "stats": {"data": [ns / 1e9 for ns in taken]}}
-    document = {"machine_info": {"node": "x\ud801"}, "benchmarks": [benchmark]}
+    document = {"machine_info": {"node": node}, "benchmarks": [benchmark]}
     source.write_text(json.dumps(document))
     done = run("save", source, "--name", "first")
     assert done.returncode == 0, done.stderr
     [header] = (tmp_path / "baselines").glob("*/first/baseline.json")
-    assert json.loads(header.read_bytes())["machine"]["name"] == "x?"
+    assert json.loads(header.read_bytes())["machine"]["name"] == kept
     assert run("promote", "first").returncode == 0
+    [one] = json.loads(run("list", "--json").stdout)["baselines"]
+    assert one["current"] and f"saved first for {one['machine']} in" in done.stdout
+    assert in_this_process("gate", source, "--baseline", "baselines", cwd=tmp_path).returncode == 0
+
+
+def test_the_listed_machine_is_the_one_to_promote_on(tmp_path, run):
+    """Whether the baseline is damaged or not."""
+    for name in ("good", "damaged"):
+        run("save", write_run(tmp_path / name, [timed()]), "--name", name)
+    (tmp_path / "baselines" / KEY / "damaged" / "baseline.json").write_text("{")
+    found = json.loads(run("list", "--json").stdout)["baselines"]
+    assert {one["name"]: one["machine"] for one in found} == {"good": KEY, "damaged": KEY}
+    [good] = [one for one in found if one["problem"] is None]
+    assert good["measured_on"]["uuid"] == "GPU-0" and good["kind"] == "run"
+    assert run("promote", "good", "--machine", good["machine"]).returncode == 0
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"points": []}'])
@@ -93,6 +109,30 @@ def test_what_holds_nothing_is_not_saved(tmp_path, run, text):
     assert run("save", source).returncode == 2
     assert run("save", write_run(tmp_path / "run", [])).returncode == 2
     assert not (tmp_path / "baselines").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "lost", "words"),
+    [
+        ({"finished_utc": None}, 0, "it did not finish, and 1 of 2 points are there; finish the"),
+        ({}, 0, "1 of 2 points are there; finish the run with chela-bench sweep --resume"),
+        ({"settings": {"command": "tune"}}, 0, "with chela-bench tune --resume"),
+        ({"planned_points": 0}, 1, "the last line of points.jsonl is torn"),
+    ],
+)
+def test_what_was_cut_off_is_no_baseline(tmp_path, run, changes, lost, words):
+    """The points that it lacks would be held against nothing."""
+    whole = write_run(tmp_path / "whole", [timed(), timed(2048)], make_run(planned_points=2))
+    source = write_run(tmp_path / "run", [timed()], make_run(**{"planned_points": 2, **changes}))
+    if lost:
+        with (source / "points.jsonl").open("ab") as handle:
+            handle.write(b'{"op": "line')
+    done = run("save", source)
+    assert done.returncode == 2 and words in done.stderr
+    assert not (tmp_path / "baselines").exists()
+    done = in_this_process("gate", whole, "--baseline", source, cwd=tmp_path)
+    assert done.returncode == 4 and words in done.stderr
+    assert run("save", whole).returncode == 0
 
 
 def test_every_kind_is_kept_and_read_back(tmp_path, run):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from chela_bench.bench import check
 from chela_bench.bench.check import (
     EPS,
     error_budget,
@@ -80,6 +81,17 @@ def test_a_short_last_block_joins_the_one_before(tokens, own_block):
     for row_rms in (True, False):
         error = worst_block_error(actual, exact, row_rms=row_rms)
         assert error == pytest.approx(0.5 / own_block**0.5)
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 96, 97, 160, 192, 1000])
+def test_large_tensors_are_compared_in_parts_as_whole_ones(monkeypatch, tokens):
+    exact = torch.randn(3, tokens, 5, generator=torch.Generator().manual_seed(tokens)).double()
+    actual = exact.float() + 0.01 * exact.flip(1).float()
+    whole = [worst_block_error(actual, exact, row_rms=row_rms) for row_rms in (True, False)]
+    for at_once in (1, 15 * 130):  # a block, two blocks
+        monkeypatch.setattr(check, "_AT_ONCE", at_once)
+        parts = [worst_block_error(actual, exact, row_rms=row_rms) for row_rms in (True, False)]
+        assert parts == pytest.approx(whole, rel=1e-12)
 
 
 def test_a_row_that_cancels_is_measured_by_the_others():

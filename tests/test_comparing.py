@@ -115,6 +115,17 @@ def test_other_machines_are_refused_unless_asked_for(two):
     assert second["verdict"] == "unclear" and "no floor" in second["reason"]
 
 
+def test_another_model_has_clocks_of_its_own(two):
+    """Of multiples of each one's floor; two cards of one model are held to one clock."""
+    slow = Telemetry(**{**CLOCKS, "sm_clock_mhz": 1410, "mem_clock_mhz": 1593})
+    after = [timed(ns=2e6, floor_ns=1_000_000, telemetry=slow, device="GPU-1")]
+    for name, verdict in (("NVIDIA A100", "same"), (make_run().environment.name, "unclear")):
+        updates = {"uuid": "GPU-1", "name": name}
+        other = make_run(environment=make_run().environment.model_copy(update=updates))
+        _, rows = two([timed(floor_ns=500_000)], after, "--across-machines", run=other)
+        assert [row["verdict"] for row in rows.values()] == [verdict]
+
+
 def test_pytests_json_against_a_run_and_against_itself(tmp_path):
     points = [timed(1024), timed(2048)]
     run = write_run(tmp_path / "run", points)
@@ -126,19 +137,31 @@ def test_pytests_json_against_a_run_and_against_itself(tmp_path):
         assert [row["verdict"] for row in rows] == ["slower", "same"]
 
 
-def test_another_plugins_json_compares_by_name(tmp_path):
+def another_plugins(path, *, ns=1e6, **more):
     """No columns of ours: name, samples and processor are all there is."""
-    paths = []
-    for name, factor in (("a", 1.0), ("b", 1.5)):
-        path = tmp_path / f"{name}.json"
-        stats = {"data": [ns * factor / 1e9 for ns in samples(1e6)]}
-        machine = {"node": "n", "cpu": {"brand_raw": "some CPU"}}
-        benchmark = {"fullname": "t.py::test", "stats": stats, "extra_info": {}}
-        path.write_text(json.dumps({"machine_info": machine, "benchmarks": [benchmark]}))
-        paths.append(path)
+    stats = {"data": [ns / 1e9 for ns in samples(ns)]}
+    machine = {"node": "n", "cpu": {"brand_raw": "some CPU"}}
+    benchmark = {"fullname": "t.py::test", "stats": stats, "extra_info": {}, **more}
+    path.write_text(json.dumps({"machine_info": machine, "benchmarks": [benchmark]}))
+    return path
+
+
+def test_another_plugins_json_compares_by_name(tmp_path):
+    paths = another_plugins(tmp_path / "a.json"), another_plugins(tmp_path / "b.json", ns=1.5e6)
     done = in_this_process("compare", *paths, "--json", cwd=tmp_path)
     [row] = json.loads(done.stdout)["points"]
     assert row["verdict"] == "slower" and row["name"] == "t.py::test"
+
+
+@pytest.mark.parametrize("options", [{"timer": "process_time"}, {}, None, 5])
+def test_another_plugins_times_by_another_timer_do_not_compare(tmp_path, options):
+    usual = another_plugins(tmp_path / "a.json", options={"timer": "perf_counter"})
+    other = another_plugins(tmp_path / "b.json", ns=5e5, options=options)
+    for paths, verdict in (((usual, usual), "same"), ((usual, other), "unclear")):
+        done = in_this_process("compare", *paths, "--json", cwd=tmp_path)
+        [row] = json.loads(done.stdout)["points"]
+        assert row["verdict"] == verdict
+    assert "timed by other means: pytest-benchmark's perf_counter, then" in row["reason"]
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,26 @@ def test_a_time_of_pytest_that_no_float_holds_is_refused(tmp_path):
         sources.read(path)
 
 
+@pytest.mark.parametrize("seconds", [1e-300, 1e290])
+def test_a_time_that_no_clock_can_take_is_refused(tmp_path, seconds):
+    """The ratio of two such is infinite."""
+    path = tmp_path / "now.json"
+    stats = {"data": [seconds] * 40}
+    path.write_text(json.dumps({"benchmarks": [{"fullname": "test_sum", "stats": stats}]}))
+    with pytest.raises(RecordError, match=r"test_sum holds a time of .* ns; measure it again"):
+        sources.read(path)
+
+
+@pytest.mark.parametrize("extra", [5, ["op", "impl", "outcome"], "op"])
+def test_extra_info_that_is_no_table_is_refused(tmp_path, extra):
+    path = pytest_json(tmp_path / "now.json", [timed()])
+    document = json.loads(path.read_text())
+    document["benchmarks"][0]["extra_info"] = extra
+    path.write_text(json.dumps(document))
+    with pytest.raises(RecordError, match="not as pytest-benchmark writes it"):
+        sources.read(path)
+
+
 # Baselines
 
 

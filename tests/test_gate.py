@@ -81,8 +81,43 @@ def test_noise_that_was_measured_here_is_allowed(tmp_path):
     [key] = [timed()[0].key]
     noise.write_text(json.dumps({**record, "by_key": {key: 0.12}}))
     assert gated(tmp_path, candidate, "--baseline", "baselines")[0].returncode == 0
+    for other in ({"triton": "1.0"}, {"name": "another CPU"}):
+        noise.write_text(json.dumps({**record, "typical": 0.12, "machine": other}))
+        done, _ = gated(tmp_path, candidate, "--baseline", "baselines")
+        [(fact, value)] = other.items()
+        source = json.loads(done.stdout)["noise_source"]
+        assert done.returncode == 1 and f"is of {fact} {value}" in source
     noise.write_text(noise.read_text()[:40])
     assert gated(tmp_path, candidate, "--baseline", "baselines")[0].returncode == 4
+
+
+def measured_noise(folder, **record):
+    path = folder / "noise" / "GPU-0.json"
+    path.parent.mkdir(parents=True)
+    found = {"measured_utc": "2026-01-01", "machine": {}, "typical": 0.01, "by_key": {}, **record}
+    path.write_text(json.dumps(found))
+
+
+def test_a_failure_says_the_noise_of_its_own_point(tmp_path):
+    candidate = write_run(tmp_path / "now", [timed(ns=1.3e6), timed(2048, ns=1.3e6)])
+    saved(tmp_path, write_run(tmp_path / "then", [timed(), timed(2048)]))
+    measured_noise(tmp_path / "baselines", by_key={timed()[0].key: 0.2})
+    done, loud = gated(tmp_path, candidate, "--baseline", "baselines")
+    words = {"T1024": "noise of 20.0% allow 20.0%", "T2048": "noise of 1.0% allow 5.0%"}
+    assert done.returncode == 1 and len(loud) == 2
+    for check in loud:
+        [allowed] = [said for tokens, said in words.items() if tokens in check["name"]]
+        assert allowed in check["reason"]
+
+
+def test_noise_of_the_folder_that_is_named_counts(tmp_path):
+    candidate = write_run(tmp_path / "now", [timed(ns=1.08e6)])
+    saved(tmp_path, write_run(tmp_path / "then", [timed()]))
+    measured_noise(tmp_path / "other", typical=0.12)
+    words = (candidate, "--baseline", "baselines")
+    assert gated(tmp_path, *words)[0].returncode == 1
+    assert gated(tmp_path, *words, "--baselines", "other")[0].returncode == 0
+    assert gated(tmp_path, *words, "--baselines", "baselines")[0].returncode == 1
 
 
 def test_noise_of_bytes_that_was_measured_here_is_allowed(tmp_path):

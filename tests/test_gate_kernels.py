@@ -52,6 +52,25 @@ def test_a_kernel_that_got_leaner_passes(tmp_path):
     assert done.returncode == 0 and [c["outcome"] for c in loud] == ["better", "better"]
 
 
+def test_a_baseline_that_does_not_say_whether_a_kernel_fits_is_named(tmp_path):
+    unsaid = {**CRASHED, "outcome": "ok"}
+    for row in (atlas_row(fits=None), atlas_row(**unsaid)):
+        then = atlas_json(tmp_path / "then.json", row, atlas_row(arch="sm_90"))
+        now = atlas_json(tmp_path / "now.json", atlas_row(), atlas_row(arch="sm_90"))
+        done, [check] = gated(tmp_path, now, "--baseline", then)
+        assert done.returncode == 0 and (check["figure"], check["outcome"]) == ("fits", "unchecked")
+        assert check["reason"] == "the baseline does not say whether it fits sm_86"
+        assert check["name"].endswith("/sm_86")
+
+
+@pytest.mark.parametrize(("now", "code"), [("HMMA", 0), (True, 0), (None, 1), (False, 1)])
+def test_a_baseline_may_say_no_more_than_that_there_are_matrix_products(tmp_path, now, code):
+    then = atlas_json(tmp_path / "then.json", atlas_row(tensor_core=True))
+    rows = atlas_json(tmp_path / "now.json", atlas_row(tensor_core=now))
+    done, loud = gated(tmp_path, rows, "--baseline", then)
+    assert done.returncode == code and len(loud) == code, loud
+
+
 def test_a_kernel_that_is_gone_fails_and_a_new_one_is_listed(tmp_path):
     then = atlas_json(tmp_path / "then.json", atlas_row(), atlas_row(kernel="_old"))
     now = atlas_json(tmp_path / "now.json", atlas_row(), atlas_row(kernel="_new"))

@@ -1,5 +1,5 @@
-"""Outputs that cannot be written: what was found is told all the same, and code 6 says so; what
-takes minutes asks before."""
+"""Outputs that cannot be written: what was found is told all the same, and code 6 says so, unless
+what was found has a code of its own; what takes minutes asks before."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from chela_bench.bench import atlas
 from chela_bench.bench.noise import noise_runs
 from chela_bench.bench.sources import Machine
 from chela_bench.records import Refused
+from tests.factories import make_failure
 from tests.records import timed, write_run
 from tests.running import in_this_process
 from tests.test_atlas_reports import ROWS
@@ -44,7 +45,7 @@ def test_gate_says_its_verdict_and_what_is_unwritten(places, words, unwritten, a
     done = in_this_process(
         "gate", now, "--baseline", then, "--rounds", 0, *words, *as_json, cwd=places
     )
-    assert done.returncode == 6 and "slower, where" in " ".join(done.stdout.split())
+    assert done.returncode == 1 and "slower, where" in " ".join(done.stdout.split())
     assert done.stderr == f"chela-bench: cannot write {unwritten}; give another place\n"
 
 
@@ -53,6 +54,31 @@ def test_one_file_that_is_unwritten_leaves_the_other(places):
     words = ("gate", run, "--baseline", run, "--junit", "folder", "--summary", "file")
     assert in_this_process(*words, cwd=places).returncode == 6
     assert "chela-bench gate: passed" in (places / "file").read_text()
+
+
+@pytest.mark.parametrize(
+    ("points", "code"),
+    [([timed()], 6), ([(make_failure("wrong", "o is off"), [])], 3), ([timed(ns=1.05e6)], 5)],
+)
+def test_an_unwritten_summary_hides_no_verdict(places, points, code):
+    then, now = write_run(places / "then", [timed()]), write_run(places / "now", points)
+    words = ("gate", now, "--baseline", then, "--rounds", 0)
+    done = in_this_process(*words, cwd=places, GITHUB_STEP_SUMMARY=str(places / "none" / "here"))
+    assert done.returncode == code and "cannot write" in done.stderr, done.stdout
+
+
+@pytest.mark.parametrize("command", ["gate", "compare", "show"])
+def test_a_terminal_of_no_width_is_told_all_the_same(places, command):
+    run = write_run(places / "run", [timed()])
+    words = {"gate": (run, "--baseline", run), "compare": (run, run), "show": (run,)}[command]
+    done = in_this_process(command, *words, cwd=places, COLUMNS="0", GITHUB_STEP_SUMMARY="")
+    assert done.returncode == 0 and "NVIDIA" in done.stdout
+
+
+def test_an_unwritten_file_hides_no_wrong_result_of_compare(places):
+    run = write_run(places / "run", [(make_failure("wrong", "o is off"), [])])
+    done = in_this_process("compare", run, run, "-o", "file", cwd=places)
+    assert done.returncode == 3 and "cannot write" in done.stderr
 
 
 def test_compare_says_its_verdict_and_what_is_unwritten(places):
@@ -120,6 +146,14 @@ def test_atlas_says_what_it_compiled_and_what_is_unwritten(places, compiling):
     done = in_this_process(*ATLAS, "--export-prune", "full", cwd=places)
     assert done.returncode == 6 and compiling and "20 kernels compiled" in done.stdout
     assert done.stderr.endswith("cannot write full: No space left on device; give another place\n")
+
+
+def test_an_unwritten_table_hides_no_crash_of_the_compiler(places, compiling, monkeypatch):
+    crashed = ROWS[0].model_copy(update={"outcome": "crash"})
+    found = atlas.Found("3.7.1", [crashed, *ROWS[1:]])
+    monkeypatch.setattr("chela_bench.bench.atlas.compile_all", lambda *_, **__: found)
+    done = in_this_process(*ATLAS, "--export-prune", "full", cwd=places)
+    assert done.returncode == 1 and "cannot write full" in done.stderr
 
 
 @pytest.mark.parametrize("as_json", [(), ("--json",)])

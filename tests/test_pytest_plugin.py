@@ -10,9 +10,12 @@ from unittest import mock
 
 import pytest
 
+from chela_bench.bench import sources
+from chela_bench.bench.again import code_here
 from chela_bench.bench.pytest_fixture import _case
 from chela_bench.bench.stats import median
 from chela_bench.errors import UsageError
+from chela_bench.profiles.machine import source_sha256
 from tests.running import TINY, environment, in_this_process, ran_here
 
 pytest.importorskip("pytest_benchmark", reason="the extra [pytest] is not installed")
@@ -35,6 +38,13 @@ def test_a_dimension_short(chela_benchmark):
 
 def test_no_such_op(chela_benchmark):
     chela_benchmark("attention", "chunked", **SHAPE)
+
+def test_that_fails_after_it_measured(chela_benchmark):
+    chela_benchmark("linear_attention", "chunked", **{**SHAPE, "T": 128})
+    assert False, "on purpose"
+
+def test_that_fails_before_it_measures(chela_benchmark):
+    assert False, "on purpose"
 
 def test_of_another_plugin(benchmark):
     benchmark(sum, range(100))
@@ -78,7 +88,7 @@ def session(forked_workers, tmp_path_factory):
 
 def test_outcomes_of_tests(session):
     _, done, _ = session
-    assert "4 passed, 1 skipped" in done.stdout and "2 failed" in done.stdout, done.stdout
+    assert "4 passed, 1 skipped" in done.stdout and "4 failed" in done.stdout, done.stdout
     assert "needs a GPU" in done.stdout
     assert "the shape of linear_attention lacks H, K, V; it takes B, T, H, K, V" in done.stdout
     assert "no op 'attention'; there are: linear_attention" in done.stdout
@@ -107,6 +117,13 @@ def test_machine_info_says_device_and_versions(session):
     _, _, found = session
     ours = found["machine_info"]["chela_bench"]
     assert ours["device"] == "cpu" and ours["torch"] and ours["name"]
+
+
+def test_commit_info_says_which_code_measured(session):
+    """So that the gate may measure the same again."""
+    folder, _, found = session
+    assert found["commit_info"]["chela_bench_source_sha256"] == source_sha256()
+    assert sources.read(folder / "now.json").code.is_known_as(code_here())
 
 
 def test_the_table_groups_implementations_by_shape(session):
@@ -180,6 +197,26 @@ def test_starting_pytest_imports_no_torch(tmp_path, there):
         assert ours == {"chela_bench.bench", "chela_bench.bench.pytest_plugin"}
         assert "1 passed, 1 error" in done.stdout
         assert "pip install -e '.[pytest]' in the checkout" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"op": 5}, "op: Input should be a valid string; got 5"),
+        ({"direction": "sideways"}, "direction: Input should be 'fwd', .*; got 'sideways'"),
+        ({"dtype": "float32"}, "dtype: Input should be 'fp32', .*; got 'float32'"),
+        ({"config": [1]}, r"config: Input should be a valid dictionary; got \[1\]"),
+        ({"config": {"BLOCK_T": 1.5}}, "config.BLOCK_T.*; got 1.5"),
+        ({"H": "x"}, "shape.H: Input should be a valid integer; got 'x'"),
+        ({"T": -64}, "shape.T: Input should be greater than or equal to 1; got -64"),
+    ],
+)
+def test_what_no_case_can_have_is_refused_in_a_sentence(changes, words):
+    given = {"op": "linear_attention", "impl": "chunked", "direction": "fwd", "dtype": "fp32",
+             "config": {}} | changes  # fmt: skip
+    shape = {name: given.pop(name) for name in list(given) if len(name) == 1}
+    with pytest.raises(UsageError, match=f"chela_benchmark: {words}"):
+        _case(**given, shape={"B": 1, "T": 64, "H": 2, "K": 16, "V": 16} | shape)
 
 
 def test_a_function_in_a_file_needs_a_name():

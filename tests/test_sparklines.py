@@ -119,7 +119,7 @@ def test_an_encoding_without_blocks_has_no_sparkline():
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     text = done.stdout.decode("ascii")
-    assert "900 us" in text and "trend" not in text
+    assert "857 us" in text and "trend" not in text
 
 
 def on_a_terminal(*arguments, **variables):

@@ -8,20 +8,29 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from chela_bench.bench import plan, stats, store
-from chela_bench.bench.baseline import facts
 from chela_bench.bench.cases import Case, Limits, Session
 from chela_bench.bench.plan import Settings
 from chela_bench.bench.registry import all_ops
 from chela_bench.bench.runner import Runner, WorkerProcess
-from chela_bench.bench.sources import Entry, Machine, Measured, machine_of
+from chela_bench.bench.sources import Code, Entry, Machine, Measured, machine_of
+from chela_bench.bench.sweep import git_state
 from chela_bench.errors import EnvironmentProblem, UsageError
+from chela_bench.profiles.machine import source_sha256
 from chela_bench.records import Environment, Point
 
 LONGER = 4  # times the time for samples, of a round that is to settle a verdict
 Heard = Callable[[str], None]
+
+
+class _Named(BaseModel):
+    """Settings that name what may be gone by now."""
+
+    impls: dict[str, list[str]] = Field(default_factory=dict)
+    user_impls: dict[str, str] = Field(default_factory=dict)
+    shapes: dict[str, Any] = Field(default_factory=dict)
 
 
 def here(device: str) -> Machine:
@@ -36,6 +45,11 @@ def here(device: str) -> Machine:
         finally:
             worker.kill()
     return machine_of(Environment.model_validate(hello["environment"]), hello["versions"])
+
+
+def code_here() -> Code:
+    """What a worker of this process measures."""
+    return Code(source_sha256(), *git_state())
 
 
 def settings_of(baseline: Measured, device: str) -> tuple[Settings, set[str]]:
@@ -54,18 +68,18 @@ def settings_of(baseline: Measured, device: str) -> tuple[Settings, set[str]]:
             f"{command} again and give its run folder: chela-bench gate runs/RUN --baseline ..."
         )
     ops = {op.name: op for op in all_ops()}
-    user = given.get("user_impls") or {}
-    impls = {
-        name: [impl for impl in wanted
-               if impl in user or any(impl == known.name for known in ops[name].impls)]
-        for name, wanted in given.get("impls", {}).items() if name in ops
-    }  # fmt: skip
-    given["impls"] = {name: kept for name, kept in impls.items() if kept}
-    given["shapes"] = {k: v for k, v in given.get("shapes", {}).items() if k in given["impls"]}
-    given["devices"] = [device]
-    if not given["impls"]:
-        raise UsageError(f"nothing of {baseline.label} is left to measure: its ops are gone")
     try:
+        named = _Named.model_validate(given)
+        impls = {
+            name: [impl for impl in wanted if impl in named.user_impls
+                   or any(impl == known.name for known in ops[name].impls)]
+            for name, wanted in named.impls.items() if name in ops
+        }  # fmt: skip
+        given["impls"] = {name: kept for name, kept in impls.items() if kept}
+        given["shapes"] = {k: v for k, v in named.shapes.items() if k in given["impls"]}
+        given["devices"] = [device]
+        if not given["impls"]:
+            raise UsageError(f"nothing of {baseline.label} is left to measure: its ops are gone")
         settings = Settings.model_validate(given)
     except ValidationError as error:
         raise UsageError(f"{baseline.label}: {store.first_problem(error, 'settings')}") from None
@@ -80,11 +94,15 @@ def again(
     heard: Heard,
 ) -> Measured:
     """The named benchmarks once more, in a process of its own and for longer; the samples of all
-    rounds count together."""
+    rounds count together. Raises EnvironmentProblem where they would not be of the same machine,
+    code and versions."""
     if measured.machine.device != session.device.partition(":")[0]:
         raise EnvironmentProblem(
             f"{measured.label} is of {measured.machine}; here is no such device"
         )
+    code = code_here()
+    if not measured.code.is_known_as(code):
+        raise EnvironmentProblem(f"the candidate is of {measured.code}; this tree is of {code}")
     entries = dict(measured.entries)
     longer = _longer(session)
     with tempfile.TemporaryDirectory(prefix="chela-bench-") as folder:
@@ -94,6 +112,12 @@ def again(
                 raise EnvironmentProblem(
                     f"unclear points can be measured again on {measured.machine}; this is {now}"
                 )
+            if now.versions() != measured.machine.versions():
+                then, today = (
+                    ", ".join(f"{name} {v}" for name, v in machine.versions().items())
+                    for machine in (measured.machine, now)
+                )
+                raise EnvironmentProblem(f"the candidate is of {then}; here are {today}")
             for name in names:
                 before = entries[name]
                 if before.point is None:
@@ -119,7 +143,11 @@ def session_of(measured: Measured, device: str, limits: Limits) -> Session:
     """How its points were measured, to measure them again."""
     if measured.settings:
         return settings_of(measured, device)[0].sessions()[0]
-    point = next(entry.point for entry in measured.entries.values() if entry.point)
+    point = next((entry.point for entry in measured.entries.values() if entry.point), None)
+    if point is None:
+        raise UsageError(
+            f"{measured.label} holds no points of ours; measure it again and give the new JSON"
+        )
     return Session(
         device=device,
         timer=point.timer,
@@ -135,7 +163,8 @@ def _together(before: Entry, point: Point, samples: Sequence[float]) -> Entry:
         return before  # the machine was busy this time: that settles nothing
     if point.outcome != "ok" or before.point is None:
         return Entry(before.name, point, list(samples), point.device)
-    pooled = [*before.samples_ns, *samples]
+    earlier = before.samples_ns if before.device == point.device else []  # not another card's
+    pooled = [*earlier, *samples]
     if point.time_ns is not None:
         point = point.model_copy(update={"time_ns": stats.summarise(pooled)})
     else:
@@ -153,8 +182,3 @@ def _longer(session: Session) -> Session:
     phase_s = max(limits.phase_s, 4 * limits.call_s + sample_s)
     longer = limits.model_copy(update={"sample_s": sample_s, "phase_s": phase_s})
     return session.model_copy(update={"limits": longer})
-
-
-def machine_info(machine: Machine) -> dict[str, Any]:
-    """As pytest-benchmark's machine_info carries it."""
-    return facts(machine)

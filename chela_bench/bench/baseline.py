@@ -131,6 +131,8 @@ def save(
         raise UsageError(f"a baseline's name takes letters, digits and ._+-; got {name!r}")
     if name == CURRENT:
         raise UsageError(f"{CURRENT} is the file that names the promoted one; give another name")
+    if measured.cut_off is not None:
+        raise UsageError(f"{source} was cut off: {measured.cut_off}")
     key = machine_key(measured.machine)
     target = folder / key / name
     if paths.exists(target, EnvironmentProblem):
@@ -328,7 +330,7 @@ def _load(path: Path) -> Measured:
 
 
 def _read_records(path: Path) -> Measured:
-    """Something to hold against: a baseline of nothing would let everything pass."""
+    """Something to hold against: what a baseline lacks may be lost without a word."""
     try:
         found = sources.read(path)
     except ChelaBenchError as error:
@@ -338,6 +340,8 @@ def _read_records(path: Path) -> Measured:
             f"the baseline {path} holds no points to hold against: they were lost, never measured, "
             "or all failed; give another"
         )
+    if found.cut_off is not None:
+        raise BaselineProblem(f"the baseline {path} was cut off: {found.cut_off}")
     return found
 
 
@@ -404,7 +408,9 @@ def _writable(text: str) -> str:
 
 
 def slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.+-]+", "-", text).strip("-.")
+    """A file's name of a machine's; of one without such a letter a hash."""
+    letters = re.sub(r"[^A-Za-z0-9.+-]+", "-", text).strip("-.")
+    return letters or hashlib.sha256(_writable(text).encode()).hexdigest()[:8]
 
 
 def _sha256(path: Path) -> str:

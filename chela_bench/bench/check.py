@@ -8,6 +8,7 @@ tokens and each row, of ||actual - exact|| / ||exact||.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -28,6 +29,8 @@ EPS = {"bf16": 2.0**-7, "fp16": 2.0**-10, "tf32": 2.0**-10, "fp32": 2.0**-23}
 
 LEAST_TERMS = 64
 BLOCK = 64  # tokens
+
+_AT_ONCE = 1 << 26  # numbers compared at once: half a GiB each, however large the tensors are
 
 
 def worst_block_error(
@@ -51,10 +54,12 @@ def worst_block_error(
         return 0.0
     if row_rms:
         actual, exact = actual.unsqueeze(-1), exact.unsqueeze(-1)
-    difference = _sum_of_squares(actual.to(torch.float64) - exact, block)
-    size = _sum_of_squares(exact.to(torch.float64), block)
+    tokens = exact.shape[1]
+    some = max(_AT_ONCE // (exact.numel() // tokens) // block, 1) * block
+    pairs = list(zip(actual.split(some, dim=1), exact.split(some, dim=1), strict=True))
+    difference = _sums_of_squares((one.to(torch.float64) - other for one, other in pairs), block)
+    size = _sums_of_squares((other.to(torch.float64) for _, other in pairs), block)
     if row_rms:
-        tokens = exact.shape[1]
         counts = size.new_full((size.shape[1],), block)
         counts[-1] = tokens - block * (len(counts) - 1)
         mean_square = size.sum(dim=1, keepdim=True) / tokens
@@ -104,15 +109,17 @@ def _strays(n: int) -> float:
     return 1 + 4 / math.sqrt(2 * n)
 
 
-def _sum_of_squares(x: Tensor, block: int) -> Tensor:
-    """[B, T, ..., F] -> [B, blocks, ...]."""
-    per_token = x.square().sum(dim=-1)
-    padding = -per_token.shape[1] % block
-    if padding:
-        per_token = torch.cat(
-            [per_token, per_token.new_zeros(per_token.shape[0], padding, *per_token.shape[2:])], 1
-        )
-    blocks: Tensor = per_token.unflatten(1, (-1, block)).sum(dim=2)
+def _sums_of_squares(parts: Iterable[Tensor], block: int) -> Tensor:
+    """Of [B, T, ..., F], in parts of whole blocks but for the last -> [B, blocks, ...]."""
+    sums = []
+    for part in parts:
+        per_token = part.square().sum(dim=-1)
+        padding = -per_token.shape[1] % block
+        if padding:
+            nothing = per_token.new_zeros(per_token.shape[0], padding, *per_token.shape[2:])
+            per_token = torch.cat([per_token, nothing], dim=1)
+        sums.append(per_token.unflatten(1, (-1, block)).sum(dim=2))
+    blocks = torch.cat(sums, dim=1)
     if padding > block // 2 and blocks.shape[1] > 1:
         blocks[:, -2] += blocks[:, -1]
         blocks = blocks[:, :-1]

@@ -69,6 +69,7 @@ def compare(
         [(before.entries[name], after.entries[name]) for name in shared],
         noise,
         relative_to_floor=across_machines,
+        one_model=not {m.name for m in before.machines}.isdisjoint(m.name for m in after.machines),
     )
     return Comparison(
         mode="stored",
@@ -108,10 +109,17 @@ def differences(before: Measured, after: Measured) -> list[str]:
 
 
 def changes(
-    pairs: Sequence[tuple[Entry, Entry]], noise: Noise, *, relative_to_floor: bool = False
+    pairs: Sequence[tuple[Entry, Entry]],
+    noise: Noise,
+    *,
+    relative_to_floor: bool = False,
+    one_model: bool = True,
 ) -> list[Change]:
-    """A row a pair, in their order; verdicts corrected for the number of pairs."""
-    looked = [look(a, b, relative_to_floor=relative_to_floor) for a, b in pairs]
+    """A row a pair, in their order; verdicts corrected for the number of pairs. Another model of
+    GPU has clocks of its own."""
+    looked = [
+        look(a, b, relative_to_floor=relative_to_floor, one_model=one_model) for a, b in pairs
+    ]
     found = [evidence for evidence in looked if isinstance(evidence, Evidence)]
     sizes = [
         noise.of(b) for (_, b), one in zip(pairs, looked, strict=True) if isinstance(one, Evidence)
@@ -136,7 +144,7 @@ def changes(
         refused = list(evidence.doubts)
         if row.low is None:
             refused.append(f"{row.samples} samples; {verdict.FEWEST} wanted")
-        if _other_clocks(a, b):
+        if one_model and _other_clocks(a, b):
             word = "unclear"
         if word == "unclear" and not refused:
             refused.append(f"between a change and noise of {noise.of(b):.1%}")
@@ -162,7 +170,12 @@ def row_of(name: str, evidence: Evidence, p: float) -> Change:
 
 
 def look(
-    before: Entry, after: Entry, *, relative_to_floor: bool = False, same_card: bool = True
+    before: Entry,
+    after: Entry,
+    *,
+    relative_to_floor: bool = False,
+    same_card: bool = True,
+    one_model: bool = True,
 ) -> Evidence | str:
     """The evidence of two stored entries, with its doubts and their size; or why there is none."""
     for side, when in ((before, "before"), (after, "after")):
@@ -190,17 +203,19 @@ def look(
         evidence = dataclasses.replace(
             evidence, before_ns=time_of(before) or 0.0, after_ns=time_of(after) or 0.0
         )
-    return doubted(evidence, before, after)
+    return _doubted(evidence, before, after, clocks(before, after) if one_model else [])
 
 
-def doubted(evidence: Evidence, before: Entry, after: Entry) -> Evidence:
+def _doubted(
+    evidence: Evidence, before: Entry, after: Entry, known_clocks: Sequence[tuple[str, int, int]]
+) -> Evidence:
     """With the slack that unrest and clocks give the ratio."""
     slack, doubts = 1.0, []
     for side, when in ((before, "before"), (after, "after")):
         for what, size in verdict.unrest(side.samples_ns):
             slack *= 1 + size
             doubts.append(f"{when}: its samples {what} {size:.1%}")
-    for name, then, now in clocks(before, after):
+    for name, then, now in known_clocks:
         slack *= max(then, now) / min(then, now)
         if then != now:
             doubts.append(f"{name} clock was {then} MHz and is {now} MHz")

@@ -148,7 +148,8 @@ def _times(
             )  # fmt: skip
             continue
         (within, p), threshold = next(judged), next(limits)
-        yield _time_check(then.name, evidence, within, p, threshold, rules)
+        noise = rules.noise.of(now)
+        yield _time_check(then.name, evidence, within, p, threshold, rules, noise)
 
 
 def live_checks(
@@ -214,7 +215,9 @@ def _time_check(
     p: float,
     threshold: float,
     rules: Rules,
+    noise: float | None = None,
 ) -> Check:
+    """`noise`: of this point, where it is not the typical one."""
     outcome: Outcome = "unclear" if within is None else "passed" if within else "failed"
     change = row_of(name, evidence, p)
     slower = f"{evidence.ratio - 1:+.1%}, {(evidence.after_ns - evidence.before_ns) / 1000:+.3g} us"
@@ -228,8 +231,8 @@ def _time_check(
         )
     else:
         reason = (
-            f"{slower}: slower, where {rules.limit} and noise of {rules.noise.typical:.1%} allow "
-            f"{threshold - 1:.1%}"
+            f"{slower}: slower, where {rules.limit} and noise of "
+            f"{rules.noise.typical if noise is None else noise:.1%} allow {threshold - 1:.1%}"
         )
     return Check(
         name=name,
@@ -342,6 +345,11 @@ def _static(before: Mapping[str, StaticRow], after: Mapping[str, StaticRow]) -> 
                 name=name, figure="outcome", outcome=outcome, before=then.outcome,
                 after=now.outcome, reason=reason,
             )  # fmt: skip
+        elif then.fits is None:
+            yield Check(
+                name=name, figure="fits", outcome="unchecked", after=now.fits,
+                reason=f"the baseline does not say whether it fits {then.arch}",
+            )  # fmt: skip
         elif then.fits and not now.fits:
             why = f": {now.reason}" if now.reason else ""
             yield Check(
@@ -354,6 +362,8 @@ def _static(before: Mapping[str, StaticRow], after: Mapping[str, StaticRow]) -> 
                 continue  # that it does not fit is said
             if figure == "tensor_core":
                 was, is_now = was or None, is_now or "none"
+                if was is True and is_now != "none":
+                    was = is_now  # the baseline says no more than that there is one
             yield from _exact(name, figure, was, is_now)
     for name, now in after.items():
         if name not in before:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -224,6 +224,10 @@ def noise_of(folder: Path | None, machine: Machine, *, live: bool = False) -> No
     record = read_kept(path, NoiseRecord)
     source = f"measured {record.measured_utc[:10]}: {path}"
     assumed = assumed_noise(machine, live=live)
+    here = facts(machine)
+    other = [f"{name} {value}" for name, value in record.machine.items() if value != here.get(name)]
+    if other:
+        return replace(assumed, source=f"{assumed.source}; {path} is of {', '.join(other)}")
     if live:
         return assumed if assumed.typical <= record.typical else Noise(record.typical, source)
     return Noise(record.typical, source, record.by_key, record.hbm_by_key)

@@ -4,7 +4,7 @@ computed again on the way back."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,15 +16,44 @@ from chela_bench.reference import chela
 from chela_bench.reference.linear_attention import linear_attention
 from chela_bench.reference.short_long_conv import long_conv as reference_long_conv
 
-_CHANNELS = 64  # of a convolution at once
+_CHANNELS = 32  # of a convolution at once
 _VALUES = 256  # of V, whose columns know nothing of each other, at once
 
 
 def long_conv(x: Tensor, kernel: Tensor) -> Tensor:
-    """By slices of channels: all spectra at once need not fit."""
-    convolve = functools.partial(reference_long_conv, layout="bdt")
-    slices = zip(x.split(_CHANNELS, dim=1), kernel.split(_CHANNELS), strict=True)
-    return torch.cat([_again(convolve, *each) for each in slices], dim=1)
+    """By slices of channels, both ways: all spectra at once need not fit. x [B, D, T]; kernel
+    [D, T]."""
+    z: Tensor = _Convolved.apply(x, kernel)  # type: ignore[no-untyped-call]
+    return z
+
+
+class _Convolved(torch.autograd.Function):
+    """Results whole from the start: slices to be joined would take their memory twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel: Tensor) -> Tensor:
+        ctx.save_for_backward(x, kernel)
+        z = torch.empty_like(x)
+        for u, taps, out in _by_channels(x, kernel, z):
+            out.copy_(reference_long_conv(u, taps, layout="bdt"))
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        x, kernel = ctx.saved_tensors
+        dx, dk = torch.empty_like(x), torch.empty_like(kernel)
+        for u, taps, dz, *out in _by_channels(x, kernel, *gradients, dx, dk):
+            leaves = [each.detach().requires_grad_() for each in (u, taps)]
+            with torch.enable_grad():
+                z = reference_long_conv(*leaves, layout="bdt")
+            for whole, part in zip(out, torch.autograd.grad(z, leaves, dz), strict=True):
+                whole.copy_(part)
+        return dx, dk
+
+
+def _by_channels(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """[B, D, T] and [D, T] alike."""
+    return zip(*(each.split(_CHANNELS, dim=-2) for each in tensors), strict=True)
 
 
 def chela_layer(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:

@@ -9,23 +9,39 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from chela_bench.bench import store
 from chela_bench.bench.cases import Case, Limits, Session
-from chela_bench.bench.config import Config, find_config, load_config
+from chela_bench.bench.config import Config, Size, find_config, load_config
 from chela_bench.bench.registry import get_op
 from chela_bench.bench.runner import Runner
-from chela_bench.bench.sources import MACHINE_INFO, Machine, machine_of
+from chela_bench.bench.sources import MACHINE_INFO, SOURCE, Machine, machine_of
 from chela_bench.errors import ChelaBenchError, UsageError
-from chela_bench.profiles.machine import choose_device
+from chela_bench.profiles.machine import choose_device, source_sha256
 from chela_bench.records import ConfigValue, Direction, DType, Point, shape_label
 
 Measure = Callable[..., Point]
+_BENCHMARK = pytest.StashKey[Any]()  # of a test: its `benchmark`, which we report to
 _FEWEST_S = 0.001  # of samples, where pytest-benchmark is disabled: the check is what counts
+
+
+class _Given(BaseModel):
+    """What a test asks for, before its op is asked."""
+
+    model_config = ConfigDict(frozen=True)
+
+    op: str
+    impl: str
+    direction: Direction
+    dtype: DType
+    config: dict[str, ConfigValue]
+    shape: dict[str, Size]
 
 
 class Plugin:
@@ -38,15 +54,16 @@ class Plugin:
         self._machine: Machine | None = None
 
     @pytest.fixture
-    def chela_benchmark(self, benchmark: Any) -> Measure:
+    def chela_benchmark(self, request: pytest.FixtureRequest, benchmark: Any) -> Measure:
         """Measures an implementation of an op and reports it as this test's benchmark.
 
         chela_benchmark(op, impl, *, direction="fwd", dtype=None, config=None, **shape) -> Point
 
         `shape` gives every dimension of the op. dtype: bf16 on a GPU and fp32 elsewhere unless
         given. The test fails if the result is not right or there is no time, and is skipped where
-        the implementation cannot run.
+        the implementation cannot run. Of a test that does not pass there is nothing in the JSON.
         """
+        request.node.stash[_BENCHMARK] = benchmark
         return functools.partial(self._measured, benchmark)
 
     def _measured(self, benchmark: Any, *names: str, **given: Any) -> Point:
@@ -70,7 +87,8 @@ class Plugin:
     ) -> Point:
         device = choose_device(self._config.getoption("chela_device", "auto"))
         kind = device.partition(":")[0]
-        case = _case(op, impl, direction, dtype or _usual_dtype(kind), config or {}, shape)
+        usual = _usual_dtype(kind) if dtype is None else dtype
+        case = _case(op, impl, direction, usual, {} if config is None else config, shape)
         reason = (
             get_op(op)
             .impl(impl)
@@ -124,10 +142,27 @@ class Plugin:
             return machine_of(runner.environment, runner.versions)
         return self._machine
 
+    @pytest.hookimpl(wrapper=True, tryfirst=True)  # around pytest-benchmark's own
+    def pytest_runtest_makereport(
+        self, item: pytest.Item
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Whatever a test measured before it failed is not in the JSON: the gate finds it missing.
+        That one which failed earlier did not use its benchmark needs no warning."""
+        report = yield
+        if not report.passed and _BENCHMARK in item.stash:
+            benchmark = item.stash[_BENCHMARK]
+            benchmark.has_error = benchmark.skipped = True
+        return report
+
     @pytest.hookimpl
     def pytest_benchmark_update_machine_info(self, machine_info: dict[str, Any]) -> None:
         if self.machine is not None:
             machine_info[MACHINE_INFO] = described(self.machine)
+
+    @pytest.hookimpl
+    def pytest_benchmark_update_commit_info(self, commit_info: dict[str, Any]) -> None:
+        if self.machine is not None:
+            commit_info[SOURCE] = source_sha256()
 
     @pytest.hookimpl(tryfirst=True)  # before pytest-benchmark's own, which compares both whole
     def pytest_benchmark_compare_machine_info(
@@ -208,6 +243,13 @@ def _case(
     config: Mapping[str, ConfigValue],
     shape: Mapping[str, int],
 ) -> Case:
+    given = {"op": op, "impl": impl, "direction": direction, "dtype": dtype, "config": config,
+             "shape": shape}  # fmt: skip
+    try:
+        _Given.model_validate(given)
+    except ValidationError as error:
+        problem, came = store.first_problem(error), error.errors()[0]["input"]
+        raise UsageError(f"chela_benchmark: {problem}; got {came!r}") from None
     known = get_op(op)
     if ".py:" in impl:
         raise UsageError(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +18,8 @@ from chela_bench.records import ConfigValue, Count, Environment, Point, Run, con
 from chela_bench.verdicts import Side
 
 MACHINE_INFO = "chela_bench"  # our key in pytest-benchmark's machine_info
+SOURCE = "chela_bench_source_sha256"  # and in its commit_info, which is of the tests' repository
+_SHORTEST_NS, _LONGEST_NS = 1e-6, 2.0**63  # beyond them the ratio of two times is no number
 Kind = Literal["run", "pytest", "static"]
 
 
@@ -47,6 +48,29 @@ class Machine:
     def versions(self) -> dict[str, str]:
         found = {"torch": self.torch, "triton": self.triton, "driver": self.driver}
         return {name: version for name, version in found.items() if version}
+
+
+@dataclass(frozen=True)
+class Code:
+    """Which code measured, as far as a record says."""
+
+    source_sha256: str | None = None  # of the package
+    commit: str | None = None
+    dirty: bool | None = None
+
+    def __str__(self) -> str:
+        parts = [
+            self.commit and f"commit {self.commit[:7]}{'+' if self.dirty else ''}",
+            self.source_sha256 and f"source {self.source_sha256[:7]}",
+        ]
+        return ", ".join(filter(None, parts)) or "unknown source"
+
+    def is_known_as(self, other: Code) -> bool:
+        """Whether both are surely the same: two changed trees of a commit need not be."""
+        if self.source_sha256 and other.source_sha256:
+            return self.source_sha256 == other.source_sha256
+        clean = self.dirty is False and other.dirty is False
+        return clean and self.commit is not None and self.commit == other.commit
 
 
 class StaticRow(BaseModel):
@@ -102,6 +126,7 @@ class Entry:
     point: Point | None
     samples_ns: list[float]
     device: str | None = None
+    timer: str | None = None  # pytest-benchmark's, where it is another plugin's
 
     @property
     def outcome(self) -> str:
@@ -112,7 +137,7 @@ class Entry:
         """How its time was taken: samples of another clock do not compare."""
         point = self.point
         if point is None:
-            return "pytest-benchmark"
+            return f"pytest-benchmark's {self.timer or 'unknown timer'}"
         if point.time_ns is None:
             return "wall clock"
         return "CPU wall clock" if point.device == "cpu" else f"{point.timer}, {point.l2} L2"
@@ -130,6 +155,8 @@ class Measured:
     models: dict[str, tuple[Case, int]] = field(default_factory=dict)  # modelled HBM bytes by key
     seed_and_inputs: tuple[int, str] | None = None
     settings: dict[str, Any] | None = None
+    code: Code = Code()
+    cut_off: str | None = None  # what a run that was interrupted or torn lacks
 
     @property
     def machine(self) -> Machine:
@@ -154,10 +181,8 @@ class Measured:
             key if keys.count(key) == 1 else name: entry
             for key, (name, entry) in zip(keys, self.entries.items(), strict=True)
         }
-        named = {name: Entry(name, e.point, e.samples_ns, e.device) for name, e in entries.items()}
-        return Measured(
-            self.label, self.kind, self.machines, named, seed_and_inputs=self.seed_and_inputs
-        )
+        named = {name: replace(entry, name=name) for name, entry in entries.items()}
+        return replace(self, entries=named)
 
 
 def alike(before: Measured, after: Measured) -> tuple[Measured, Measured]:
@@ -174,7 +199,8 @@ def read(path: Path) -> Measured:
     """A run folder, or a JSON file of pytest-benchmark, `atlas`, `sweep`. Raises RecordError."""
     if paths.is_dir(path):
         run, points = store.load_run(path)
-        return of_run(str(path), run, points, store.load_samples(path))
+        found = of_run(str(path), run, points, store.load_samples(path))
+        return replace(found, cut_off=store.cut_off(path, run, points))
     try:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -208,6 +234,7 @@ def of_run(label: str, run: Run, points: list[Point], samples: Mapping[str, list
         entries,
         seed_and_inputs=(run.seed, run.inputs),
         settings=dict(run.settings),
+        code=Code(run.source_sha256, run.git_sha, run.git_dirty),
     )
 
 
@@ -231,7 +258,7 @@ def of_pytest(label: str, found: Mapping[str, Any]) -> Measured:
         where = f"{label}, benchmark {number}"
         try:
             name, data = str(one["fullname"]), one["stats"].get("data")
-            extra = one.get("extra_info") or {}
+            extra = {**(one.get("extra_info") or {})}
             samples = None if data is None else [float(seconds) * 1e9 for seconds in data]
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             raise RecordError(f"{where}: not as pytest-benchmark writes it") from None
@@ -248,9 +275,16 @@ def of_pytest(label: str, found: Mapping[str, Any]) -> Measured:
                 point = Point.model_validate(extra)
             except ValidationError as error:
                 raise RecordError(f"{where} ({name}): {store.first_problem(error)}") from None
-        entries[name] = Entry(name, point, samples, point.device if point else None)
+        if point is not None:
+            entries[name] = Entry(name, point, samples, point.device)
+        else:
+            options = one.get("options")
+            timer = options.get("timer") if isinstance(options, dict) else None
+            entries[name] = Entry(name, None, samples, timer=timer and str(timer))
         _refuse_other_times(label, entries[name])
-    return Measured(label, "pytest", (_machine_of_pytest(info, ours),), entries)
+    machine = _machine_of_pytest(info, ours)
+    code = _code_of_pytest(found.get("commit_info"))
+    return Measured(label, "pytest", (machine,), entries, code=code)
 
 
 def _machine_of_pytest(info: Any, ours: Any) -> Machine:
@@ -264,6 +298,16 @@ def _machine_of_pytest(info: Any, ours: Any) -> Machine:
     brand = cpu.get("brand_raw") if isinstance(cpu, dict) else None
     parts = [info.get("node"), brand or info.get("processor")]
     return Machine("cpu", " ".join(str(part) for part in parts if part) or "unknown")
+
+
+def _code_of_pytest(info: Any) -> Code:
+    info = info if isinstance(info, dict) else {}
+    source, commit, dirty = info.get(SOURCE), info.get("id"), info.get("dirty")
+    return Code(
+        source if isinstance(source, str) else None,
+        commit if isinstance(commit, str) else None,
+        dirty if isinstance(dirty, bool) else None,
+    )
 
 
 def of_atlas(label: str, rows: list[dict[str, Any]]) -> Measured:
@@ -287,7 +331,7 @@ def _refuse_other_times(label: str, entry: Entry) -> None:
     """Samples that are no times, or not those that the point's own time comes from."""
     where = f"{label}: {entry.name}"
     for ns in entry.samples_ns:
-        if not (math.isfinite(ns) and ns > 0):
+        if not _SHORTEST_NS <= ns < _LONGEST_NS:
             raise RecordError(f"{where} holds a time of {ns:g} ns; measure it again")
     point = entry.point
     shown = None if point is None else point.seconds

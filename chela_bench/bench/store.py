@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -162,6 +162,21 @@ def load_points(folder: Path) -> list[Point]:
     return list(points.values())
 
 
+def cut_off(folder: Path, run: Run, points: Sequence[Point]) -> str | None:
+    """What a run that was interrupted or torn lacks, and the way out; None if it is whole."""
+    if run.finished_utc is None or len(points) < run.planned_points:
+        unfinished = "" if run.finished_utc else "it did not finish, and "
+        command = run.settings.get("command", "sweep")
+        return (
+            f"{unfinished}{len(points)} of {run.planned_points} points are there; finish the run "
+            f"with chela-bench {command} --resume"
+        )
+    for name in (POINTS, SAMPLES):
+        if _lines(folder / name)[-1]:
+            return f"the last line of {name} is torn; measure it again"
+    return None
+
+
 def load_samples(folder: Path) -> dict[str, list[int]]:
     """Time samples in nanoseconds by point key."""
     path = folder / SAMPLES
@@ -233,10 +248,15 @@ def _write_into(descriptor: int, data: bytes) -> None:
 
 
 def _whole_lines(path: Path) -> Iterable[bytes]:
+    return [line for line in _lines(path)[:-1] if line]
+
+
+def _lines(path: Path) -> list[bytes]:
+    """The last one is empty, or torn."""
     try:
-        return [line for line in path.read_bytes().split(b"\n")[:-1] if line]
+        return path.read_bytes().split(b"\n")
     except FileNotFoundError:
-        return []
+        return [b""]
     except OSError as error:
         raise RecordError(f"cannot read {path}: {error.strerror}") from error
 

@@ -116,14 +116,16 @@ def atlas(ctx: click.Context, /, **given: Any) -> None:
         click.echo("interrupted; what was compiled is kept for the next time", err=True)
         ctx.exit(interruption_code(stop))
     nothing = not found.rows and bool(found.refused)
-    with files_first(*([] if nothing else [lambda: _write(found, archs, given, written)])):
+    files = [] if nothing else [lambda: _write(found, archs, given, written)]
+    exit_code = 0 if all(row.known for row in found.rows) else 1
+    with files_first(*files, exit_code=exit_code):
         if given["as_json"]:
             click.echo(_document(found, archs, given["fits_on"]))
         else:
             _print(found, archs, given["fits_on"])
     if nothing:
         raise UsageError(f"nothing was compiled: {found.refused[0].reason}")
-    ctx.exit(0 if all(row.known for row in found.rows) else 1)
+    ctx.exit(exit_code)
 
 
 def _refuse_places(prune: Path | None, out: Path | None) -> None:

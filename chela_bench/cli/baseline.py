@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
 from chela_bench.bench import baseline as baselines_of
 from chela_bench.bench import sources
+from chela_bench.bench.baseline import Header
 from chela_bench.bench.config import find_config, load_config
 from chela_bench.cli.lines import say
 from chela_bench.cli.options import baselines_option, config_option, json_option
@@ -70,7 +72,7 @@ def list_(baselines: Path, as_json: bool) -> None:
                 "name": one.name,
                 "current": one.current,
                 "problem": one.problem,
-                **({} if one.header is None else one.header.model_dump(exclude={"name"})),
+                **({} if one.header is None else _told(one.header)),
             }
             for one in found
         ]
@@ -85,6 +87,12 @@ def list_(baselines: Path, as_json: bool) -> None:
             say(f"{'*' if one.current else ' '} {plain(one.name)}  {what}", indent=2)
             if one.problem is not None:
                 say(plain(one.problem), indent=4)
+
+
+def _told(header: Header) -> dict[str, Any]:
+    """Beside the folder's and the baseline's name: `machine` is the one that --machine takes."""
+    found = header.model_dump(exclude={"name"})
+    return {"measured_on": found.pop("machine"), **found}
 
 
 @baseline.command("promote")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from rich.console import Console
-
 from chela_bench.bench import paths
+from chela_bench.cli.output import terminal
 from chela_bench.errors import EnvironmentProblem, RecordError, UsageError
 from chela_bench.profiles import ncu, ncu_csv
 from chela_bench.reports.terminal import sheet_table
@@ -35,7 +34,7 @@ def capture_sheet(capture: ncu_csv.Capture) -> str:
         for point, kernels in capture.by_point().items()
         for kernel in kernels
     ]
-    console = Console()
+    console = terminal()
     with console.capture() as captured:
         console.print(sheet_table(kernel_sheet(found)))
         if capture.torn:

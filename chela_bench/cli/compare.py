@@ -91,14 +91,15 @@ def compare(ctx: click.Context, /, **given: Any) -> None:
             across_machines=given["across_machines"],
         )
     files = [] if written is None else [lambda: _write(given["out"], comparison, *written)]
-    with files_first(*files):
+    exit_code = 3 if any(change.wrong for change in comparison.points) else 0
+    with files_first(*files, exit_code=exit_code):
         if given["as_json"]:
             click.echo(document(comparison))
         elif given["as_markdown"]:
             click.echo(changes.markdown(comparison), nl=False)
         else:
             echo_rich(changes.terminal(comparison))
-    ctx.exit(3 if any(change.wrong for change in comparison.points) else 0)
+    ctx.exit(exit_code)
 
 
 def _live(given: dict[str, Any], flags: Flags) -> Comparison:

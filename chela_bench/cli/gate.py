@@ -116,8 +116,10 @@ def gate(ctx: click.Context, /, **given: Any) -> None:
         raise UsageError("a baseline holds its own points; which ones goes with --live")
     else:
         refuse_without_live(ctx, "budget_s")
-        result = _against_baseline(given, limit)
-    with files_first(*_files(result, given["junit"], given["summary"])):
+        noise_in = given["baselines"] if "baselines" in said(ctx) else None
+        result = _against_baseline(given, limit, noise_in)
+    files = _files(result, given["junit"], given["summary"])
+    with files_first(*files, exit_code=result.exit_code):
         if given["as_json"]:
             click.echo(document(result))
         else:
@@ -160,7 +162,8 @@ def _in_turns(given: dict[str, Any], flags: Flags, limit: Limit) -> Gating:
     )
 
 
-def _against_baseline(given: dict[str, Any], limit: Limit) -> Gating:
+def _against_baseline(given: dict[str, Any], limit: Limit, noise_in: Path | None) -> Gating:
+    """`noise_in`: the folder of baselines that the command line says holds the noise."""
     config = load_config(find_config(given["config"]))
     path: Path = given["baseline_path"]
     if given["candidate"] is None:
@@ -171,7 +174,7 @@ def _against_baseline(given: dict[str, Any], limit: Limit) -> Gating:
         baseline = resolve(path, candidate.machine)
     one = any(paths.exists(path / name, BaselineProblem) for name in (HEADER, RUN))
     is_folder = not one and paths.is_dir(path, BaselineProblem)
-    noise = noise_of(path if is_folder else given["baselines"], candidate.machine)
+    noise = noise_of(noise_in or (path if is_folder else given["baselines"]), candidate.machine)
     baseline, candidate = alike(baseline, candidate)
     same_card = not {m.uuid for m in baseline.machines}.isdisjoint(
         m.uuid for m in candidate.machines
@@ -179,7 +182,7 @@ def _against_baseline(given: dict[str, Any], limit: Limit) -> Gating:
     rules = Rules(limit, noise, same_card=same_card)
     with interrupted_by_signals():
         checks, notes = _settled(baseline, candidate, rules, config, given)
-    if not checks:
+    if all(check.outcome == "unchecked" for check in checks):
         raise BaselineProblem(
             f"the baseline {baseline.label} has no figure to hold {candidate.label} against: save "
             "one of a run that measured, or of an atlas that compiled"

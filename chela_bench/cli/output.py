@@ -16,6 +16,8 @@ from chela_bench.records import Point, Run, document
 from chela_bench.reports.terminal import sweep_table
 from chela_bench.reports.text import plain
 
+_FEWEST_COLUMNS = 20
+
 
 def print_run(
     run: Run, points: Sequence[Point], *, as_json: bool, beside: Sequence[str] = ("HBM traffic",)
@@ -29,10 +31,17 @@ def print_run(
 
 def echo_rich(renderable: RenderableType) -> None:
     """Through click: rich by itself ends the process where a pipe is closed."""
-    console = Console()
+    console = terminal()
     with console.capture() as captured:
         console.print(renderable)
     click.echo(captured.get(), nl=False)
+
+
+def terminal() -> Console:
+    """Of some width: where it has none, as COLUMNS=0 says, rich prints nothing."""
+    console = Console()
+    console.width = max(console.width, _FEWEST_COLUMNS)
+    return console
 
 
 def write_files(files: Mapping[Path, bytes]) -> None:
@@ -48,9 +57,9 @@ def write_files(files: Mapping[Path, bytes]) -> None:
 
 
 @contextlib.contextmanager
-def files_first(*writes: Callable[[], None]) -> Iterator[None]:
+def files_first(*writes: Callable[[], None], exit_code: int = 0) -> Iterator[None]:
     """Then what the block prints, since the terminal may be gone. What cannot be written is said
-    last: no result is lost for it."""
+    last: no result is lost for it, nor the exit code that the result has by itself."""
     problems = []
     for write in writes:
         try:
@@ -59,7 +68,9 @@ def files_first(*writes: Callable[[], None]) -> Iterator[None]:
             problems.append(str(error))
     yield
     if problems:
-        raise EnvironmentProblem("\n".join(problems))
+        problem = EnvironmentProblem("\n".join(problems))
+        problem.exit_code = exit_code or problem.exit_code
+        raise problem
 
 
 def refuse_unwritable(folder: Path) -> None:
