@@ -152,7 +152,8 @@ def bench_toml_page() -> Iterator[str]:
     yield f"## [budgets.OP.SHAPE]\n\n{_about(config.Budget)}"
     yield (
         "The shape is one of `[shapes.OP]`; of one without a T the budget holds at every length. "
-        "`gate` fails what is above a budget, and lists a budget whose figure was not measured."
+        "`gate` fails what is above a budget, and lists a budget whose figure was not measured, "
+        "or that no benchmark was held to."
     )
     yield _keys(config.Budget, {})
 

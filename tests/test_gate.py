@@ -259,6 +259,9 @@ def test_budgets(gate, tmp_path, budget, point, outcome):
     done, loud = gate([timed(**point)], [timed(**point)], "--config", config)
     assert [check["outcome"] for check in loud] == ([] if outcome is None else [outcome])
     assert done.returncode == (1 if outcome == "failed" else 0), done.stderr
+    [idle] = [note for note in json.loads(done.stdout)["notes"] if "held to the budgets" in note]
+    assert ("linear_attention.medium" in idle) is ("\n" in budget)  # no benchmark is of those
+    assert "long_conv.b8-t8k-d1024" in idle
 
 
 @pytest.mark.parametrize(

@@ -386,35 +386,45 @@ def _models(baseline: Measured) -> Iterator[Check]:
             yield from _exact(key, "hbm.model_bytes", before, after)
 
 
+def idle_budgets(candidate: Measured, config: Config) -> list[str]:
+    """Names of those that no benchmark was held to."""
+    return [f"{op}.{shape}" for op, budgets in config.budgets.items() for shape in budgets
+            if not any(_held_to(candidate, config, op, shape))]  # fmt: skip
+
+
 def _budgets(candidate: Measured, config: Config) -> Iterator[Check]:
     for op, budgets in config.budgets.items():
-        for shape, budget in budgets.items():
-            sizes = config.shapes[op][shape]
-            for name, entry in candidate.entries.items():
-                point = entry.point
-                if point is None or point.op != op or point.outcome != "ok":
-                    continue
-                if any(point.shape.get(dim) != size for dim, size in sizes.items()):
-                    continue
-                if (
-                    point.impl in (budget.impls or [point.impl])
-                    and point.direction in (budget.directions or [point.direction])
-                    and point.dtype in (budget.dtypes or [point.dtype])
-                ):
-                    for figure, value, why in _budgeted(point):
-                        yield from _within(name, figure, getattr(budget, figure), value, why)
-            for name, row in candidate.static.items():
-                if (
-                    row.op == op
-                    and (budget.impls is None or row.impl in (None, *budget.impls))
-                    and (budget.dtypes is None or row.dtype in (None, *budget.dtypes))
-                    and budget.max_spill_bytes is not None
-                    and row.fits is not False
-                ):
-                    yield from _within(
-                        name, "max_spill_bytes", budget.max_spill_bytes,
-                        _sum(row.spill_store_bytes, row.spill_load_bytes), "the compiler told none",
-                    )  # fmt: skip
+        for shape in budgets:
+            yield from _held_to(candidate, config, op, shape)
+
+
+def _held_to(candidate: Measured, config: Config, op: str, shape: str) -> Iterator[Check]:
+    budget, sizes = config.budgets[op][shape], config.shapes[op][shape]
+    for name, entry in candidate.entries.items():
+        point = entry.point
+        if point is None or point.op != op or point.outcome != "ok":
+            continue
+        if any(point.shape.get(dim) != size for dim, size in sizes.items()):
+            continue
+        if (
+            point.impl in (budget.impls or [point.impl])
+            and point.direction in (budget.directions or [point.direction])
+            and point.dtype in (budget.dtypes or [point.dtype])
+        ):
+            for figure, value, why in _budgeted(point):
+                yield from _within(name, figure, getattr(budget, figure), value, why)
+    for name, row in candidate.static.items():
+        if (
+            row.op == op
+            and (budget.impls is None or row.impl in (None, *budget.impls))
+            and (budget.dtypes is None or row.dtype in (None, *budget.dtypes))
+            and budget.max_spill_bytes is not None
+            and row.fits is not False
+        ):
+            yield from _within(
+                name, "max_spill_bytes", budget.max_spill_bytes,
+                _sum(row.spill_store_bytes, row.spill_load_bytes), "the compiler told none",
+            )  # fmt: skip
 
 
 def _budgeted(point: Point) -> Iterator[tuple[str, float | None, str]]:

@@ -189,6 +189,9 @@ def _against_baseline(given: dict[str, Any], limit: Limit, noise_in: Path | None
         )
     if not same_card:
         notes.append("the baseline is of another card of this model")
+    idle = gating.idle_budgets(candidate, config)
+    if idle:
+        notes.append(f"no benchmark here is held to the budgets {', '.join(idle)}")
     return Gating(
         baseline=baseline.label,
         candidate=candidate.label,
