@@ -9,7 +9,7 @@ import pytest
 from chela_bench.bench import baseline
 from chela_bench.bench.modelled import modelled_now
 from tests.factories import make_run
-from tests.records import atlas_json, atlas_row, pytest_json, timed, write_run
+from tests.records import atlas_json, atlas_row, pytest_json, samples, timed, write_run
 from tests.running import in_this_process
 
 KEY = "NVIDIA-H100-80GB-HBM3_driver-580_torch-2.11.0_triton-3.6.0"
@@ -44,6 +44,19 @@ def test_saving_promotes_nothing_and_changes_nothing(tmp_path, run):
     ]  # fmt: skip
     text = run("list").stdout
     assert KEY in text and "* first" in text and "  second" in text
+
+
+def test_times_too_unsteady_to_be_held_are_named(tmp_path, run):
+    """Against itself such a point is unclear; the other one passes."""
+    drifting = [ns * (1 + 0.0007 * i) for i, ns in enumerate(samples(1e6))]
+    source = write_run(tmp_path / "run", [timed(1024), timed(4096, ns=drifting)])
+    done = run("save", source, "--name", "first")
+    said = " ".join(done.stdout.split())
+    assert done.returncode == 0 and "unclear in a gate" in said and "its samples drift by" in said
+    assert "T4096" in said and "T1024" not in said
+    gated = in_this_process("gate", source, "--baseline", source, "--rounds", 0, cwd=tmp_path)
+    assert gated.returncode == 5
+    assert "unclear" not in run("save", write_run(tmp_path / "two", [timed()])).stdout
 
 
 def test_a_name_is_taken_once(tmp_path, run):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from chela_bench.bench import verdict
-from chela_bench.bench.comparing import Noise, look, row_of, time_of
+from chela_bench.bench.comparing import Noise, assumed_noise, look, row_of, time_of
 from chela_bench.bench.config import Config
 from chela_bench.bench.live import LOOKS, Pair, Refusal
 from chela_bench.bench.modelled import modelled_now
@@ -150,6 +150,19 @@ def _times(
         (within, p), threshold = next(judged), next(limits)
         noise = rules.noise.of(now)
         yield _time_check(then.name, evidence, within, p, threshold, rules, noise)
+
+
+def undecidable(measured: Measured) -> dict[str, str]:
+    """Benchmarks whose times could not be decided even against themselves, at the limit that is
+    allowed unless another is said: and why."""
+    rules = Rules(DEFAULT_LIMIT, assumed_noise(measured.machine))
+    found = {}
+    for check in _times(measured.entries, measured.entries, rules):
+        if check.outcome != "passed":
+            strays = verdict.unrest(measured.entries[check.name].samples_ns)
+            why = ", ".join(f"{what} {size:.1%}" for what, size in strays)
+            found[check.name] = f"its samples {why}" if why else str(check.reason)
+    return found
 
 
 def live_checks(

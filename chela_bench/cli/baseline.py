@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from chela_bench.bench import baseline as baselines_of
-from chela_bench.bench import sources
+from chela_bench.bench import gating, sources
 from chela_bench.bench.baseline import Header
 from chela_bench.bench.config import find_config, load_config
 from chela_bench.cli.lines import say
@@ -46,13 +46,22 @@ def save(source: Path, name: str | None, config: Path | None, baselines: Path) -
       chela-bench baseline save atlas.json
     """
     models = {}
-    if sources.read(source).kind == "static":
+    measured = sources.read(source)
+    if measured.kind == "static":
         from chela_bench.bench.modelled import all_modelled
 
         models = all_modelled(load_config(find_config(config)))
     key, name = baselines_of.save(source, baselines, name, models)
     say(f"saved {name} for {key} in {baselines}; it counts once promoted:")
     say(f"chela-bench baseline promote {name} --baselines {baselines}", indent=2)
+    unsteady = gating.undecidable(measured)
+    if unsteady:
+        say(
+            f"Its times of these are too unsteady to hold to {gating.DEFAULT_LIMIT}, and will be "
+            "unclear in a gate; measure again, leave them out, or use gate --live:"
+        )
+    for benchmark, reason in unsteady.items():
+        say(f"{plain(benchmark)}: {plain(reason)}", indent=2)
 
 
 @baseline.command("list")
