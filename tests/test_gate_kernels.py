@@ -63,9 +63,23 @@ def test_a_baseline_that_does_not_say_whether_a_kernel_fits_is_named(tmp_path):
         assert check["name"].endswith("/sm_86")
 
 
-@pytest.mark.parametrize(("now", "code"), [("HMMA", 0), (True, 0), (None, 1), (False, 1)])
-def test_a_baseline_may_say_no_more_than_that_there_are_matrix_products(tmp_path, now, code):
-    then = atlas_json(tmp_path / "then.json", atlas_row(tensor_core=True))
+def test_a_kernel_that_was_resident_did_fit(tmp_path):
+    then = atlas_json(tmp_path / "then.json", atlas_row(fits=None))
+    gone = atlas_row(fits=False, outcome="out_of_resources", ctas_per_sm=None)
+    now = atlas_json(tmp_path / "now.json", gone)
+    done, [check] = gated(tmp_path, now, "--baseline", then)
+    assert done.returncode == 1 and check["reason"].startswith("no longer fits sm_86")
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "code"),
+    [
+        (True, "HMMA", 0), (True, True, 0), (True, None, 1), (True, False, 1), ("HMMA", True, 0),
+        ("HMMA", None, 1), (None, True, 0), ("HMMA", "FFMA", 1),
+    ],
+)  # fmt: skip
+def test_a_side_may_say_no_more_than_that_there_are_matrix_products(tmp_path, then, now, code):
+    then = atlas_json(tmp_path / "then.json", atlas_row(tensor_core=then))
     rows = atlas_json(tmp_path / "now.json", atlas_row(tensor_core=now))
     done, loud = gated(tmp_path, rows, "--baseline", then)
     assert done.returncode == code and len(loud) == code, loud

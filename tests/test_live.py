@@ -18,6 +18,7 @@ from chela_bench.bench.live import Failed, Pair, Refusal
 from chela_bench.bench.plan import Flags
 from chela_bench.bench.sources import Machine
 from chela_bench.bench.verdict import Limit
+from chela_bench.cli.turns import _paired
 from tests.running import FAULTS, in_this_process, tiny_config
 
 pytestmark = pytest.mark.usefixtures("forked_workers")
@@ -134,6 +135,7 @@ def test_a_gate_in_turns():
         ("compile_error", None, "better", "before: compile_error: no"),
         ("crash", None, "unclear", "before: crash: no"),
         ("timeout", None, "unclear", "before: timeout: no"),
+        ("skipped", None, "unclear", "before: skipped: no"),  # estimated to take too long
         ("skipped", "skipped", "unchecked", "before: skipped: no; after: skipped: so"),
         ("crash", "crash", "unchecked", "before: crash: no; after: crash: so"),
         ("crash", "timeout", "failed", "before: crash: no; after: timeout: so"),
@@ -281,6 +283,26 @@ def test_what_the_tree_has_no_more_fails_by_name(tmp_path, monkeypatch, both_her
                            "before: skipped: needs a GPU; after: skipped: needs a GPU"),
         "chunked": ("better", "before: missing: HEAD has no such point"),
     }  # fmt: skip
+
+
+def test_an_option_that_one_side_does_not_know_makes_no_other_point():
+    """Those that both know tell points apart."""
+
+    def points(*configs):
+        found = [CASE.model_copy(update={"config": config}) for config in configs]
+        return {case.key: (case, None) for case in found}
+
+    def timed(before, after):
+        both = [pair for pair in _paired((before, after), "AB") if pair.lacks == (None, None)]
+        return [(pair.before.config, pair.after.config) for pair in both]
+
+    plain, one, other = {}, {"order": "serial"}, {"order": "parallel"}
+    assert timed(points(plain), points(one)) == [(plain, one)]
+    assert timed(points(one), points(plain)) == [(one, plain)]
+    assert timed(points(one), points(other)) == []
+    assert timed(points(plain), points(one, other)) == []
+    wider = [{**config, "BLOCK_T": 64} for config in (one, other)]
+    assert timed(points(one, other), points(*wider)) == [(one, wider[0]), (other, wider[1])]
 
 
 def test_what_was_asked_for_by_name_is_not_dropped(tmp_path, both_here):

@@ -12,7 +12,8 @@ import pytest
 from chela_bench.bench import live, plan
 from chela_bench.bench.config import find_config, load_config
 from chela_bench.bench.plan import Flags
-from chela_bench.cli.turns import _as_in
+from chela_bench.cli import turns
+from chela_bench.cli.turns import _as_in, _gone
 from chela_bench.errors import UsageError
 from tests.running import ROOT, in_this_process, tiny_config
 from tests.test_live import gated
@@ -114,6 +115,31 @@ def test_each_side_has_its_own_version_of_a_users_file(repository):
         assert theirs.user_impls == {"turns.py:f": then}
         assert theirs.impls == {"linear_attention": ["turns.py:f"]}
         assert theirs.user_files_sha256 == {"turns.py:f": settings.user_files_sha256["turns.py:f"]}
+
+
+def test_an_op_or_a_shape_that_bench_toml_has_no_more_is_gone(tmp_path, monkeypatch, repository):
+    top = repository()
+    monkeypatch.setattr(turns, "PACKAGE_ROOT", str(top))
+    path, text = top / "bench.toml", find_config(None).read_text()
+    path.write_text(text)
+    me = ["-c", "user.name=me", "-c", "user.email=me@localhost"]
+    for words in (["add", "."], [*me, "commit", "-qm", "More"]):
+        subprocess.run(["git", *words], cwd=top, check=True)
+    path.write_text(text.replace('"reparameterization",', "").replace(
+        "[shapes.long_conv]\nsmall =", "[shapes.long_conv]\ntiny ="))  # fmt: skip
+
+    def gone(**flags):
+        chosen = Flags(**flags)
+        settings = plan.resolve(load_config(find_config(None)), chosen, ["cpu"])
+        with live.checkouts(["HEAD", "."]) as roots:
+            return _gone(path, roots, chosen, settings)
+
+    assert gone() == ["reparameterization", "long_conv/small"]
+    assert gone(ops=["long_conv"]) == ["long_conv/small"]
+    assert gone(ops=["long_conv"], shapes=["medium"]) == gone(impls=["chunked"]) == []
+    path = tmp_path / "bench.toml"  # nobody's revision
+    path.write_text(text)
+    assert gone() == []
 
 
 def test_a_gate_holds_no_file_against_itself(tmp_path, repository):

@@ -8,6 +8,7 @@ import sys
 import warnings
 from unittest import mock
 
+import numpy as np
 import pytest
 
 from chela_bench.bench import sources
@@ -217,6 +218,15 @@ def test_what_no_case_can_have_is_refused_in_a_sentence(changes, words):
     shape = {name: given.pop(name) for name in list(given) if len(name) == 1}
     with pytest.raises(UsageError, match=f"chela_benchmark: {words}"):
         _case(**given, shape={"B": 1, "T": 64, "H": 2, "K": 16, "V": 16} | shape)
+
+
+def test_sizes_may_be_any_integers():
+    shape = {"B": 1, "T": np.int64(64), "H": np.int32(2), "K": 16, "V": 16}
+    case = _case("linear_attention", "chunked", "fwd", "fp32", {}, shape)
+    assert case.shape == {"B": 1, "T": 64, "H": 2, "K": 16, "V": 16}
+    for size in (True, 64.0):
+        with pytest.raises(UsageError, match=r"shape\.T: Input should be a valid integer"):
+            _case("linear_attention", "chunked", "fwd", "fp32", {}, {**shape, "T": size})
 
 
 def test_a_function_in_a_file_needs_a_name():

@@ -31,8 +31,9 @@ _STATIC = (
     "fits", "smem_bytes", "regs", "spill_store_bytes", "spill_load_bytes", "ctas_per_sm",
     "tensor_core",
 )  # fmt: skip
-# Of these the code is the cause; a crash, a timeout and a full memory may be the machine's doing.
-_THE_CODES_OWN = ("wrong", "compile_error", "out_of_resources", "skipped", "missing")
+# Of these the code is the cause; a crash, a timeout, a full memory and an estimate of too long a
+# call may be the machine's doing.
+_THE_CODES_OWN = ("wrong", "compile_error", "out_of_resources")
 _POINT = ("launches", "peak_bytes")
 _POINT_STATIC = ("smem_bytes", "regs", "spill_store_bytes", "spill_load_bytes", "ctas_per_sm")
 
@@ -183,6 +184,14 @@ def live_checks(
     return worst_first(checks)
 
 
+def gone(name: str) -> Check:
+    """What only the older side's bench.toml has, live."""
+    return Check(
+        name=name, figure="outcome", outcome="failed", before="planned", after="missing",
+        reason="missing: the older revision's bench.toml has it, the tree's has not",
+    )  # fmt: skip
+
+
 def live_budgets(
     pairs: Sequence[Pair], taken: Sequence[Evidence | Refusal], config: Config, machine: Machine
 ) -> list[Check]:
@@ -212,7 +221,8 @@ def _without_time(name: str, refusal: Refusal) -> Check:
     elif now != "ok":
         outcome = "unchecked" if now == then else "failed"
     else:
-        outcome = "better" if then in _THE_CODES_OWN else "unclear"
+        mended = then in _THE_CODES_OWN or not refusal.tried
+        outcome = "better" if mended else "unclear"
     reason = refusal.reason
     if then == "ok" != now:
         reason = f"newly {reason.removeprefix('after: ')}"
@@ -358,16 +368,16 @@ def _static(before: Mapping[str, StaticRow], after: Mapping[str, StaticRow]) -> 
                 name=name, figure="outcome", outcome=outcome, before=then.outcome,
                 after=now.outcome, reason=reason,
             )  # fmt: skip
-        elif then.fits is None:
-            yield Check(
-                name=name, figure="fits", outcome="unchecked", after=now.fits,
-                reason=f"the baseline does not say whether it fits {then.arch}",
-            )  # fmt: skip
-        elif then.fits and not now.fits:
+        elif not now.fits and (then.fits or (then.fits is None and then.ctas_per_sm)):
             why = f": {now.reason}" if now.reason else ""
             yield Check(
                 name=name, figure="fits", outcome="failed", before=True, after=False,
                 reason=f"no longer fits {now.arch}{why}",
+            )  # fmt: skip
+        elif then.fits is None:
+            yield Check(
+                name=name, figure="fits", outcome="unchecked", after=now.fits,
+                reason=f"the baseline does not say whether it fits {then.arch}",
             )  # fmt: skip
         for figure in _STATIC if compiled else ():
             was, is_now = getattr(then, figure), getattr(now, figure)
@@ -375,8 +385,8 @@ def _static(before: Mapping[str, StaticRow], after: Mapping[str, StaticRow]) -> 
                 continue  # that it does not fit is said
             if figure == "tensor_core":
                 was, is_now = was or None, is_now or "none"
-                if was is True and is_now != "none":
-                    was = is_now  # the baseline says no more than that there is one
+                if True in (was, is_now) and was and is_now != "none":
+                    was = is_now  # one of the two says no more than that there is one
             yield from _exact(name, figure, was, is_now)
     for name, now in after.items():
         if name not in before:

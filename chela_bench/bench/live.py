@@ -251,6 +251,7 @@ class Refusal:
     reason: str
     outcomes: tuple[str, str] = ("ok", "ok")  # of both sides, as far as each was looked at
     after_ns: float | None = None  # of one turn, where it is the first side alone that has no time
+    tried: bool = True  # the first side; else it is known to have nothing to run
 
     @property
     def wrong(self) -> bool:
@@ -298,7 +299,7 @@ def _refused(failed: Failed, after: Seat, pair: Pair) -> Refusal:
         return Refusal(reason, (failed.outcome, other.outcome))
     finally:
         after.let_go()
-    return Refusal(failed.reason, (failed.outcome, "ok"), after_ns)
+    return Refusal(failed.reason, (failed.outcome, "ok"), after_ns, pair.lacks[0] is None)
 
 
 def compare(
@@ -395,15 +396,22 @@ def there(target: str, root: str) -> str | None:
     """A user's `/path/file.py:function` as the checkout in `root` has it; None if it has no such
     file. Raises UsageError for a file outside the repository, which no revision has of its own."""
     file, _, function = target.rpartition(":")
-    top = _git("rev-parse", "--show-toplevel")
-    if top is None or not Path(file).is_relative_to(top):
+    other = inside(Path(file), root)
+    if other is None:
         raise UsageError(
-            f"{file} is the same on both sides of a comparison of revisions: it lies outside "
-            f"{top or PACKAGE_ROOT}. Keep both versions and time them: chela-bench compare --live "
-            f"A.py:{function} B.py:{function}"
+            f"{file} is the same on both sides of a comparison of revisions: it lies outside the "
+            f"repository of {PACKAGE_ROOT}. Keep both versions and time them: chela-bench compare "
+            f"--live A.py:{function} B.py:{function}"
         )
-    other = os.path.normpath(Path(root, os.path.relpath(file, PACKAGE_ROOT)))
-    return f"{other}:{function}" if is_file(Path(other)) else None
+    return f"{other}:{function}" if is_file(other) else None
+
+
+def inside(file: Path, root: str) -> Path | None:
+    """Where a file of the repository lies in the checkout in `root`; None of one outside."""
+    top = _git("rev-parse", "--show-toplevel")
+    if top is None or not file.is_relative_to(top):
+        return None
+    return Path(os.path.normpath(Path(root, os.path.relpath(file, PACKAGE_ROOT))))
 
 
 def _git(*command: str) -> str | None:

@@ -8,10 +8,11 @@ seconds. The point's other columns stand in `extra_info` under their own names.
 from __future__ import annotations
 
 import functools
+import operator
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex, TypeGuard
 
 import pytest
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -235,6 +236,11 @@ def _played_back(samples_ns: Sequence[float], point: Point) -> Callable[[], floa
     return timer
 
 
+def _counts(size: object) -> TypeGuard[SupportsIndex]:
+    """An integer of any kind, such as numpy's."""
+    return hasattr(size, "__index__") and not isinstance(size, bool)
+
+
 def _case(
     op: str,
     impl: str,
@@ -243,10 +249,11 @@ def _case(
     config: Mapping[str, ConfigValue],
     shape: Mapping[str, int],
 ) -> Case:
+    sizes = {dim: operator.index(size) if _counts(size) else size for dim, size in shape.items()}
     given = {"op": op, "impl": impl, "direction": direction, "dtype": dtype, "config": config,
-             "shape": shape}  # fmt: skip
+             "shape": sizes}  # fmt: skip
     try:
-        _Given.model_validate(given)
+        shape = _Given.model_validate(given).shape
     except ValidationError as error:
         problem, came = store.first_problem(error), error.errors()[0]["input"]
         raise UsageError(f"chela_benchmark: {problem}; got {came!r}") from None

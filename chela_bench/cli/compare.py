@@ -125,7 +125,10 @@ def _live(given: dict[str, Any], flags: Flags) -> Comparison:
         after=after,
         noise=sides.noise.typical,
         points=rows,
-        missing=[pair.name for pair in sides.pairs if pair.lacks[0] is None is not pair.lacks[1]],
+        missing=[
+            *(pair.name for pair in sides.pairs if pair.lacks[0] is None is not pair.lacks[1]),
+            *sides.gone,
+        ],
         added=[pair.name for pair in sides.pairs if pair.lacks[1] is None is not pair.lacks[0]],
         notes=[f"noise: {sides.noise.source}", *sides.notes],
     )

@@ -156,6 +156,7 @@ def _in_turns(given: dict[str, Any], flags: Flags, limit: Limit) -> Gating:
             [
                 *gating.live_checks([pair.name for pair in sides.pairs], taken, rules),
                 *gating.live_budgets(sides.pairs, taken, config, machine),
+                *map(gating.gone, sides.gone),
             ]
         ),
         notes=sides.notes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import tempfile
+import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ class TwoSides:
     pairs: list[Pair]
     noise: Noise
     notes: list[str]
+    gone: list[str]
 
     @property
     def timed(self) -> list[Pair]:
@@ -46,7 +48,8 @@ class TwoSides:
 @contextlib.contextmanager
 def two_sides(given: dict[str, Any], flags: Flags, labels: tuple[str, str]) -> Iterator[TwoSides]:
     """Two implementations, or two revisions of the package. `given` are the command's options."""
-    config = load_config(find_config(given["config"]))
+    path = find_config(given["config"])
+    config = load_config(path)
     device = choose_device(given["device"])
     impls = all(map(_is_implementation, labels))
     if impls and flags.impls:
@@ -70,7 +73,8 @@ def two_sides(given: dict[str, Any], flags: Flags, labels: tuple[str, str]) -> I
                 if all(None not in pair.lacks for pair in pairs):
                     raise UsageError("nothing of what is selected can run here")
                 noise = noise_of(given["baselines"], after.machine, live=True)
-                yield TwoSides(before, after, pairs, noise, notes)
+                gone = [] if impls else _gone(path, roots, flags, settings)
+                yield TwoSides(before, after, pairs, noise, notes, gone)
 
 
 def _is_implementation(name: str) -> bool:
@@ -119,9 +123,32 @@ def _points_of(settings: Settings, label: str) -> Points:
     return points
 
 
+def _gone(path: Path, roots: Sequence[str], flags: Flags, settings: Settings) -> list[str]:
+    """Ops, and shapes of ops, that the first side's bench.toml has by itself and the second's has
+    no more: of them no point is planned. None where the file is no revision's own."""
+    files = [path if root == PACKAGE_ROOT else live.inside(path.resolve(), root) for root in roots]
+    try:
+        old, new = (tomllib.loads(file.read_text()) if file else {} for file in files)
+        then, now = (
+            each["sweep"] | each.get("presets", {}).get(settings.preset, {}).get("sweep", {})
+            for each in (old, new)
+        )
+        lost = (
+            [] if flags.ops or flags.impls else [op for op in then["ops"] if op not in now["ops"]]
+        )
+        for op in () if flags.shapes else settings.impls:
+            kept = [shape for shape in now["shapes"] if shape in new["shapes"][op]]
+            shapes = [shape for shape in then["shapes"] if shape in old["shapes"].get(op, {})]
+            lost += [f"{op}/{shape}" for shape in shapes if shape not in kept]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return []  # an older file, or none, says it otherwise
+    return lost
+
+
 def _paired(sides: Sequence[Points], labels: Sequence[str]) -> list[Pair]:
     """What either side has, in the first one's order."""
     pairs = []
+    sides = [sides[0], _named_as(*sides)]
     for name in dict.fromkeys(name for side in sides for name in side):
         cases = [side[name][0] for side in sides if name in side]
         before, after = (
@@ -129,6 +156,30 @@ def _paired(sides: Sequence[Points], labels: Sequence[str]) -> list[Pair]:
         )
         pairs.append(Pair(name, cases[0], cases[-1], (before, after)))
     return pairs
+
+
+def _named_as(before: Points, after: Points) -> Points:
+    """`after`, with a point named as in `before` where only an option that one side does not know
+    tells them apart."""
+    loose = [name for name in before if name not in after]
+    matches = {
+        name: [one for one in loose if _one_point(before[one][0], case)]
+        for name, (case, _) in after.items() if name not in before
+    }  # fmt: skip
+    told = [one for found in matches.values() for one in found]
+    names = {
+        name: found[0] for name, found in matches.items()
+        if len(found) == 1 and told.count(found[0]) == 1
+    }  # fmt: skip
+    return {names.get(name, name): found for name, found in after.items()}
+
+
+def _one_point(one: Case, other: Case) -> bool:
+    """Whether they differ in nothing but options that one of them does not know."""
+    a, b = one.config, other.config
+    shared = a.keys() & b.keys()
+    known = shared in (a.keys(), b.keys()) and all(a[name] == b[name] for name in shared)
+    return known and one.model_copy(update={"config": b}) == other
 
 
 def _lack(found: tuple[Case, str | None] | None, label: str) -> Lack:
