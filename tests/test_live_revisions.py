@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 
@@ -55,6 +56,15 @@ def worktrees(repository):
     return subprocess.check_output(["git", "worktree", "list"], cwd=repository, text=True)
 
 
+@pytest.fixture
+def hears_interrupts():
+    """Also in the background or under nohup, where a shell has SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("hears_interrupts")
 def test_a_signal_while_git_checks_out_leaves_nothing(tmp_path, monkeypatch, repository):
     """git goes on to its end, and what it has made is removed."""
     before = worktrees(repository())
