@@ -138,18 +138,24 @@ def test_an_op_or_a_shape_that_bench_toml_has_no_more_is_gone(tmp_path, monkeypa
     path.write_text(text.replace('"reparameterization",', "").replace(
         "[shapes.long_conv]\nsmall =", "[shapes.long_conv]\ntiny ="))  # fmt: skip
 
+    notes = []
+
     def gone(**flags):
         chosen = Flags(**flags)
         settings = plan.resolve(load_config(find_config(None)), chosen, ["cpu"])
         with live.checkouts(["HEAD", "."]) as roots:
-            return _gone(path, roots, chosen, settings)
+            return _gone(path, roots, chosen, settings, notes)
 
     assert gone() == ["reparameterization", "long_conv/small"]
     assert gone(ops=["long_conv"]) == ["long_conv/small"]
     assert gone(ops=["long_conv"], shapes=["medium"]) == gone(impls=["chunked"]) == []
+    path.write_text("[sweep]\nops = 5\n")
+    assert gone() == [] and notes == [
+        "bench.toml of a revision cannot be read: ops gone since are not looked for"
+    ]
     path = tmp_path / "bench.toml"  # nobody's revision
     path.write_text(text)
-    assert gone() == []
+    assert gone() == [] and len(notes) == 1
 
 
 def test_a_gate_holds_no_file_against_itself(tmp_path, repository):

@@ -73,7 +73,7 @@ def two_sides(given: dict[str, Any], flags: Flags, labels: tuple[str, str]) -> I
                 if all(None not in pair.lacks for pair in pairs):
                     raise UsageError("nothing of what is selected can run here")
                 noise = noise_of(given["baselines"], after.machine, live=True)
-                gone = [] if impls else _gone(path, roots, flags, settings)
+                gone = [] if impls else _gone(path, roots, flags, settings, notes)
                 yield TwoSides(before, after, pairs, noise, notes, gone)
 
 
@@ -123,26 +123,35 @@ def _points_of(settings: Settings, label: str) -> Points:
     return points
 
 
-def _gone(path: Path, roots: Sequence[str], flags: Flags, settings: Settings) -> list[str]:
-    """Ops, and shapes of ops, that the first side's bench.toml has by itself and the second's has
-    no more: of them no point is planned. None where the file is no revision's own."""
+def _gone(
+    path: Path, roots: Sequence[str], flags: Flags, settings: Settings, notes: list[str]
+) -> list[str]:
+    """Ops, and shapes of ops, that the first side's bench.toml sweeps by itself and the second's no
+    more: of them no point is planned. None where the file is no revision's own."""
     files = [path if root == PACKAGE_ROOT else live.inside(path.resolve(), root) for root in roots]
     try:
-        old, new = (tomllib.loads(file.read_text()) if file else {} for file in files)
-        then, now = (
-            each["sweep"] | each.get("presets", {}).get(settings.preset, {}).get("sweep", {})
-            for each in (old, new)
+        (old_ops, old), (ops, now) = (
+            _swept(file, settings.preset) if file else ([], {}) for file in files
         )
-        lost = (
-            [] if flags.ops or flags.impls else [op for op in then["ops"] if op not in now["ops"]]
-        )
-        for op in () if flags.shapes else settings.impls:
-            kept = [shape for shape in now["shapes"] if shape in new["shapes"][op]]
-            shapes = [shape for shape in then["shapes"] if shape in old["shapes"].get(op, {})]
-            lost += [f"{op}/{shape}" for shape in shapes if shape not in kept]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return []  # an older file, or none, says it otherwise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # of another schema
+        notes.append(f"{path.name} of a revision cannot be read: ops gone since are not looked for")
+        return []
+    lost = [] if flags.ops or flags.impls else [op for op in old_ops if op not in ops]
+    for op in [] if flags.shapes else settings.impls:
+        shapes = old.get(op, [])
+        lost += [f"{op}/{shape}" for shape in shapes if shape not in now.get(op, [])]
     return lost
+
+
+def _swept(file: Path, preset: str | None) -> tuple[list[str], dict[str, list[str]]]:
+    """The ops that a bench.toml sweeps, and which of its shapes of each op: unchecked, since of
+    another revision's ops nothing is known here."""
+    found = tomllib.loads(file.read_text())
+    sweep = found["sweep"] | found.get("presets", {}).get(preset, {}).get("sweep", {})
+    shapes = {
+        op: [x for x in sweep["shapes"] if x in known] for op, known in found["shapes"].items()
+    }
+    return sweep["ops"], shapes
 
 
 def _paired(sides: Sequence[Points], labels: Sequence[str]) -> list[Pair]:
