@@ -149,8 +149,9 @@ def _times(
             )  # fmt: skip
             continue
         (within, p), threshold = next(judged), next(limits)
-        noise = rules.noise.of(now)
-        yield _time_check(then.name, evidence, within, p, threshold, rules, noise)
+        yield _time_check(
+            then.name, evidence, within, p, threshold, rules.limit, rules.noise.of(now)
+        )
 
 
 def undecidable(measured: Measured) -> dict[str, str]:
@@ -180,7 +181,10 @@ def live_checks(
             checks.append(_without_time(name, one))
             continue
         (within, p), threshold = next(judged)
-        checks.append(_time_check(name, one, within, min(1.0, p * len(LOOKS)), threshold, rules))
+        p = min(1.0, p * len(LOOKS))
+        checks.append(
+            _time_check(name, one, within, p, threshold, rules.limit, rules.noise.typical)
+        )
     return worst_first(checks)
 
 
@@ -237,10 +241,9 @@ def _time_check(
     within: bool | None,
     p: float,
     threshold: float,
-    rules: Rules,
-    noise: float | None = None,
+    limit: Limit,
+    noise: float,
 ) -> Check:
-    """`noise`: of this point, where it is not the typical one."""
     outcome: Outcome = "unclear" if within is None else "passed" if within else "failed"
     change = row_of(name, evidence, p)
     slower = f"{evidence.ratio - 1:+.1%}, {(evidence.after_ns - evidence.before_ns) / 1000:+.3g} us"
@@ -254,8 +257,7 @@ def _time_check(
         )
     else:
         reason = (
-            f"{slower}: slower, where {rules.limit} and noise of "
-            f"{rules.noise.typical if noise is None else noise:.1%} allow {threshold - 1:.1%}"
+            f"{slower}: slower, where {limit} and noise of {noise:.1%} allow {threshold - 1:.1%}"
         )
     return Check(
         name=name,

@@ -57,8 +57,8 @@ def save(source: Path, name: str | None, config: Path | None, baselines: Path) -
     unsteady = gating.undecidable(measured)
     if unsteady:
         say(
-            f"Its times of these are too unsteady to hold to {gating.DEFAULT_LIMIT}, and will be "
-            "unclear in a gate; measure again, leave them out, or use gate --live:"
+            f"Its times of these are too unsteady, or too few, to hold to {gating.DEFAULT_LIMIT}, "
+            "and will be unclear in a gate; measure again, leave them out, or use gate --live:"
         )
     for benchmark, reason in unsteady.items():
         say(f"{plain(benchmark)}: {plain(reason)}", indent=2)
