@@ -10,7 +10,7 @@ from chela_bench.bench import baseline
 from chela_bench.bench.modelled import modelled_now
 from tests.factories import make_run
 from tests.records import atlas_json, atlas_row, pytest_json, samples, timed, write_run
-from tests.running import in_this_process
+from tests.running import ROOT, in_this_process
 
 KEY = "NVIDIA-H100-80GB-HBM3_driver-580_torch-2.11.0_triton-3.6.0"
 
@@ -57,6 +57,19 @@ def test_times_too_unsteady_to_be_held_are_named(tmp_path, run):
     gated = in_this_process("gate", source, "--baseline", source, "--rounds", 0, cwd=tmp_path)
     assert gated.returncode == 5
     assert "unclear" not in run("save", write_run(tmp_path / "two", [timed()])).stdout
+
+
+def test_the_recorded_suite_holds_against_itself_but_for_the_time_that_save_names(tmp_path, run):
+    suite = ROOT / "docs" / "results" / "h100-gate" / "benchmarks.json"
+    said = " ".join(run("save", suite, "--name", "whole").stdout.split())
+    assert said.count("its samples") == 1 and "fwd/bf16/B1-T1048576-D1024]: its samples" in said
+    done = in_this_process(
+        "gate", suite, "--baseline", suite, "--rounds", 0, "--json", cwd=tmp_path
+    )
+    checks = json.loads(done.stdout)["points"]
+    [unclear] = [check for check in checks if check["outcome"] != "passed"]
+    assert done.returncode == 5 and len(checks) == 282
+    assert unclear["outcome"] == "unclear" and "long_conv/triton/fwd" in unclear["name"]
 
 
 def test_a_name_is_taken_once(tmp_path, run):
